@@ -1,0 +1,1 @@
+"""RUN: the pipeline, its command line, and everything a run leaves behind."""

@@ -1,0 +1,273 @@
+"""Values that cross borders in training and evaluation: small, frozen, one per stage.
+
+Task -> Turn* -> Rollout -> Score -> TrainingSample -> TrainingBatch -> LearnerUpdate. A stage adds a type, not an
+optional field. Everything here pickles (Ray) and turns into plain JSON with `dataclasses.asdict`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Split = Literal["train", "calibration", "held_out", "frozen", "adversarial", "live"]
+RolloutStatus = Literal["ok", "truncated", "tool_budget", "timeout", "engine_error"]
+TurnKind = Literal["plan", "tool", "final", "malformed"]
+PolicyKind = Literal["sft", "ppo", "degraded"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One problem. `world` is what the environment starts from, `goal` what the verifier checks; the policy sees `prompt`.
+
+    Example: Task(task_id="support_desk/train/17", workflow="support_desk", split="train", intent="order_status",
+    prompt="From C204: where is order 48213?", world={"orders": [...]}, goal={"facts": ["shipped"]}, seed=17)
+    """
+
+    task_id: str
+    workflow: str
+    split: Split
+    intent: str
+    prompt: str
+    world: Mapping[str, Any]
+    goal: Mapping[str, Any]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemonstrationTurn:
+    """One assistant turn a scripted expert wrote, and the observation that answered it (empty after the final turn)."""
+
+    kind: TurnKind
+    tool: str
+    arguments: Mapping[str, Any]
+    text: str
+    observation: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A whole expert attempt at one task; never used for a held-out, frozen or adversarial task."""
+
+    task_id: str
+    prompt: str
+    turns: tuple[DemonstrationTurn, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a policy program (never a model) found in the final state of the world and in the reply."""
+
+    success: bool
+    violations: tuple[str, ...]
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to sample one completion. `seed` makes a request reproducible at any batch size."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """Token ids an engine sampled in one turn. Lists have equal length; logprobs are nats under the sampler."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    weights_version: int
+    finished: bool
+    cached_tokens: int
+
+    def __post_init__(self) -> None:
+        """Refuse a completion whose arrays disagree."""
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} tokens but {len(self.logprobs)} logprobs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """What the policy asked for; `arguments` is None when the text was not a JSON object."""
+
+    name: str
+    arguments: Mapping[str, Any] | None
+    raw: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolResult:
+    """What the executor answered. `error` is empty on success, else a short class such as `unknown_tool`."""
+
+    content: str
+    error: str
+    duration_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One generation plus the reply to it, with the exact ids: nothing is ever tokenised again."""
+
+    kind: TurnKind
+    prompt_token_ids: tuple[int, ...]
+    completion: Completion
+    tool_call: ToolCall | None
+    tool_result: ToolResult | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One finished multi-turn attempt. Expected failure is data (`status`); an engine_error never trains."""
+
+    rollout_id: str
+    task_id: str
+    group_id: int
+    intent: str
+    turns: tuple[Turn, ...]
+    status: RolloutStatus
+    reply: str
+    outcome: Outcome
+    tool_calls_count: int
+    tool_error_count: int
+    duration_ms: float
+    policy_checks: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def tokens_in(self) -> int:
+        """Prompt tokens over all model calls."""
+        return sum(len(turn.prompt_token_ids) for turn in self.turns)
+
+    @property
+    def tokens_out(self) -> int:
+        """Sampled tokens over all model calls."""
+        return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+    @property
+    def weights_versions(self) -> tuple[int, ...]:
+        """Distinct weights versions that sampled this rollout, ascending."""
+        return tuple(sorted({turn.completion.weights_version for turn in self.turns}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """Full scorer result; `reward` is its scalar under the declared mix."""
+
+    rollout_id: str
+    reward: float
+    outcome_reward: float
+    critic_score: float
+    rubric: Mapping[str, float]
+    reward_model_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSample:
+    """One rollout as token arrays of one length L; `loss_mask` is True on tokens the policy sampled."""
+
+    rollout_id: str
+    group_id: int
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    rollout_logprobs: tuple[float, ...]
+    reward: float
+    truncated: bool
+
+    def __post_init__(self) -> None:
+        """Refuse arrays of different length."""
+        lengths = {len(self.token_ids), len(self.loss_mask), len(self.rollout_logprobs)}
+        if len(lengths) != 1:
+            raise ValueError(f"sample {self.rollout_id}: arrays of different length {sorted(lengths)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerUpdate:
+    """What one optimizer pass did: weights version it produced and its metrics (plain floats)."""
+
+    weights_version: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyVersion:
+    """A releasable policy: a Hugging Face model directory and the hash of its content."""
+
+    name: str
+    kind: PolicyKind
+    path: str
+    sha256: str
+    parent_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """How far a reward model's probabilities can be believed, on a split it never trained on."""
+
+    num_pairs: int
+    pair_accuracy: float
+    ece: float
+    brier: float
+    temperature: float
+    criterion_mae: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardModelVersion:
+    """A trained reward model with the calibration it was accepted on."""
+
+    name: str
+    path: str
+    sha256: str
+    calibration: Calibration
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSnapshot:
+    """Frozen Parquet tables under one content hash. `num_rows` is by table, `num_tasks` by split."""
+
+    path: str
+    sha256: str
+    num_rows: Mapping[str, int]
+    num_tasks: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A point estimate with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteResult:
+    """One policy on one suite. Costs are in tokens-weighted units declared in the spec; infinite when nothing succeeded."""
+
+    suite: str
+    suite_sha256: str
+    policy: str
+    num_tasks: int
+    success: Interval
+    success_by_intent: Mapping[str, float]
+    tasks_by_intent: Mapping[str, int]
+    violations: int
+    tokens_in: int
+    tokens_out: int
+    tool_calls: int
+    tool_errors: int
+    cost_per_success: float
+    p95_duration_ms: float
+    success_by_task: Mapping[str, bool]
+    violations_by_task: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalReport:
+    """Baseline against candidate on every suite; the pairs share task ids and seeds."""
+
+    baseline: Mapping[str, SuiteResult]
+    candidate: Mapping[str, SuiteResult]
+    success_gain: float
+    p_value: float

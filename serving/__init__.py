@@ -1,0 +1,1 @@
+"""RELEASE: ledger, gates, canary and the Ray Serve applications that carry users."""
