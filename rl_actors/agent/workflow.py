@@ -1,0 +1,115 @@
+"""What a workflow brings: tasks, a world with tools, an expert, a verifier, a rubric and its annotators.
+
+A workflow is a Python package with a module-level `WORKFLOW` that satisfies `Workflow`, and a module `tools` whose
+`WORLD` satisfies `World` and runs inside tool-host processes, apart from the engine. Adding one means adding a folder.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from rl_actors.contracts import Demonstration, Outcome, Split, Task
+
+SideEffect = Literal["read", "write"]
+PLAN_TOOL = "plan"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolSpec:
+    """A tool the policy may call: JSON Schema for its arguments, side-effect class and wall-clock limit."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    side_effect: SideEffect
+    timeout_s: float = 2.0
+    max_output_chars: int = 2000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RubricCriterion:
+    """One question an annotator answers about a finished run, on the integer scale `low..high`."""
+
+    name: str
+    question: str
+    low: int
+    high: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """What an annotator or scorer sees of a finished run: no hidden goal, only what happened and what was true after."""
+
+    task: Task
+    tool_calls: tuple[tuple[str, Mapping[str, Any]], ...]
+    reply: str
+    outcome: Outcome
+    num_turns: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class World(Protocol):
+    """The stateful side of a workflow; lives in a tool-host process. A handle is whatever `open` returns."""
+
+    tools: Sequence[ToolSpec]
+    functions: Mapping[str, Callable[..., Any]]
+    """Tool name -> f(handle, **arguments) -> JSON value. Raises ToolFailure for an expected refusal."""
+
+    def open(self, world: Mapping[str, Any]) -> Any:
+        """Open a private world from a task's rows, or the shared live one from {"database": path}."""
+        ...
+
+    def read_state(self, handle: Any, selector: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the rows that decide an outcome; `selector` is `task.goal["selector"]`."""
+        ...
+
+    def close(self, handle: Any) -> None:
+        """Release the world."""
+        ...
+
+
+class ToolFailure(Exception):
+    """A tool refuses for a reason of its own (order not found, already shipped); becomes an error observation."""
+
+
+class Workflow(Protocol):
+    """Everything the pipeline asks of a workflow. Pure and seeded: equal arguments give equal results."""
+
+    name: str
+    system_prompt: str
+    tools_module: str
+    intents: Sequence[str]
+    rubric: Sequence[RubricCriterion]
+    num_annotators: int
+
+    def build_tasks(self, split: Split, count: int, seed: int) -> list[Task]:
+        """Return `count` tasks of a split, unique ids, no prompt shared with another split's task."""
+        ...
+
+    def demonstrate(self, task: Task, rng: random.Random) -> Demonstration:
+        """Return the scripted expert's attempt, honest mistakes included."""
+        ...
+
+    def verify(self, task: Task, state: Mapping[str, Any], reply: str) -> Outcome:
+        """Decide success and violations from the final state and the reply."""
+        ...
+
+    def annotate(self, run: RunView, annotator: int, rng: random.Random) -> Mapping[str, int]:
+        """Return one simulated annotator's label per rubric criterion."""
+        ...
+
+    def prefer(self, first: RunView, second: RunView, annotator: int, rng: random.Random) -> int:
+        """Return 1 when this annotator prefers the first run, else 0."""
+        ...
+
+    def check_reply(self, reply: str, run: RunView) -> Mapping[str, bool]:
+        """Run the policy checks that must all hold before a reply is released. Uses no goal."""
+        ...
+
+    def build_live_database(self, tasks: Sequence[Task], path: str) -> None:
+        """Write the shared live database that holds the worlds of all these tasks."""
+        ...
