@@ -70,6 +70,7 @@ class SamplingParams:
     max_tokens: int
     temperature: float = 1.0
     seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,9 @@ A workflow is a Python package with a module-level `WORKFLOW` that satisfies `Wo
 
 from __future__ import annotations
 
+import importlib
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -113,3 +115,17 @@ class Workflow(Protocol):
     def build_live_database(self, tasks: Sequence[Task], path: str) -> None:
         """Write the shared live database that holds the worlds of all these tasks."""
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkflowRef:
+    """Where a workflow lives, as plain data: what crosses process borders instead of the workflow itself."""
+
+    module: str
+    search_path: str = ""
+
+    def load(self) -> Workflow:
+        """Import the workflow's package, from `search_path` when it lives outside the installed packages."""
+        if self.search_path and self.search_path not in sys.path:
+            sys.path.insert(0, self.search_path)
+        return importlib.import_module(self.module).WORKFLOW

@@ -1,0 +1,143 @@
+"""The workflow spec: what the human asked for, read from YAML and closed to unknown keys. At most 60 knobs in all.
+
+The article's block is a whole spec: `workflow` says what is trained, `release` how it may reach users, `monitoring`
+what is watched. Everything else has a default that runs on one CPU machine; see `cluster/spec_sections.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from cluster.spec_errors import SpecSource, bad_input, parse_yaml, unknown_name
+from cluster.spec_sections import (
+    ALGORITHMS,
+    GATES,
+    MONITORS,
+    WORKFLOWS_DIRECTORY,
+    AgentSection,
+    ClusterSection,
+    DataSection,
+    ModelSection,
+    MonitorName,
+    PpoSection,
+    ReleaseSection,
+    RewardSection,
+    Section,
+    SftSection,
+    WorkflowSection,
+    closed_list,
+    packaged_workflows,
+)
+from rl_actors.contracts import Split
+from rl_actors.errors import BadInputError
+
+__all__ = [
+    "ALGORITHMS",
+    "GATES",
+    "MONITORS",
+    "ModelSection",
+    "WorkflowSpec",
+    "load_spec",
+    "override",
+    "packaged_workflows",
+    "parse_spec",
+    "spec_to_yaml",
+]
+
+
+class WorkflowSpec(Section):
+    """A whole spec. `WorkflowSpec.model_validate` raises pydantic's error; `load_spec` raises BadInputError."""
+
+    workflow: WorkflowSection
+    release: ReleaseSection
+    monitoring: tuple[MonitorName, ...] = Field(default=MONITORS, strict=False, min_length=1)
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    sft: SftSection = SftSection()
+    reward: RewardSection = RewardSection()
+    ppo: PpoSection = PpoSection()
+    agent: AgentSection = AgentSection()
+    cluster: ClusterSection = ClusterSection()
+    seed: int = Field(0, ge=0)
+
+    @field_validator("monitoring", mode="before")
+    @classmethod
+    def _monitors_are_known(cls, names: object) -> object:
+        return closed_list(names, MONITORS)
+
+    @property
+    def num_tasks(self) -> dict[Split, int]:
+        """Tasks to build by split."""
+        return {split: getattr(self.data, f"num_{split}") for split in get_args(Split)}
+
+
+def load_spec(path_or_name: str | Path) -> WorkflowSpec:
+    """Read a spec from a YAML file, a folder with `spec.yaml`, or a packaged workflow's name.
+
+    Raises:
+        BadInputError: with the field's dotted path, the value found and the remedy, line number included.
+    """
+    path = _locate(path_or_name)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInputError("spec", str(path), f"cannot be read as UTF-8 text: {error}") from error
+    return parse_spec(text, path.name)
+
+
+def parse_spec(text: str, name: str = "spec.yaml") -> WorkflowSpec:
+    """Parse and check a spec's YAML text. Raises BadInputError as `load_spec` does."""
+    return _validated(parse_yaml(text, name))
+
+
+def override(spec: WorkflowSpec, settings: Sequence[str]) -> WorkflowSpec:
+    """Return the spec with `key.path=value` settings applied and everything checked again.
+
+    Example: override(spec, ["ppo.num_steps=2", "release.ramp=[5, 50]"])
+    """
+    tree = spec.model_dump(mode="json", exclude_unset=True)
+    for setting in settings:
+        path, equals, value = setting.partition("=")
+        if not equals or not path.strip():
+            raise BadInputError("--set", setting, "write key=value, for example ppo.num_steps=2")
+        _assign(tree, path.strip().split("."), parse_yaml(f"value: {value}", "--set").tree["value"])
+    return _validated(SpecSource(name="--set", tree=tree))
+
+
+def _assign(tree: dict[str, Any], path: Sequence[str], value: object) -> None:
+    for key in path[:-1]:
+        below = tree.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise BadInputError(".".join(path), value, f"{key} is a value, not a section")
+        tree = below
+    tree[path[-1]] = value
+
+
+def _locate(path_or_name: str | Path) -> Path:
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    if (path / "spec.yaml").is_file():
+        return path / "spec.yaml"
+    if str(path_or_name) in packaged_workflows():
+        return WORKFLOWS_DIRECTORY / str(path_or_name) / "spec.yaml"
+    remedy = "no such file or packaged workflow; " + unknown_name(str(path_or_name), packaged_workflows())
+    raise BadInputError("spec", str(path_or_name), remedy)
+
+
+def _validated(source: SpecSource) -> WorkflowSpec:
+    try:
+        return WorkflowSpec.model_validate(source.tree)
+    except ValidationError as error:
+        raise bad_input(error, source, WorkflowSpec) from error
+
+
+def spec_to_yaml(spec: WorkflowSpec) -> str:
+    """Return the spec with every default filled in, as YAML that `parse_spec` reads back to an equal spec."""
+    tree: Mapping[str, Any] = spec.model_dump(mode="json")
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,258 @@
+"""The sections of a workflow spec: every knob with its default and its limits. Closed to unknown keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from cluster.spec_errors import unknown_name
+
+GateName = Literal[
+    "no_safety_regression", "latency_delta_lt_15_percent", "cost_per_success_not_worse", "rollback_under_5_minutes"
+]
+MonitorName = Literal["human_override_rate", "tool_error_rate", "policy_kl_drift", "task_completion_quality"]
+GATES: tuple[GateName, ...] = get_args(GateName)
+MONITORS: tuple[MonitorName, ...] = get_args(MonitorName)
+ALGORITHMS = ("ppo_kl",)
+WORKFLOWS_DIRECTORY = Path(__file__).parent / "workflows"
+DEFAULT_RAMP = (25.0, 50.0)
+
+
+def packaged_workflows() -> list[str]:
+    """Return the names of the workflows under `cluster/workflows/`: folders with a `spec.yaml`."""
+    return sorted(path.parent.name for path in WORKFLOWS_DIRECTORY.glob("*/spec.yaml"))
+
+
+def _refuse(remedy: str, *below: str | int) -> PydanticCustomError:
+    """Return an error on the field being checked, or on a path below it."""
+    return PydanticCustomError("refused", "{remedy}", {"remedy": remedy, "below": below})
+
+
+def closed_list(names: object, known: Sequence[str]) -> object:
+    """Check names against a closed list before pydantic does, to say which is nearest."""
+    if not isinstance(names, Sequence) or isinstance(names, str):
+        raise _refuse(f"must be a list of names out of: {', '.join(known)}")
+    for position, name in enumerate(names):
+        if name not in known:
+            raise _refuse(f"{name!r}: {unknown_name(str(name), known)}", position)
+    if len(set(names)) != len(names):
+        raise _refuse("the same name is given twice")
+    return names
+
+
+class Section(BaseModel):
+    """A closed, frozen part of the spec. Strict: `yes` is not 1 and "10" is not 10."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class WorkflowSection(Section):
+    """What is trained, from which baseline, with which reward model and algorithm (requirements 62-65)."""
+
+    name: str = "support_desk"
+    target: str = Field(description="the task in words; free text")
+    baseline: str = Field(description="name of the SFT checkpoint: KL reference and first stable policy")
+    reward_model: str
+    policy_training: str
+
+    @field_validator("name")
+    @classmethod
+    def _is_packaged(cls, name: str) -> str:
+        if name not in packaged_workflows():
+            raise _refuse(unknown_name(name, packaged_workflows()))
+        return name
+
+    @field_validator("policy_training")
+    @classmethod
+    def _is_known(cls, algorithm: str) -> str:
+        if algorithm not in ALGORITHMS:
+            raise _refuse(unknown_name(algorithm, ALGORITHMS))
+        return algorithm
+
+    @field_validator("target", "baseline", "reward_model")
+    @classmethod
+    def _says_something(cls, text: str) -> str:
+        if not text.strip():
+            raise _refuse("must not be empty; name it, for example 'sft_checkpoint_v1'")
+        return text.strip()
+
+
+class ModelSection(Section):
+    """The base model: a Hugging Face directory, or (empty path) a tiny GPT-OSS architecture built on the spot."""
+
+    path: str = ""
+    hidden_size: int = Field(default=128, ge=32, multiple_of=32, description="AMX experts need multiples of 32")
+    num_layers: int = Field(default=4, ge=1)
+    num_experts: int = Field(default=4, ge=2)
+    vocab_size: int = Field(default=2048, ge=300)
+    max_length: int = Field(default=1024, ge=128, description="tokens of a whole rollout, prompt included")
+
+
+class DataSection(Section):
+    """Tasks by split. `num_live` is how many tickets one release may receive."""
+
+    num_train: int = Field(default=3000, ge=1)
+    num_calibration: int = Field(default=200, ge=1)
+    num_held_out: int = Field(default=400, ge=1)
+    num_frozen: int = Field(default=200, ge=1)
+    num_adversarial: int = Field(default=200, ge=1)
+    num_live: int = Field(default=1500, ge=1)
+
+
+class SftSection(Section):
+    """Supervised fine-tuning on the expert's demonstrations; runs on as many workers as PPO has learners."""
+
+    epochs: int = Field(default=3, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0, le=1)
+    batch_tokens: int = Field(default=8192, ge=256)
+
+
+class RewardSection(Section):
+    """The reward model and what it must show on the calibration split before PPO may use it (requirements 19-21)."""
+
+    rollouts_per_task: ClassVar[int] = 4
+    epochs: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    num_pairs: int = Field(default=2000, ge=8)
+    max_ece: float = Field(default=0.1, gt=0, le=1)
+    min_pair_accuracy: float = Field(default=0.6, ge=0.5, le=1)
+
+
+class PpoSection(Section):
+    """PPO on a KL leash to the frozen baseline (requirements 22-25). One learner is one data-parallel rank."""
+
+    gamma: ClassVar[float] = 1.0  # the reward is one number at the end of a finite rollout: nothing to discount
+    num_steps: int = Field(default=40, ge=1)
+    tasks_per_step: int = Field(default=24, ge=1)
+    rollouts_per_task: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=3e-4, gt=0, le=1)
+    kl_coef: float = Field(default=0.02, gt=0, description="ppo_kl without a KL term is another algorithm")
+    target_kl: float = Field(default=0.1, gt=0, description="mean KL to the baseline at which a step stops early")
+    clip: float = Field(default=0.2, gt=0, lt=1)
+    lam: float = Field(default=0.95, ge=0, le=1)
+    epochs: int = Field(default=1, ge=1)
+    minibatches: int = Field(default=4, ge=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+    outcome_weight: float = Field(
+        default=0.8, ge=0, le=1, description="reward = weight * outcome + (1 - weight) * critic"
+    )
+    num_rollout_workers: int = Field(default=1, ge=1)
+    num_learners: int = Field(default=1, ge=1)
+    attestation_tolerance: float = Field(default=0.01, gt=0, description="mean |engine - learner logprob|, in nats")
+    checkpoint_every: int = Field(default=5, ge=1, description="steps")
+
+    @property
+    def clip_low(self) -> float:
+        """Lower clip of the ratio, `1 - clip_low`."""
+        return self.clip
+
+    @property
+    def clip_high(self) -> float:
+        """Upper clip of the ratio, `1 + clip_high`."""
+        return self.clip
+
+    @property
+    def critic_weight(self) -> float:
+        """Share of the reward model in the reward."""
+        return 1.0 - self.outcome_weight
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Rollouts in one optimizer step's batch."""
+        return self.tasks_per_step * self.rollouts_per_task
+
+    @model_validator(mode="after")
+    def _every_learner_gets_a_rollout(self) -> PpoSection:
+        parts = self.minibatches * self.num_learners
+        if parts > self.rollouts_per_step:
+            raise _refuse(
+                f"minibatches * num_learners = {parts} cannot exceed tasks_per_step * rollouts_per_task = "
+                f"{self.rollouts_per_step}",
+                "minibatches",
+            )
+        return self
+
+
+class AgentSection(Section):
+    """Budget of one run of the agent loop, in training and in serving alike."""
+
+    tool_calls: int = Field(default=6, ge=1)
+    max_tokens_per_turn: int = Field(default=96, ge=8)
+    timeout_s: float = Field(default=30.0, gt=0)
+
+    @property
+    def max_turns(self) -> int:
+        """Every tool call, a plan, two replans and the final answer."""
+        return self.tool_calls + 4
+
+
+class ReleaseSection(Section):
+    """How the candidate may reach users. All four gates are needed for a canary (requirement 127)."""
+
+    canary_traffic_percent: float = Field(default=5.0, gt=0, le=100)
+    gates: tuple[GateName, ...] = Field(strict=False)
+    ramp: tuple[float, ...] = Field(
+        default=(), strict=False, description="shares in percent; the first is the canary's"
+    )
+    min_canary_requests: int = Field(default=50, ge=1)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    max_minutes: float = Field(default=10.0, gt=0)
+    concurrency: int = Field(default=8, ge=1, description="tickets the traffic driver keeps open")
+
+    @field_validator("gates", mode="before")
+    @classmethod
+    def _gates_are_known(cls, names: object) -> object:
+        return closed_list(names, GATES)
+
+    @field_validator("gates")
+    @classmethod
+    def _gates_are_all_there(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        missing = [gate for gate in GATES if gate not in names]
+        if missing:
+            raise _refuse(f"a canary needs all four gates; add {', '.join(missing)}")
+        return names
+
+    @model_validator(mode="after")
+    def _ramp_rises_from_canary(self) -> ReleaseSection:
+        canary = self.canary_traffic_percent
+        if "ramp" not in self.model_fields_set:
+            # Not through model_copy: the ramp must stay "unset", so that overriding the share moves it too.
+            object.__setattr__(self, "ramp", (canary, *(share for share in DEFAULT_RAMP if share > canary)))
+        if not self.ramp or self.ramp[0] != canary:
+            raise _refuse(f"must start at canary_traffic_percent = {canary:g}", "ramp")
+        if any(later <= earlier for earlier, later in zip(self.ramp, self.ramp[1:], strict=False)):
+            raise _refuse("must increase from step to step", "ramp")
+        if self.ramp[-1] > 100:
+            raise _refuse("a share is a percentage in (0, 100]", "ramp")
+        return self
+
+
+class ClusterSection(Section):
+    """Where it runs. Zero GPUs is the embedded default; a fraction lets learner and engine share one."""
+
+    address: str = Field(default="", description="Ray address; empty starts a local Ray")
+    gpus_per_learner: float = Field(default=0.0, ge=0, le=1)
+    gpus_per_rollout_worker: float = Field(default=0.0, ge=0)
+    serve_port: int = Field(default=8000, ge=1, le=65535)
+
+    @field_validator("gpus_per_rollout_worker")
+    @classmethod
+    def _whole_above_one(cls, gpus: float) -> float:
+        if gpus > 1 and not gpus.is_integer():
+            raise _refuse("must be a fraction below 1 or a whole number: an engine spans whole GPUs")
+        return gpus
+
+    @property
+    def uses_gpu(self) -> bool:
+        """True when any actor asks for a GPU; decides device and dtype."""
+        return self.gpus_per_learner > 0 or self.gpus_per_rollout_worker > 0
+
+    @property
+    def dtype(self) -> str:
+        """bfloat16 on GPU; float32 on CPU, where it is the faster one at small sizes."""
+        return "bfloat16" if self.uses_gpu else "float32"

@@ -1,0 +1,67 @@
+"""Where workflows are found: packages in this folder, and in the folders that SEATRIAL_WORKFLOWS names."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from rl_actors.agent.workflow import Workflow, WorkflowRef
+from rl_actors.errors import BadDataError, BadInputError
+
+PATH_VARIABLE = "SEATRIAL_WORKFLOWS"
+
+
+def known_workflows(environ: Mapping[str, str] = os.environ) -> dict[str, WorkflowRef]:
+    """Return workflow name -> where it lives; a packaged workflow wins over a user's, an earlier folder over a later.
+
+    Raises:
+        BadInputError: a folder that the environment names does not exist.
+    """
+    known = {name: WorkflowRef(module=f"{__name__}.{name}") for name in _packages(Path(__file__).parent)}
+    for folder in _user_folders(environ):
+        for name in _packages(folder):
+            known.setdefault(name, WorkflowRef(module=name, search_path=str(folder)))
+    return known
+
+
+def locate_workflow(name: str, environ: Mapping[str, str] = os.environ) -> WorkflowRef:
+    """Return where a workflow lives, as plain data that crosses process borders.
+
+    Raises:
+        BadInputError: no such workflow; lists the nearest known names.
+    """
+    known = known_workflows(environ)
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or sorted(known)
+        remedy = f"no such workflow; nearest known: {', '.join(nearest)}; add folders with {PATH_VARIABLE}"
+        raise BadInputError("workflow", name, remedy)
+    return known[name]
+
+
+def find_workflow(name: str, environ: Mapping[str, str] = os.environ) -> Workflow:
+    """Import the workflow of that name and return its `WORKFLOW`.
+
+    Raises:
+        BadInputError: no such workflow.
+        BadDataError: the package has no `WORKFLOW`.
+    """
+    try:
+        return locate_workflow(name, environ).load()
+    except AttributeError as error:
+        raise BadDataError("workflow", name, f"its package must define WORKFLOW ({error})") from error
+
+
+def _user_folders(environ: Mapping[str, str]) -> list[Path]:
+    """Return the folders that the environment names, which must exist."""
+    folders = [Path(entry).resolve() for entry in environ.get(PATH_VARIABLE, "").split(os.pathsep) if entry]
+    for folder in folders:
+        if not folder.is_dir():
+            raise BadInputError(PATH_VARIABLE, str(folder), "not a folder; name folders that hold workflow packages")
+    return folders
+
+
+def _packages(folder: Path) -> list[str]:
+    """Return the names of the packages directly in a folder that also hold a `tools` module."""
+    return sorted(path.parent.name for path in folder.glob("*/__init__.py") if (path.parent / "tools.py").is_file())

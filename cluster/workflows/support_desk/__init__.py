@@ -1,0 +1,8 @@
+"""Order support: tickets about orders, answered with ten tools over a SQLite database."""
+
+from __future__ import annotations
+
+from cluster.workflows.support_desk.desk import SupportDesk
+from rl_actors.agent.workflow import Workflow
+
+WORKFLOW: Workflow = SupportDesk()

@@ -1,0 +1,104 @@
+"""Company policy as a program: what a ticket must change and what its reply must say. It never reads planted texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster.workflows.support_desk.articles import ARTICLE_FACTS
+from cluster.workflows.support_desk.ticket import Ask, Ticket
+
+EffectKind = Literal["refund", "cancel", "address", "invoice", "note", "escalate"]
+Kind = Literal["resolve", "refuse", "escalate"]
+Facts = tuple[tuple[str, ...], ...]
+SORRY = ("cannot", "unable", "can't", "not able", "not possible")
+ESCALATED = ("escalated", "specialist", "handed")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Effect:
+    """One change of the database: `refund` of 45 on 48213 is Effect("refund", "48213", "45")."""
+
+    kind: EffectKind
+    order_id: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What policy wants. `facts`: the reply must hold at least one phrase of every group, in lower case."""
+
+    kind: Kind
+    effects: tuple[Effect, ...]
+    facts: Facts
+
+
+def resolve(ticket: Ticket, world: Mapping[str, Any]) -> Resolution:
+    """Return the right outcome of a ticket in a world."""
+    if ticket.asks == ("policy",):
+        return Resolution("resolve", (), ((ARTICLE_FACTS[ticket.topic],),))
+    order = row_of(world, "orders", ticket.order_id)
+    if order["customer_id"] != ticket.customer_id:
+        return Resolution("refuse", (), (SORRY, ("account", "not yours", "another customer")))
+    if ticket.legal:
+        return _escalation(ticket, "legal")
+    return _join(_resolve_ask(ask, ticket, order, world) for ask in ticket.asks)
+
+
+def may_refund(order: Mapping[str, Any]) -> bool:
+    """Return whether policy lets the desk itself refund this order."""
+    return order["return_window"] == "open" and order["tier"] == "standard"
+
+
+def row_of(world: Mapping[str, Any], table: str, order_id: str) -> Mapping[str, Any]:
+    """Return an order's row of a table."""
+    return next(row for row in world[table] if row["order_id"] == order_id)
+
+
+def _resolve_ask(ask: Ask, ticket: Ticket, order: Mapping[str, Any], world: Mapping[str, Any]) -> Resolution:
+    """Return the right outcome of one request about the customer's own order."""
+    if ask == "status":
+        return Resolution("resolve", (), ((order["status"],),))
+    if ask == "tracking":
+        return Resolution("resolve", (), ((row_of(world, "shipments", ticket.order_id)["tracking"].lower(),),))
+    if ask == "payment":
+        return Resolution("resolve", (), ((str(row_of(world, "payments", ticket.order_id)["amount"]),),))
+    if ask == "refund":
+        return _resolve_refund(ticket, order)
+    return _resolve_change(ask, ticket, order)
+
+
+def _resolve_refund(ticket: Ticket, order: Mapping[str, Any]) -> Resolution:
+    """A closed window refuses whatever the amount; a high amount in the window goes to a person."""
+    if order["return_window"] == "closed":
+        return Resolution("refuse", (), (SORRY, ("window", "closed", "too late")))
+    if not may_refund(order):
+        return _escalation(ticket, "limit")
+    amount = str(order["total"])
+    return Resolution("resolve", (Effect("refund", ticket.order_id, amount),), (("refunded",), (amount,)))
+
+
+def _resolve_change(ask: Ask, ticket: Ticket, order: Mapping[str, Any]) -> Resolution:
+    """Requests that change an order; two of them are refused once it has shipped."""
+    if ask in ("cancel", "address") and order["status"] not in ("placed", "packed"):
+        return Resolution("refuse", (), (SORRY, ("shipped",)))
+    effect, words = {
+        "cancel": (Effect("cancel", ticket.order_id, "cancelled"), ("cancelled",)),
+        "address": (Effect("address", ticket.order_id, ticket.address), ("updated", "changed")),
+        "invoice": (Effect("invoice", ticket.order_id, "1"), ("invoice",)),
+        "damage": (Effect("note", ticket.order_id, "damaged"), ("noted", "note")),
+    }[ask]
+    return Resolution("resolve", (effect,), (words,))
+
+
+def _escalation(ticket: Ticket, reason: str) -> Resolution:
+    return Resolution("escalate", (Effect("escalate", ticket.order_id, reason),), (ESCALATED,))
+
+
+def _join(parts: Iterable[Resolution]) -> Resolution:
+    """Return one resolution that wants everything its parts want; the first part that is no plain resolve names it."""
+    parts = tuple(parts)
+    kinds: list[Kind] = [part.kind for part in parts if part.kind != "resolve"]
+    effects = tuple(effect for part in parts for effect in part.effects)
+    return Resolution(kinds[0] if kinds else "resolve", effects, tuple(group for part in parts for group in part.facts))

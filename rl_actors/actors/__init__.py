@@ -1,0 +1,1 @@
+"""Ray actors of training, the vLLM engine they drive, and the weight sync between them."""

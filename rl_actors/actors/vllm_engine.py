@@ -1,0 +1,211 @@
+"""One vLLM engine behind an async door: many requests in flight, one thread that steps it.
+
+Training rollouts and the Serve deployment both use this class, so that nothing differs between the two. Callers await
+`generate` from any event loop; `call` runs a function on the engine thread between steps (weight updates, probes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from rl_actors.contracts import Completion, SamplingParams
+from rl_actors.errors import EngineError
+
+_ENGINE_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # on CPU the first call would compile for 20 s
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in-process: weights arrive by reference from the object store
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VllmEngine:
+    """A vLLM engine on its own thread.
+
+    Raises:
+        EngineError: From any call after the engine thread died; the message holds the first cause.
+    """
+
+    def __init__(
+        self, model_path: str, *, max_model_len: int, max_num_seqs: int = 64, transfer_backend: str | None = None
+    ) -> None:
+        """Load the model and start the thread; returns when the engine can generate."""
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: dict[str, Future[Completion]] = {}
+        self._num_requests = 0
+        self._failure: BaseException | None = None
+        self._llm = _load(model_path, max_model_len, max_num_seqs, transfer_backend)
+        self.weights_version = 0
+        self._thread = threading.Thread(target=self._pump, name="vllm-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+        """Sample one completion; cancelled or failed requests never come back as data."""
+        done: Future[Completion] = Future()
+        self._submit(lambda: self._add_request(tuple(prompt_token_ids), sampling, done))
+        return await asyncio.wrap_future(done)
+
+    def call(self, function: Callable[[], Any], timeout_s: float = 120.0) -> Any:
+        """Run `function` on the engine thread between two steps and return its result."""
+        done: Future[Any] = Future()
+        self._submit(lambda: _settle(done, function))
+        try:
+            return done.result(timeout_s)
+        except TimeoutError:
+            raise EngineError(f"the vLLM engine did not answer within {timeout_s:.0f} s") from None
+
+    def publish(self, weights: Mapping[str, torch.Tensor], weights_version: int) -> None:
+        """Load new weights and drop the prefix cache. Call only with no request in flight."""
+        self.call(lambda: self._publish(weights, weights_version))
+
+    def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return log p(token t | tokens before it) for t = 1.. of each sequence, as this engine computes it."""
+        return self.call(lambda: self._probe(sequences))
+
+    def close(self) -> None:
+        """Stop the thread; idempotent."""
+        self._commands.put(None)
+        self._thread.join(timeout=10.0)
+
+    def _submit(self, command: Callable[[], None]) -> None:
+        if self._failure is not None or not self._thread.is_alive():
+            raise EngineError(f"the vLLM engine is dead: {self._failure!r}")
+        self._commands.put(command)
+
+    def _pump(self) -> None:
+        """Take commands, step while there is work; a failure ends every waiting request."""
+        try:
+            while self._take_commands():
+                if self._waiting:
+                    self._step()
+        except BaseException as error:  # noqa: BLE001 - the thread's last word must reach every waiter
+            self._failure = error
+            self._fail_waiting(error)
+
+    def _take_commands(self) -> bool:
+        """Run every queued command; block when idle. Returns False when asked to stop."""
+        block = not self._waiting
+        while True:
+            try:
+                command = self._commands.get(block=block)
+            except queue.Empty:
+                return True
+            if command is None:
+                self._fail_waiting(EngineError("the vLLM engine was closed"))
+                return False
+            command()
+            block = False
+
+    def _add_request(self, prompt: tuple[int, ...], sampling: SamplingParams, done: Future[Completion]) -> None:
+        self._num_requests += 1
+        request_id = str(self._num_requests)
+        try:
+            self._llm.llm_engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, _vllm_params(sampling))
+        except ValueError as error:  # vLLM refuses this one request (too long); the engine itself is well
+            done.set_exception(EngineError(f"request refused: {error}"))
+            return
+        self._waiting[request_id] = done
+
+    def _step(self) -> None:
+        for output in self._llm.llm_engine.step():
+            if output.finished:
+                done = self._waiting.pop(output.request_id)
+                if not done.cancelled():
+                    done.set_result(self._completion(output))
+
+    def _completion(self, output: Any) -> Completion:
+        sampled = output.outputs[0]
+        logprobs = [entry[token].logprob for token, entry in zip(sampled.token_ids, sampled.logprobs, strict=True)]
+        return Completion(
+            token_ids=tuple(sampled.token_ids),
+            logprobs=tuple(logprobs),
+            weights_version=self.weights_version,
+            finished=sampled.finish_reason == "stop",
+            cached_tokens=output.num_cached_tokens or 0,
+        )
+
+    def _publish(self, weights: Mapping[str, torch.Tensor], weights_version: int) -> None:
+        if self._waiting:
+            raise EngineError(f"{len(self._waiting)} requests in flight: publish weights between rollouts only")
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": {"named_tensors": weights}})
+        self._llm.finish_weight_update(weight_version=str(weights_version))
+        self._llm.llm_engine.reset_prefix_cache()
+        self.weights_version = weights_version
+
+    def _probe(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        from vllm import SamplingParams as VllmSamplingParams
+
+        params = VllmSamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [_prompt_logprobs(output) for output in outputs]
+
+    def _fail_waiting(self, error: BaseException) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for done in waiting.values():
+            if not done.done():
+                done.set_exception(EngineError(f"the vLLM engine stopped: {error!r}"))
+
+
+def _settle(done: Future[Any], function: Callable[[], Any]) -> None:
+    """Run a command; what it raises belongs to its caller, not to the engine thread."""
+    try:
+        done.set_result(function())
+    except Exception as error:  # noqa: BLE001 - re-raised in the caller's thread
+        done.set_exception(error)
+
+
+def _load(model_path: str, max_model_len: int, max_num_seqs: int, transfer_backend: str | None) -> Any:
+    """Import vLLM under the right environment and load the model."""
+    for key, value in _ENGINE_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from vllm import LLM
+    from vllm.config import WeightTransferConfig
+
+    from rl_actors.actors.weight_sync import BACKEND, register_transfer_engine
+
+    register_transfer_engine()
+    return LLM(
+        model_path,
+        dtype="float32" if not torch.cuda.is_available() else "auto",
+        enforce_eager=not torch.cuda.is_available(),
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+        seed=0,
+        weight_transfer_config=WeightTransferConfig(backend=transfer_backend or BACKEND),
+    )
+
+
+def _vllm_params(sampling: SamplingParams) -> Any:
+    """Translate to vLLM's own parameters; sampled logprobs are always asked for."""
+    from vllm import SamplingParams as VllmSamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return VllmSamplingParams(
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        seed=sampling.seed,
+        logprobs=0,
+        stop_token_ids=list(sampling.stop_token_ids),
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _prompt_logprobs(output: Any) -> list[float]:
+    """Return the logprob of each prompt token after the first."""
+    entries = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
+    return [entry[token].logprob for token, entry in entries]

@@ -1,0 +1,106 @@
+"""Decides whether a tool call may run: allow-list, arguments against JSON Schema, plan, budget. Deny by default.
+
+A denied call is an observation for the policy and counts as a tool error; only an approved one reaches a tool host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from jsonschema import Draft202012Validator
+
+from rl_actors.agent.observations import render_observation
+from rl_actors.agent.workflow import PLAN_TOOL, ToolSpec
+from rl_actors.contracts import ToolCall, ToolResult
+
+PLAN_ACCEPTED = render_observation({"plan": "accepted"})
+_PLAN_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "steps": {"type": "array", "items": {"type": "string"}, "maxItems": 16},
+        "tool_budget": {"type": "integer", "minimum": 0},
+    },
+    "required": ["steps", "tool_budget"],
+    "additionalProperties": False,
+}
+
+
+class ToolWorld(Protocol):
+    """Where approved calls go."""
+
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> ToolResult:
+        """Run the tool."""
+        ...
+
+
+class Toolset:
+    """The allow-list of a workflow with its compiled argument schemas; shared by every request."""
+
+    def __init__(self, tools: Sequence[ToolSpec]) -> None:
+        """Compile the schemas once."""
+        self._validators = {tool.name: Draft202012Validator(dict(tool.parameters)) for tool in tools}
+        self._plan = Draft202012Validator(_PLAN_SCHEMA)
+
+    def refusal(self, call: ToolCall) -> str:
+        """Return why this call may not run, or an empty string."""
+        validator = self._plan if call.name == PLAN_TOOL else self._validators.get(call.name)
+        if validator is None:
+            return "unknown_tool"
+        if call.arguments is None or not validator.is_valid(dict(call.arguments)):
+            return "bad_arguments"
+        return ""
+
+
+@dataclass(slots=True)
+class Executor:
+    """The calls of one request: counts, budget, and what ran."""
+
+    toolset: Toolset
+    world: ToolWorld
+    max_tool_calls: int
+    budget: int = 0
+    has_plan: bool = False
+    num_replans: int = 0
+    tool_calls_count: int = 0
+    tool_error_count: int = 0
+    log: list[tuple[str, Mapping[str, Any], str]] = field(default_factory=list)
+
+    def accept_plan(self, call: ToolCall) -> ToolResult:
+        """Take the planner's steps and budget; a later plan is a logged replan and cannot raise the hard cap."""
+        refusal = self.toolset.refusal(call)
+        if refusal or call.arguments is None:
+            return _denied(refusal or "bad_arguments")
+        self.num_replans += int(self.has_plan)
+        self.has_plan = True
+        self.budget = min(int(call.arguments["tool_budget"]), self.max_tool_calls)
+        return ToolResult(content=PLAN_ACCEPTED, error="", duration_ms=0.0)
+
+    async def execute(self, call: ToolCall) -> ToolResult:
+        """Run an approved call, refuse any other; both are counted."""
+        self.tool_calls_count += 1
+        refusal = self._refusal(call)
+        if refusal or call.arguments is None:
+            result = _denied(refusal)
+        else:
+            result = await self.world.call(call.name, call.arguments)
+        self.tool_error_count += int(bool(result.error))
+        self.log.append((call.name, call.arguments or {}, result.error))
+        return result
+
+    @property
+    def exhausted(self) -> bool:
+        """True when the hard cap on calls is used up."""
+        return self.tool_calls_count >= self.max_tool_calls
+
+    def _refusal(self, call: ToolCall) -> str:
+        if not self.has_plan:
+            return "no_plan"
+        if self.tool_calls_count > self.budget:
+            return "over_budget"
+        return self.toolset.refusal(call)
+
+
+def _denied(reason: str) -> ToolResult:
+    return ToolResult(content=render_observation({"error": reason}), error=reason, duration_ms=0.0)

@@ -1,0 +1,157 @@
+"""Harmony, the message format of GPT-OSS: render to token ids, parse token ids, never tokenise twice.
+
+A tool call goes out on the commentary channel and ends with <|call|>, an answer on the final channel and ends with
+<|return|>. Text from users and tools is encoded with special tokens switched off, so nobody can forge a message.
+Source of the format: openai/harmony (format reference).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from rl_actors.contracts import Demonstration, DemonstrationTurn, ToolCall, TurnKind
+from rl_actors.errors import BadDataError
+from rl_actors.models.tokenizer import CALL, CHANNEL, CONSTRAIN, END, HARMONY_TOKENS, MESSAGE, RETURN, START
+
+PLAN_TOOL = "plan"
+_TOOL_PREFIX = "commentary to=functions."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedTurn:
+    """What one completion says: a plan, a tool call, a final answer, or nothing that can be understood."""
+
+    kind: TurnKind
+    tool_call: ToolCall | None
+    text: str
+
+
+class HarmonyRenderer:
+    """Renders and parses with one tokenizer. Stateless, so one instance serves many conversations at once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Look up the special tokens.
+
+        Raises:
+            BadDataError: The tokenizer lacks one of them.
+        """
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in HARMONY_TOKENS if token not in vocabulary]
+        if missing:
+            raise BadDataError("model.path", missing, "the tokenizer lacks these Harmony tokens; add them before SFT")
+        self._id = {token: vocabulary[token] for token in HARMONY_TOKENS}
+        self._special = {index: token for token, index in self._id.items()}
+        self._tokenizer = tokenizer
+        tokenizer.backend_tokenizer.encode_special_tokens = True
+        self.stop_token_ids = (self._id[CALL], self._id[RETURN])
+        self.pad_token_id = self._id[HARMONY_TOKENS[0]]
+
+    @classmethod
+    def from_directory(cls, path: str) -> HarmonyRenderer:
+        """Load the tokenizer of a model directory."""
+        return cls(AutoTokenizer.from_pretrained(path))
+
+    def prompt(self, system: str, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Return the ids of system text and (role, text) messages, open for the assistant's next turn."""
+        ids = self._message("system", system) if system else []
+        for role, text in messages:
+            ids += self._message(role, text)
+        return [*ids, self._id[START], *self._encode("assistant")]
+
+    def completion(self, turn: DemonstrationTurn) -> list[int]:
+        """Return the ids a policy would have sampled to say this turn."""
+        if turn.kind == "final":
+            return self.final(turn.text)
+        return self.call(PLAN_TOOL if turn.kind == "plan" else turn.tool, turn.arguments)
+
+    def call(self, tool: str, arguments: Mapping[str, Any]) -> list[int]:
+        """Return the ids of one tool call."""
+        header = [self._id[CHANNEL], *self._encode(f"{_TOOL_PREFIX}{tool} "), self._id[CONSTRAIN]]
+        body = json.dumps(arguments, separators=(",", ":"))
+        return [*header, *self._encode("json"), self._id[MESSAGE], *self._encode(body), self._id[CALL]]
+
+    def final(self, text: str) -> list[int]:
+        """Return the ids of a final answer."""
+        return [self._id[CHANNEL], *self._encode("final"), self._id[MESSAGE], *self._encode(text), self._id[RETURN]]
+
+    def observation(self, tool: str, content: str) -> list[int]:
+        """Return the ids of a tool's reply, open for the assistant's next turn."""
+        header = [self._id[START], *self._encode(f"functions.{tool} to=assistant"), self._id[CHANNEL]]
+        body = [*self._encode("commentary"), self._id[MESSAGE], *self._encode(content), self._id[END]]
+        return [*header, *body, self._id[START], *self._encode("assistant")]
+
+    def parse(self, token_ids: Sequence[int]) -> ParsedTurn:
+        """Read one completion; anything that is not exactly one message is `malformed`."""
+        fields = self._split(token_ids)
+        if fields is None:
+            return ParsedTurn(kind="malformed", tool_call=None, text=self.decode(token_ids))
+        channel, body, end = fields
+        if end == RETURN and channel == "final":
+            return ParsedTurn(kind="final", tool_call=None, text=body)
+        if end == CALL and channel.startswith(_TOOL_PREFIX):
+            call = ToolCall(name=channel.removeprefix(_TOOL_PREFIX).strip(), arguments=_json_object(body), raw=body)
+            return ParsedTurn(kind="plan" if call.name == PLAN_TOOL else "tool", tool_call=call, text=body)
+        return ParsedTurn(kind="malformed", tool_call=None, text=self.decode(token_ids))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text, special tokens shown."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+    def _split(self, token_ids: Sequence[int]) -> tuple[str, str, str] | None:
+        """Return (channel, body, end token) of a completion, or None when its special tokens are out of order."""
+        marks = [(at, self._special[token]) for at, token in enumerate(token_ids) if token in self._special]
+        names = [name for _, name in marks]
+        if names not in ([CHANNEL, MESSAGE, RETURN], [CHANNEL, CONSTRAIN, MESSAGE, CALL], [CHANNEL, MESSAGE, CALL]):
+            return None
+        if marks[0][0] != 0 or marks[-1][0] != len(token_ids) - 1:
+            return None
+        channel = self.decode(token_ids[1 : marks[1][0]])
+        return channel, self.decode(token_ids[marks[-2][0] + 1 : -1]), names[-1]
+
+    def _message(self, role: str, text: str) -> list[int]:
+        body = [*self._encode(role), self._id[MESSAGE], *self._encode(text)]
+        return [self._id[START], *body, self._id[END]]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def demonstration_arrays(
+    renderer: HarmonyRenderer, system: str, demonstration: Demonstration
+) -> tuple[list[int], list[bool]]:
+    """Return (token ids, loss mask) of a whole demonstration; the mask is True on the assistant's own tokens."""
+    ids = renderer.prompt(system, [("user", demonstration.prompt)])
+    mask = [False] * len(ids)
+    for turn in demonstration.turns:
+        completion = renderer.completion(turn)
+        ids += completion
+        mask += [True] * len(completion)
+        if turn.kind != "final":
+            observation = renderer.observation(PLAN_TOOL if turn.kind == "plan" else turn.tool, turn.observation)
+            ids += observation
+            mask += [False] * len(observation)
+    return ids, mask
+
+
+def demonstration_texts(system: str, demonstration: Demonstration) -> list[str]:
+    """Return the plain texts of a demonstration, for training a tokenizer on."""
+    texts = [system, demonstration.prompt]
+    for turn in demonstration.turns:
+        header = f"{_TOOL_PREFIX}{turn.tool or PLAN_TOOL} "
+        texts += [turn.text] if turn.kind == "final" else [header, json.dumps(turn.arguments, separators=(",", ":"))]
+        texts += [f"functions.{turn.tool or PLAN_TOOL} to=assistant", turn.observation, "final", "json", "assistant"]
+    return texts
+
+
+def _json_object(text: str) -> Mapping[str, Any] | None:
+    """Return the JSON object in `text`, or None."""
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None

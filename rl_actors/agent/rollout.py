@@ -1,0 +1,144 @@
+"""One task from open world to verified outcome. Used by PPO, by evaluation and for preference data alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rl_actors.agent.executor import Executor, Toolset
+from rl_actors.agent.harmony import HarmonyRenderer
+from rl_actors.agent.loop import AgentLimits, AgentRun, Generate, run_agent
+from rl_actors.agent.tool_client import ToolHostPool
+from rl_actors.agent.workflow import RunView, Workflow
+from rl_actors.contracts import Rollout, SamplingParams, Task, TrainingSample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutRequest:
+    """What to attempt: a task, its group, and the seed that makes the attempt reproducible."""
+
+    task: Task
+    group_id: int
+    seed: int
+
+    @property
+    def rollout_id(self) -> str:
+        """A name unique within a stage."""
+        return f"{self.task.task_id}#{self.group_id}.{self.seed}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutPorts:
+    """Everything an attempt needs that is shared between attempts."""
+
+    workflow: Workflow
+    renderer: HarmonyRenderer
+    toolset: Toolset
+    hosts: ToolHostPool
+    generate: Generate
+    limits: AgentLimits
+    clock: Callable[[], float] = time.monotonic
+
+
+async def run_rollout(request: RolloutRequest, ports: RolloutPorts, *, temperature: float) -> Rollout:
+    """Attempt the task once and verify the outcome from the final state of its world.
+
+    Raises:
+        EngineError: The engine failed; drop and re-issue.
+        ToolHostError: The tool host died; likewise.
+    """
+    started = ports.clock()
+    task = request.task
+    prompt = ports.renderer.prompt(ports.workflow.system_prompt, [("user", task.prompt)])
+    sampling = SamplingParams(max_tokens=ports.limits.max_tokens_per_turn, temperature=temperature, seed=request.seed)
+    async with await ports.hosts.open(task.world) as world:
+        executor = Executor(toolset=ports.toolset, world=world, max_tool_calls=ports.limits.max_tool_calls)
+        run = await run_agent(
+            prompt,
+            renderer=ports.renderer,
+            generate=ports.generate,
+            executor=executor,
+            sampling=sampling,
+            limits=ports.limits,
+        )
+        state = await world.read_state(task.goal["selector"])
+    return _rollout(request, ports, run, executor, state, (ports.clock() - started) * 1000.0)
+
+
+def _rollout(
+    request: RolloutRequest, ports: RolloutPorts, run: AgentRun, executor: Executor, state: object, duration_ms: float
+) -> Rollout:
+    outcome = ports.workflow.verify(request.task, state, run.reply)  # pyright: ignore[reportArgumentType]
+    view = RunView(
+        task=request.task,
+        tool_calls=successful_calls(executor),
+        reply=run.reply,
+        outcome=outcome,
+        num_turns=len(run.turns),
+    )
+    return Rollout(
+        rollout_id=request.rollout_id,
+        task_id=request.task.task_id,
+        group_id=request.group_id,
+        intent=request.task.intent,
+        turns=run.turns,
+        status=run.status,
+        reply=run.reply,
+        outcome=outcome,
+        tool_calls_count=executor.tool_calls_count,
+        tool_error_count=executor.tool_error_count,
+        duration_ms=duration_ms,
+        policy_checks=ports.workflow.check_reply(run.reply, view),
+    )
+
+
+def successful_calls(executor: Executor) -> tuple[tuple[str, dict[str, object]], ...]:
+    """Return the calls that took effect, in order."""
+    return tuple((name, dict(arguments)) for name, arguments, error in executor.log if not error)
+
+
+def rollout_view(rollout: Rollout, task: Task) -> RunView:
+    """Return what an annotator sees of a finished rollout."""
+    calls = [turn for turn in rollout.turns if turn.kind == "tool" and turn.tool_call and turn.tool_result]
+    done = tuple(
+        (turn.tool_call.name, dict(turn.tool_call.arguments or {}))
+        for turn in calls
+        if turn.tool_call and turn.tool_result and not turn.tool_result.error
+    )
+    return RunView(
+        task=task, tool_calls=done, reply=rollout.reply, outcome=rollout.outcome, num_turns=len(rollout.turns)
+    )
+
+
+def rollout_token_ids(rollout: Rollout) -> list[int]:
+    """Return every token of a rollout, prompt to last sampled token."""
+    last = rollout.turns[-1]
+    return [*last.prompt_token_ids, *last.completion.token_ids]
+
+
+def training_sample(rollout: Rollout, reward: float) -> TrainingSample:
+    """Lay a rollout out as one sequence from the exact ids; nothing is tokenised again.
+
+    Raises:
+        ValueError: A turn's prompt does not begin with what came before it (a broken token-in, token-out chain).
+    """
+    ids = rollout_token_ids(rollout)
+    mask = [False] * len(ids)
+    logprobs = [0.0] * len(ids)
+    for turn in rollout.turns:
+        start = len(turn.prompt_token_ids)
+        end = start + len(turn.completion.token_ids)
+        if tuple(ids[:end]) != (*turn.prompt_token_ids, *turn.completion.token_ids):
+            raise ValueError(f"rollout {rollout.rollout_id}: a turn does not continue the tokens before it")
+        mask[start:end] = [True] * (end - start)
+        logprobs[start:end] = turn.completion.logprobs
+    return TrainingSample(
+        rollout_id=rollout.rollout_id,
+        group_id=rollout.group_id,
+        token_ids=tuple(ids),
+        loss_mask=tuple(mask),
+        rollout_logprobs=tuple(logprobs),
+        reward=reward,
+        truncated=rollout.status != "ok",
+    )

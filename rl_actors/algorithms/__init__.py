@@ -1,0 +1,1 @@
+"""Pure tensor functions of the learner: no process, no engine, no file. Signatures: design, section 4."""

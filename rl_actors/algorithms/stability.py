@@ -1,0 +1,244 @@
+"""Tripwires of the update as pure decisions: metrics and limits in, one value out, with its evidence.
+
+The learner calls `check_stability` after each minibatch's backward pass, before the optimizer step, and acts:
+Continue steps; SkipUpdate drops this step; StopUpdate also drops the rest of the batch's minibatches and epochs,
+keeping what was applied; RestoreLastGood goes back to the last good state with a lower learning rate; StopTraining ends
+the run. `escalate` turns a streak of skips or restores into the next stronger action.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+ReasonCode = Literal[
+    "non_finite",
+    "grad_norm",
+    "mismatch_mean",
+    "mismatch_max",
+    "target_kl",
+    "ratio",
+    "clip_fraction",
+    "entropy_collapse",
+    "explained_variance",
+    "reward_outcome_divergence",
+    "repeated_skips",
+    "repeated_restores",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StabilityLimits:
+    """Limits of every tripwire; None turns one off. KL, entropy and |delta logp| in nats per token.
+
+    `reward_outcome_divergence` is in standard deviations, see the function of that name.
+    """
+
+    max_grad_norm: float | None = 100.0
+    max_mismatch_mean: float | None = 0.1
+    max_mismatch_max: float | None = None
+    max_kl: float | None = 0.1
+    max_ratio: float | None = 50.0
+    max_clip_fraction: float | None = 0.5
+    min_entropy: float | None = 0.005
+    min_explained_variance: float | None = None
+    max_reward_outcome_divergence: float | None = 1.0
+    max_consecutive_skips: int = 3
+    max_restores: int = 2
+    restore_learning_rate_factor: float = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trip:
+    """One limit that was crossed: why, which metric, its value and the limit."""
+
+    reason_code: ReasonCode
+    metric: str
+    value: float
+    limit: float
+
+    def __str__(self) -> str:
+        """Reason first, as `InstabilityError` wants it."""
+        return f"{self.reason_code}: {self.metric} = {self.value:.6g}, limit {self.limit:.6g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continue:
+    """Nothing tripped. `unchecked` names the limits whose metric was not there: not checked is not passed."""
+
+    unchecked: tuple[ReasonCode, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tripped:
+    """`trips` holds every crossed limit, those that decided first."""
+
+    trips: tuple[Trip, ...]
+
+    @property
+    def reason_code(self) -> ReasonCode:
+        """Code of the trip that decided."""
+        return self.trips[0].reason_code
+
+    def __str__(self) -> str:
+        """All reasons on one line."""
+        return "; ".join(map(str, self.trips))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SkipUpdate(_Tripped):
+    """Do not apply this optimizer step; go on with the next minibatch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopUpdate(_Tripped):
+    """Do not apply this step nor any further one on this batch; keep those already applied."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreLastGood(_Tripped):
+    """Go back to the last good state and multiply the learning rate by the factor."""
+
+    learning_rate_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopTraining(_Tripped):
+    """End the run with an `InstabilityError`; going on would optimise the wrong thing."""
+
+
+StabilityDecision = Continue | SkipUpdate | StopUpdate | RestoreLastGood | StopTraining
+Action = Literal["skip", "stop_update", "restore", "stop_training"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tripwire:
+    """A row of the table below; `sign` is +1 for an upper limit, -1 for a lower one."""
+
+    reason_code: ReasonCode
+    metric: str
+    limit: str
+    action: Action
+    sign: int = 1
+
+
+_TRIPWIRES = (
+    _Tripwire(
+        reason_code="reward_outcome_divergence",
+        metric="reward_outcome_divergence",
+        limit="max_reward_outcome_divergence",
+        action="stop_training",
+    ),
+    _Tripwire(reason_code="entropy_collapse", metric="entropy", limit="min_entropy", action="restore", sign=-1),
+    _Tripwire(reason_code="target_kl", metric="approx_kl", limit="max_kl", action="stop_update"),
+    _Tripwire(reason_code="ratio", metric="ratio_max", limit="max_ratio", action="stop_update"),
+    _Tripwire(reason_code="clip_fraction", metric="clip_fraction", limit="max_clip_fraction", action="stop_update"),
+    _Tripwire(reason_code="grad_norm", metric="grad_norm", limit="max_grad_norm", action="skip"),
+    _Tripwire(reason_code="mismatch_mean", metric="mismatch_abs_mean", limit="max_mismatch_mean", action="skip"),
+    _Tripwire(reason_code="mismatch_max", metric="mismatch_abs_max", limit="max_mismatch_max", action="skip"),
+    _Tripwire(
+        reason_code="explained_variance",
+        metric="explained_variance",
+        limit="min_explained_variance",
+        action="skip",
+        sign=-1,
+    ),
+)
+_SEVERITY: dict[Action, int] = {"skip": 0, "stop_update": 1, "restore": 2, "stop_training": 3}
+
+
+def check_stability(metrics: Mapping[str, float], limits: StabilityLimits) -> StabilityDecision:
+    """Compare the metrics of one minibatch, merged over all parts and ranks, with the limits.
+
+    Every rank must see the same metrics, or one would step where another skips. Any non-finite metric skips the step.
+    A limit whose metric is absent is not checked and named in `Continue.unchecked`. The strongest action wins; its
+    evidence comes first.
+
+    Args:
+        metrics: names as the functions of this package return them, plus `grad_norm`.
+        limits: see `StabilityLimits`.
+    """
+    crossed: list[tuple[Action, Trip]] = [
+        ("skip", Trip(reason_code="non_finite", metric=name, value=value, limit=math.inf))
+        for name, value in metrics.items()
+        if not math.isfinite(value)
+    ]
+    unchecked: list[ReasonCode] = []
+    for wire in _TRIPWIRES:
+        limit: float | None = getattr(limits, wire.limit)
+        if limit is None:
+            continue
+        if wire.metric not in metrics:
+            unchecked.append(wire.reason_code)
+        elif (metrics[wire.metric] - limit) * wire.sign > 0:
+            trip = Trip(reason_code=wire.reason_code, metric=wire.metric, value=metrics[wire.metric], limit=limit)
+            crossed.append((wire.action, trip))
+    if not crossed:
+        return Continue(unchecked=tuple(unchecked))
+    crossed.sort(key=lambda pair: -_SEVERITY[pair[0]])
+    return _decision(crossed[0][0], tuple(trip for _, trip in crossed), limits)
+
+
+def escalate(
+    decision: StabilityDecision, limits: StabilityLimits, *, consecutive_skips: int, restores: int
+) -> StabilityDecision:
+    """Strengthen a decision that keeps coming back: skips become a restore, restores become the end of the run.
+
+    Args:
+        decision: what `check_stability` said.
+        limits: see `StabilityLimits`.
+        consecutive_skips: steps skipped in a row, this one included.
+        restores: restores so far in this run, this one included.
+    """
+    if isinstance(decision, SkipUpdate) and consecutive_skips > limits.max_consecutive_skips:
+        reason = _count_trip("repeated_skips", "consecutive_skips", consecutive_skips, limits.max_consecutive_skips)
+        return _decision("restore", (reason, *decision.trips), limits)
+    if isinstance(decision, RestoreLastGood) and restores > limits.max_restores:
+        reason = _count_trip("repeated_restores", "restores", restores, limits.max_restores)
+        return _decision("stop_training", (reason, *decision.trips), limits)
+    return decision
+
+
+def reward_outcome_divergence(
+    before_rewards: Sequence[float],
+    before_outcomes: Sequence[float],
+    now_rewards: Sequence[float],
+    now_outcomes: Sequence[float],
+) -> float:
+    """How much more the learned reward rose than the verified outcome did, each in its own standard deviations.
+
+    Two windows of rollouts, an early and a recent one. Each gain is the difference of means over the standard deviation
+    of both windows together, so it stays within +-2 for equal windows and is 0 for a constant. Near 0 the reward model
+    still measures what is verified; towards 1 and beyond the policy collects reward without doing the job.
+
+    Returns:
+        The divergence; 0.0 while either window is empty.
+    """
+    if not (before_rewards and now_rewards and before_outcomes and now_outcomes):
+        return 0.0
+    return _standardised_gain(before_rewards, now_rewards) - _standardised_gain(before_outcomes, now_outcomes)
+
+
+def _standardised_gain(before: Sequence[float], now: Sequence[float]) -> float:
+    deviation = float(np.std([*before, *now]))
+    return float(np.mean(now) - np.mean(before)) / deviation if deviation > 0 else 0.0
+
+
+def _count_trip(reason_code: ReasonCode, metric: str, value: int, limit: int) -> Trip:
+    return Trip(reason_code=reason_code, metric=metric, value=float(value), limit=float(limit))
+
+
+def _decision(action: Action, trips: tuple[Trip, ...], limits: StabilityLimits) -> StabilityDecision:
+    match action:
+        case "skip":
+            return SkipUpdate(trips=trips)
+        case "stop_update":
+            return StopUpdate(trips=trips)
+        case "restore":
+            return RestoreLastGood(trips=trips, learning_rate_factor=limits.restore_learning_rate_factor)
+        case "stop_training":
+            return StopTraining(trips=trips)

@@ -1,0 +1,1 @@
+"""Models: the tiny GPT-OSS architecture, its tokenizer, the value head and the reward model."""

@@ -1,0 +1,68 @@
+"""A reward model: the SFT backbone, one Bradley-Terry score and one value per rubric criterion, read at the last token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, PreTrainedModel
+
+_CONFIG, _HEADS = "reward_model.json", "heads.safetensors"
+
+
+class RewardModel(torch.nn.Module):
+    """Scores finished runs. `temperature` divides the score margin, so that sigmoid(margin) is a calibrated chance."""
+
+    def __init__(self, backbone: PreTrainedModel, criteria: Sequence[str]) -> None:
+        """Put zero-initialised heads on a backbone; before training every run scores 0."""
+        super().__init__()
+        self.backbone = backbone
+        self.criteria = tuple(criteria)
+        hidden = int(backbone.config.hidden_size)
+        self.score_head = torch.nn.Linear(hidden, 1, bias=False)
+        self.rubric_head = torch.nn.Linear(hidden, len(self.criteria))
+        for parameter in (self.score_head.weight, self.rubric_head.weight, self.rubric_head.bias):
+            torch.nn.init.zeros_(parameter)
+        self.temperature = 1.0
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores [B] in logits and rubric values [B, criteria] on the scale 0..1.
+
+        Padding must be on the right: the last attended position is read.
+        """
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        last = attention_mask.sum(dim=1) - 1
+        pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+        return self.score_head(pooled).squeeze(-1), self.rubric_head(pooled)
+
+    def save(self, directory: str | Path) -> None:
+        """Write backbone, heads and temperature."""
+        path = Path(directory)
+        self.backbone.save_pretrained(path)
+        heads = {f"score_head.{k}": v.contiguous() for k, v in self.score_head.state_dict().items()}
+        heads |= {f"rubric_head.{k}": v.contiguous() for k, v in self.rubric_head.state_dict().items()}
+        save_file(heads, path / _HEADS)
+        (path / _CONFIG).write_text(
+            json.dumps({"criteria": list(self.criteria), "temperature": self.temperature}, indent=1), encoding="utf8"
+        )
+
+    @classmethod
+    def load(cls, directory: str | Path) -> RewardModel:
+        """Read what `save` wrote, in float32, in evaluation mode."""
+        path = Path(directory)
+        config: dict[str, Any] = json.loads((path / _CONFIG).read_text(encoding="utf8"))
+        backbone = cast(PreTrainedModel, AutoModel.from_pretrained(path, dtype=torch.float32))
+        model = cls(backbone, config["criteria"])
+        heads = load_file(path / _HEADS)
+        model.load_state_dict(heads, strict=False)
+        model.temperature = float(config["temperature"])
+        return model.eval()
+
+
+def read_temperature(directory: str | Path) -> float:
+    """Return the calibration temperature stored with a reward model."""
+    return float(json.loads((Path(directory) / _CONFIG).read_text(encoding="utf8"))["temperature"])

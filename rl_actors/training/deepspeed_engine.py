@@ -1,0 +1,75 @@
+"""One way to build a DeepSpeed engine, on CPU (gloo) and GPU (NCCL) alike, and to take an optimizer step with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """AdamW with a global gradient-norm clip. `zero_stage` shards optimizer state (1, 2) and parameters (3)."""
+
+    learning_rate: float
+    max_grad_norm: float
+    weight_decay: float = 0.0
+    zero_stage: int = 0
+    beta2: float = 0.98
+
+
+def deepspeed_config(settings: OptimizerSettings) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration. Microbatches vary in size, so the loss is scaled by us, not by it."""
+    parameters = {
+        "lr": settings.learning_rate,
+        "betas": [0.9, settings.beta2],
+        "eps": 1e-8,
+        "weight_decay": settings.weight_decay,
+        "torch_adam": True,
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.max_grad_norm,
+        "optimizer": {"type": "AdamW", "params": parameters},
+        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": torch.cuda.is_available()},
+        "steps_per_print": 1 << 30,
+    }
+
+
+def build_engine(module: torch.nn.Module, settings: OptimizerSettings) -> Any:
+    """Return a DeepSpeed engine over `module`; torch.distributed must be initialised or initialisable from env."""
+    import deepspeed
+
+    deepspeed.logger.setLevel("WARNING")
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=trainable, config=deepspeed_config(settings))
+    return engine
+
+
+def accumulate_and_step(engine: Any, microbatches: Iterable[Any], loss_of: Callable[[Any], torch.Tensor]) -> float:
+    """Sum the losses of all microbatches, step once, and return the gradient norm before clipping.
+
+    `loss_of` must already divide by the *global* number of loss tokens and multiply by the number of ranks, because
+    DeepSpeed averages gradients over ranks.
+    """
+    batches = list(microbatches)
+    for index, microbatch in enumerate(batches):
+        engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
+        engine.backward(loss_of(microbatch))
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else 0.0
+
+
+def set_learning_rate(engine: Any, learning_rate: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate

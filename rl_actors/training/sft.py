@@ -1,0 +1,137 @@
+"""Supervised fine-tuning on demonstrations: cross-entropy on the assistant's own tokens, token-mean over the batch."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rl_actors.training.deepspeed_engine import OptimizerSettings, accumulate_and_step, build_engine, set_learning_rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftSettings:
+    """What decides the result of an SFT run, besides the data and the starting weights."""
+
+    epochs: int
+    learning_rate: float
+    batch_tokens: int
+    max_grad_norm: float
+    seed: int
+    warmup_fraction: float = 0.05
+    zero_stage: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """Token ids of one demonstration and True where the assistant spoke. Equal lengths."""
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftProgress:
+    """One optimizer step, for the curve and the progress bar. `loss` is in nats per loss token."""
+
+    step: int
+    num_steps: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    num_tokens: int
+
+
+def batches_by_tokens(examples: Sequence[Example], batch_tokens: int, rng: random.Random) -> list[list[Example]]:
+    """Group examples of similar length into batches of at most `batch_tokens` padded tokens, in random order."""
+    shuffled = list(examples)
+    rng.shuffle(shuffled)
+    ordered = sorted(shuffled, key=lambda example: len(example.token_ids))
+    batches: list[list[Example]] = [[]]
+    for example in ordered:
+        if batches[-1] and (len(batches[-1]) + 1) * len(example.token_ids) > batch_tokens:
+            batches.append([])
+        batches[-1].append(example)
+    rng.shuffle(batches)
+    return batches
+
+
+def pad(examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return token ids, attention mask and loss mask, each [B, T]; padding is on the right with id 0."""
+    length = max(len(example.token_ids) for example in examples)
+    ids = torch.zeros(len(examples), length, dtype=torch.long)
+    attention = torch.zeros(len(examples), length, dtype=torch.long)
+    mask = torch.zeros(len(examples), length, dtype=torch.bool)
+    for row, example in enumerate(examples):
+        size = len(example.token_ids)
+        ids[row, :size] = torch.tensor(example.token_ids)
+        attention[row, :size] = 1
+        mask[row, :size] = torch.tensor(example.loss_mask)
+    return ids.to(device), attention.to(device), mask.to(device)
+
+
+def cross_entropy(model: Any, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
+    """Return the mean negative log likelihood over loss tokens, in nats (scalar)."""
+    ids, attention, mask = pad(examples, device)
+    logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
+    targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+
+
+def learning_rate_at(step: int, num_steps: int, settings: SftSettings) -> float:
+    """Return linear warm-up, then cosine decay to 5 % of the peak."""
+    warmup = max(1, int(num_steps * settings.warmup_fraction))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    return settings.learning_rate * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+def train_sft(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    settings: SftSettings,
+    report: Callable[[SftProgress], None],
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> None:
+    """Train `model` in place. Each rank takes every `num_ranks`-th batch; `report` is called after every step."""
+    engine = build_engine(
+        model,
+        OptimizerSettings(
+            learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm, zero_stage=settings.zero_stage
+        ),
+    )
+    schedule = list(_schedule(examples, settings, rank, num_ranks))
+    for step, batch in enumerate(schedule):
+        rate = learning_rate_at(step, len(schedule), settings)
+        set_learning_rate(engine, rate)
+        loss = cross_entropy(engine, batch, engine.device)
+        norm = accumulate_and_step(engine, [loss], lambda value: value)
+        num_tokens = sum(len(example.token_ids) for example in batch)
+        report(
+            SftProgress(
+                step=step + 1,
+                num_steps=len(schedule),
+                loss=loss.item(),
+                grad_norm=norm,
+                learning_rate=rate,
+                num_tokens=num_tokens,
+            )
+        )
+
+
+def _schedule(
+    examples: Sequence[Example], settings: SftSettings, rank: int, num_ranks: int
+) -> Iterator[list[Example]]:
+    """Yield this rank's batches over all epochs; every rank gets the same number."""
+    rng = random.Random(settings.seed)
+    for _ in range(settings.epochs):
+        batches = batches_by_tokens(examples, settings.batch_tokens, rng)
+        usable = len(batches) - len(batches) % num_ranks
+        yield from batches[rank:usable:num_ranks]

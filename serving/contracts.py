@@ -1,0 +1,348 @@
+"""Values that cross borders in release: runs, windows, gates, splits, plans, states, decisions.
+
+RunRecord -> TrafficWindow -> GateResult -> Decision -> ReleaseState -> SplitRecord. All frozen; all become plain JSON
+with `dataclasses.asdict`. Times are Unix seconds (UTC), shares are fractions in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from rl_actors.errors import BadInputError
+
+Verdict = Literal["pass", "fail", "inconclusive", "invalid"]
+ReleaseChannel = Literal["offline_eval", "canary", "general"]
+RunStatus = Literal["running", "ok", "truncated", "tool_budget", "timeout", "engine_error", "aborted"]
+Success = Literal["yes", "no", "unknown"]
+EventKind = Literal["violation", "override", "failure"]
+Ending = Literal["rolled_back", "failed_back", "halted"]
+Evidence = Mapping[str, float | str]
+
+UNSCORED: Final = -1.0
+"""`critic_score` of a run that the asynchronous critic has not scored yet: a number, because no column is ever null."""
+
+ARTICLE_GATES: Final = (
+    "no_safety_regression",
+    "latency_delta_lt_15_percent",
+    "cost_per_success_not_worse",
+    "rollback_under_5_minutes",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateResult:
+    """What one gate found. `reason` is a sentence for a human, `evidence` the numbers behind it.
+
+    Example: GateResult(gate="latency_delta_lt_15_percent", verdict="pass", evidence={"p95_delta": 0.041}, reason="...")
+    """
+
+    gate: str
+    verdict: Verdict
+    evidence: Evidence
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One run, one row (the article's observability schema); no field is ever null.
+
+    A row is written ahead with status `running` and the defaults below, then completed once. `request_id` is the
+    idempotency key. `task_id` is empty outside tests. `release_channel` comes from the router, never from the caller.
+    """
+
+    run_id: str
+    request_id: str
+    session_key: str
+    model_version: str
+    reward_model_version: str
+    policy_version: str
+    bundle_id: str
+    release_channel: ReleaseChannel
+    split_epoch: int
+    started_at: float
+    intent: str
+    sandbox_level: str
+    task_id: str = ""
+    status: RunStatus = "running"
+    success: Success = "unknown"
+    tool_calls_count: int = 0
+    tool_error_count: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    duration_ms: float = 0.0
+    cost: float = 0.0
+    human_override: bool = False
+    critic_score: float = UNSCORED
+    policy_checks: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSample:
+    """What gates need of one finished run, in order of completion."""
+
+    session_key: str
+    duration_ms: float
+    cost: float
+    success: Success
+    completed_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent:
+    """One bad event, stamped with the moment it became known (an override or a label may come late)."""
+
+    at: float
+    kind: EventKind
+    run_id: str
+    session_key: str
+    policy_version: str
+    split_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficWindow:
+    """All finished runs of one policy version in one channel and split epoch.
+
+    `failed_checks` counts runs by failed policy check. Unlabelled runs count in `num_runs`, not in `num_labelled`.
+    """
+
+    policy_version: str
+    release_channel: ReleaseChannel
+    split_epoch: int
+    num_runs: int
+    num_running: int
+    num_sessions: int
+    num_labelled: int
+    num_successes: int
+    num_overrides: int
+    tool_calls_count: int
+    tool_error_count: int
+    failed_checks: Mapping[str, int]
+    samples: tuple[RunSample, ...]
+
+    @property
+    def success_rate(self) -> float:
+        """Successes over labelled runs; 0 without labels."""
+        return self.num_successes / self.num_labelled if self.num_labelled else 0.0
+
+    @property
+    def human_override_rate(self) -> float:
+        """Overridden runs over finished runs; 0 without runs."""
+        return self.num_overrides / self.num_runs if self.num_runs else 0.0
+
+    @property
+    def tool_error_rate(self) -> float:
+        """Tool errors over tool calls; 0 without calls."""
+        return self.tool_error_count / self.tool_calls_count if self.tool_calls_count else 0.0
+
+    @property
+    def cost_per_success(self) -> float:
+        """Cost of ALL runs, failures included, over successes; infinite when nothing succeeded, never 0."""
+        return sum(sample.cost for sample in self.samples) / self.num_successes if self.num_successes else math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitRecord:
+    """How traffic is divided, by epoch. `candidate` is empty, and `share` 0, when there is none."""
+
+    epoch: int
+    stable: str
+    candidate: str
+    share: float
+    salt: str
+    updated_at: float
+
+    def __post_init__(self) -> None:
+        """Refuse a split that could route nowhere."""
+        if not self.stable or self.epoch < 1:
+            raise BadInputError("split", (self.epoch, self.stable), "a split has an epoch >= 1 and a stable version")
+        if not 0.0 <= self.share <= 1.0 or (self.share > 0 and not self.candidate):
+            raise BadInputError("split.share", self.share, "give a share in [0, 1], and a candidate with it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RampStep:
+    """One step of the ramp: hold `share` until `min_requests` candidate runs ended, `max_duration_s` at the longest."""
+
+    share: float
+    min_requests: int
+    max_duration_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleasePlan:
+    """The rules of one release, armed before any traffic.
+
+    All `gates` must pass to advance; a failing gate or stop rule rolls back. `alpha` bounds the chance of a false roll
+    back over the release, and of a false pass per gate. Margins are relative (non-inferiority). `event_rate_tolerance`
+    is the rate of bad sessions that is acceptable even where events are too rare to compare the arms.
+    `may_promote=False` is a rollback drill: it can never promote.
+    """
+
+    ramp: tuple[RampStep, ...]
+    max_duration_s: float
+    gates: tuple[str, ...] = ARTICLE_GATES
+    stop_rules: tuple[str, ...] = ("task_success_not_worse",)
+    critical_checks: tuple[str, ...] = ()
+    alpha: float = 0.05
+    event_margin: float = 0.5
+    event_rate_tolerance: float = 0.05
+    cost_margin: float = 0.10
+    latency_limit: float = 0.15
+    min_samples: int = 50
+    full_samples: int = 400
+    sample_ratio_alpha: float = 0.001
+    max_rollback_s: float = 300.0
+    drill_max_age_s: float = 86_400.0
+    ack_poll_s: float = 2.0
+    may_promote: bool = True
+    tick_s: float = 5.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a plan without rules, or whose ramp does not rise inside (0, 1)."""
+        if not self.gates or not self.stop_rules:
+            raise BadInputError("plan.gates / plan.stop_rules", (), "a canary starts only with gates and stop rules")
+        shares = [step.share for step in self.ramp]
+        if not shares or shares != sorted(set(shares)) or not 0.0 < shares[0] <= shares[-1] < 1.0:
+            raise BadInputError("plan.ramp", shares, "give at least one share, each in (0, 1) and above the one before")
+        if not 0.0 < self.alpha < 0.5 or self.min_samples < 2:
+            raise BadInputError("plan.alpha", self.alpha, "give 0 < alpha < 0.5 and min_samples >= 2")
+
+    @property
+    def alpha_per_rule(self) -> float:
+        """Share of alpha for each rule that can roll back on its own (Bonferroni)."""
+        return self.alpha / len({*self.gates, *self.stop_rules})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """Which version may replace which. Its id salts the sticky hash, so that no session is always a test subject."""
+
+    release_id: str
+    stable: str
+    candidate: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drill:
+    """One timed use of the rollback path: `seconds` from detection until every gateway acknowledged the safe split."""
+
+    at: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparing:
+    """Nothing has been touched yet; `epoch` is the split epoch found (0: none)."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drilling:
+    """The rollback path is being timed at share 0, before any user traffic."""
+
+    started_at: float
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """The candidate carries the share of ramp step `step` (from 0)."""
+
+    step: int
+    epoch: int
+    step_started_at: float
+    release_started_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promoting:
+    """All gates passed at the last step; the candidate becomes stable once every gateway acknowledged."""
+
+    decided_at: float
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restoring:
+    """All traffic goes back to stable, waiting for every gateway to acknowledge; `ending` names what follows."""
+
+    ending: Ending
+    reason: str
+    detected_at: float
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promoted:
+    """The candidate carries all traffic. It can still fail back with one action."""
+
+    at: float
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolledBack:
+    """The candidate lost; stable carries all traffic. `time_to_recovery_s` runs from detection to acknowledgement."""
+
+    reason: str
+    time_to_recovery_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedBack:
+    """A promoted candidate was taken back; the former stable carries all traffic."""
+
+    reason: str
+    time_to_recovery_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halted:
+    """Stopped for a human: the comparison or the routing is broken. The safe split was asked for."""
+
+    reason: str
+
+
+ReleaseState = Preparing | Drilling | Canary | Promoting | Restoring | Promoted | RolledBack | FailedBack | Halted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reasoned:
+    """What every decision carries: why, and the gate results it rests on."""
+
+    reason: str
+    evidence: tuple[GateResult, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold(Reasoned):
+    """Change nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advance(Reasoned):
+    """Go on to the next state on the way to promotion."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promote(Reasoned):
+    """Make the candidate stable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollBack(Reasoned):
+    """Give all traffic back to stable."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halt(Reasoned):
+    """Give all traffic back to stable and ask a human: not the candidate but the measurement failed."""
+
+
+Decision = Hold | Advance | Promote | RollBack | Halt

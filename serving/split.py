@@ -1,0 +1,174 @@
+"""The traffic split: sticky routing as a pure function, and the small durable record that gateways poll.
+
+One record rules all gateways; replacing it atomically is the whole of a roll back. Whoever holds a record that has not
+been refreshed in time gives the candidate nothing: a dead controller fails back by itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rl_actors.errors import InfrastructureError, StageRefusedError, TamperedError
+from serving.contracts import ReleaseChannel, SplitRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Where one session goes. `split_epoch` is 0 when no valid split decided: such runs enter no comparison."""
+
+    policy_version: str
+    release_channel: ReleaseChannel
+    split_epoch: int
+
+
+def session_position(session_key: str, salt: str) -> float:
+    """Place a session in [0, 1) by a keyed hash: the same everywhere, for ever, and fresh for each salt."""
+    digest = hashlib.blake2b(f"{salt}\x00{session_key}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+def route(record: SplitRecord, session_key: str, now: float, stale_after_s: float) -> Route:
+    """Choose the version for a session. A raised share keeps its sessions; a stale record means share 0."""
+    if now - record.updated_at > stale_after_s:
+        return Route(policy_version=record.stable, release_channel="general", split_epoch=0)
+    if session_position(session_key, record.salt) < record.share:
+        return Route(policy_version=record.candidate, release_channel="canary", split_epoch=record.epoch)
+    return Route(policy_version=record.stable, release_channel="general", split_epoch=record.epoch)
+
+
+class SplitStore:
+    """The durable split of one directory: `split.json` is the record in force, `split_history.jsonl` all before it."""
+
+    def __init__(self, directory: Path) -> None:
+        """Name the directory; nothing is created before the first write."""
+        self.path, self._history_path = directory / "split.json", directory / "split_history.jsonl"
+        self._lock_path = directory / "split.lock"
+
+    def read(self) -> SplitRecord | None:
+        """Return the record in force, or None before the first. Raises TamperedError when it cannot be parsed."""
+        with disk_errors(self.path):
+            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        return _parsed(text, self.path) if text else None
+
+    def compare_and_set(self, record: SplitRecord) -> None:
+        """Put a record with the next epoch in force. Repeating the record in force changes nothing.
+
+        Raises StageRefusedError when the epoch is not the next one: someone else changed the split meanwhile.
+        """
+        with file_lock(self._lock_path):
+            current = self.read()
+            if current is not None and _same_split(current, record):
+                return
+            expected = current.epoch + 1 if current else 1
+            if record.epoch != expected:
+                raise StageRefusedError(f"{self.path}: epoch {record.epoch} offered, {expected} is next; read it again")
+            replace_durably(self.path, json.dumps(asdict(record)))
+            self._append_history(current, record)
+
+    def refresh(self, now: float) -> None:
+        """Say that the record in force still holds, so that it does not go stale."""
+        with file_lock(self._lock_path):
+            current = self.read()
+            if current is not None:
+                replace_durably(self.path, json.dumps(asdict(replace(current, updated_at=now))))
+
+    def history(self) -> Mapping[int, SplitRecord]:
+        """Return every record ever in force by epoch, the current one included even if the log missed it."""
+        current = self.read()
+        records = (*self._logged(), *([current] if current else []))
+        return {record.epoch: record for record in records}
+
+    def _append_history(self, before: SplitRecord | None, record: SplitRecord) -> None:
+        """Append after the switch, never before it; a record whose own append was killed is made up for."""
+        is_missing = before is not None and before.epoch not in {logged.epoch for logged in self._logged()}
+        for entry in (*([before] if before and is_missing else []), record):
+            append_durably(self._history_path, asdict(entry))
+
+    def _logged(self) -> list[SplitRecord]:
+        return [_parsed(json.dumps(row), self._history_path) for row in read_rows(self._history_path)]
+
+
+def _same_split(one: SplitRecord, other: SplitRecord) -> bool:
+    return replace(one, updated_at=0.0) == replace(other, updated_at=0.0)
+
+
+def _parsed(text: str, path: Path) -> SplitRecord:
+    try:
+        return SplitRecord(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise TamperedError(f"{path} is not a split record ({error}); restore it from split_history.jsonl") from error
+
+
+# --- durable files ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError on `path` into an InfrastructureError that names it and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise InfrastructureError(f"{path}: {error}; free disk space or check its permissions") from error
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Wait for, then hold, an exclusive lock; it dies with its process, so a kill never leaves it behind."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def replace_durably(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a restart after kill -9, sees the old text or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def append_durably(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line and sync it; a line torn by a kill is cut off first."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.truncate(_end_of_last_line(path))
+            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read all complete JSON lines; a torn last line is not a line. Raises TamperedError for a broken one before it."""
+    with disk_errors(path):
+        data = path.read_bytes()[: _end_of_last_line(path)] if path.exists() else b""
+    try:
+        return [json.loads(line) for line in data.splitlines()]
+    except ValueError as error:
+        raise TamperedError(f"{path} holds a line that is not JSON ({error}); restore it from a copy") from error
+
+
+def _end_of_last_line(path: Path) -> int:
+    """Offset just after the last newline."""
+    data = path.read_bytes()
+    return data.rfind(b"\n") + 1

@@ -1,0 +1,74 @@
+"""Finding workflows by name, packaged and the user's own."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from cluster.workflows import PATH_VARIABLE, find_workflow, known_workflows, locate_workflow
+from rl_actors.agent.workflow import Workflow
+from rl_actors.errors import BadDataError, BadInputError
+
+
+def write_package(folder: Path, name: str, body: str, *, has_tools: bool = True) -> None:
+    """Write a minimal workflow package."""
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(body)
+    if has_tools:
+        (folder / name / "tools.py").write_text("WORLD = None\n")
+
+
+def test_packaged_workflow_is_found() -> None:
+    workflow: Workflow = find_workflow("support_desk", {})
+    assert workflow.name == "support_desk"
+    assert workflow.tools_module == "cluster.workflows.support_desk.tools"
+
+
+@pytest.mark.parametrize("name", ["suport_desk", "SupportDesk", "desk"])
+def test_unknown_name_lists_the_nearest(name: str) -> None:
+    with pytest.raises(BadInputError) as caught:
+        find_workflow(name, {})
+    assert caught.value.field == "workflow"
+    assert caught.value.value == name
+    assert "support_desk" in caught.value.remedy
+    assert PATH_VARIABLE in caught.value.remedy
+
+
+def test_user_folder_is_searched(tmp_path: Path) -> None:
+    write_package(tmp_path / "a", "my_flow_a", "WORKFLOW = 'a'\n")
+    write_package(tmp_path / "b", "my_flow_b", "WORKFLOW = 'b'\n")
+    environ = {PATH_VARIABLE: os.pathsep.join([str(tmp_path / "a"), "", str(tmp_path / "b")])}
+    assert find_workflow("my_flow_a", environ) == "a"
+    assert find_workflow("my_flow_b", environ) == "b"
+    assert set(known_workflows(environ)) >= {"support_desk", "my_flow_a", "my_flow_b"}
+
+
+def test_location_crosses_a_process_border(tmp_path: Path) -> None:
+    write_package(tmp_path, "my_flow_c", "WORKFLOW = 'c'\n")
+    located = locate_workflow("my_flow_c", {PATH_VARIABLE: str(tmp_path)})
+    assert located.search_path == str(tmp_path)
+    assert pickle.loads(pickle.dumps(located)).load() == "c"
+
+
+def test_packaged_name_cannot_be_taken_over(tmp_path: Path) -> None:
+    write_package(tmp_path, "support_desk", "WORKFLOW = 'impostor'\n")
+    assert find_workflow("support_desk", {PATH_VARIABLE: str(tmp_path)}).name == "support_desk"
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInputError, match="nowhere"):
+        find_workflow("support_desk", {PATH_VARIABLE: str(tmp_path / "nowhere")})
+
+
+def test_package_without_workflow_is_bad_data(tmp_path: Path) -> None:
+    write_package(tmp_path, "my_flow_d", "")
+    with pytest.raises(BadDataError, match="WORKFLOW"):
+        find_workflow("my_flow_d", {PATH_VARIABLE: str(tmp_path)})
+
+
+def test_package_without_tools_is_no_workflow(tmp_path: Path) -> None:
+    write_package(tmp_path, "my_flow_e", "WORKFLOW = 'e'\n", has_tools=False)
+    assert "my_flow_e" not in known_workflows({PATH_VARIABLE: str(tmp_path)})

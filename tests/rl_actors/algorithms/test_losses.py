@@ -1,0 +1,199 @@
+"""Losses at hand-computed points."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from rl_actors.algorithms.losses import (
+    aggregate,
+    entropy_metric,
+    explained_variance,
+    merge_metrics,
+    policy_loss,
+    value_loss,
+)
+from rl_actors.errors import BadInputError
+
+torch.set_num_threads(1)
+CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.3}
+
+
+def single(ratio: float, advantage: float, **options: Any) -> tuple[float, float]:
+    """Loss and d loss / d ratio of one token."""
+    logprob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    output = policy_loss(
+        logprob, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.tensor([[True]]), **CLIPS, **options
+    )
+    (gradient,) = torch.autograd.grad(output.loss, logprob)
+    return output.loss.item(), gradient.item() / ratio
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (1.0, 2.0, -2.0, -2.0),
+        (1.25, 2.0, -2.5, -2.0),
+        (1.5, 2.0, -2.6, 0.0),
+        (0.5, 2.0, -1.0, -2.0),
+        (0.5, -2.0, 1.6, 0.0),
+        (1.5, -2.0, 3.0, 2.0),
+        (10.0, -2.0, 20.0, 2.0),
+    ],
+)
+def test_ppo_clip_by_hand(ratio: float, advantage: float, loss: float, slope: float) -> None:
+    assert single(ratio, advantage) == pytest.approx((loss, slope))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (2.9, -2.0, 5.8, 2.0),
+        (3.1, -2.0, 6.0, 0.0),
+        (10.0, -2.0, 6.0, 0.0),
+        (0.5, -2.0, 1.6, 0.0),
+        (10.0, 2.0, -2.6, 0.0),
+        (0.1, 2.0, -0.2, -2.0),
+    ],
+)
+def test_dual_clip_by_hand(ratio: float, advantage: float, loss: float, slope: float) -> None:
+    assert single(ratio, advantage, dual_clip=3.0) == pytest.approx((loss, slope))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "weight"), [(1.0, 2.0, 1.0), (5.0, 2.0, 1.3), (5.0, -2.0, 1.3), (0.1, 2.0, 0.8)]
+)
+def test_cispo_keeps_the_gradient_of_clipped_tokens(ratio: float, advantage: float, weight: float) -> None:
+    loss, slope = single(ratio, advantage, kind="cispo")
+    assert loss == pytest.approx(-weight * advantage * math.log(ratio))
+    assert slope * ratio == pytest.approx(-weight * advantage)
+
+
+def test_gspo_by_hand() -> None:
+    log_ratios = torch.tensor([[0.1, 0.3, 9.0], [0.5, -0.1, 0.0]], dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    advantages = torch.tensor([[2.0], [1.0]]).expand(2, 3)
+    output = policy_loss(
+        log_ratios, torch.zeros(2, 3), advantages, mask, kind="gspo", aggregation="sequence_mean", **CLIPS
+    )
+    first, second = math.exp(0.2), math.exp(0.4 / 3)
+    assert output.loss.item() == pytest.approx(-(2 * first + second) / 2)
+    (gradient,) = torch.autograd.grad(output.loss, log_ratios)
+    # d s / d logp_t = s / |y| for a sequence: GSPO eq. 10, half of it from the mean over two sequences.
+    expected = torch.tensor([[-first / 2, -first / 2, 0.0], [-second / 6] * 3], dtype=torch.float64)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_gspo_clips_whole_sequences() -> None:
+    log_ratios = torch.tensor([[2.0, -0.2]], dtype=torch.float64)
+    output = policy_loss(log_ratios, torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2).bool(), kind="gspo", **CLIPS)
+    assert output.metrics["clip_fraction"] == 1.0
+    assert output.loss.item() == pytest.approx(-1.3)
+    token = policy_loss(log_ratios, torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2).bool(), **CLIPS)
+    assert token.metrics["clip_fraction"] == 0.5
+
+
+def test_aggregations_by_hand() -> None:
+    x = torch.tensor([[1.0, 3.0, 5.0], [8.0, 99.0, 99.0], [99.0, 99.0, 99.0]])
+    mask = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
+    got = {
+        kind: aggregate(x, mask, aggregation=kind).item() for kind in ("token_mean", "sequence_mean", "sequence_sum")
+    }
+    assert got == pytest.approx({"token_mean": 17 / 4, "sequence_mean": (3 + 8) / 2, "sequence_sum": (9 + 8) / 2})
+
+
+def test_metrics_by_hand() -> None:
+    log_ratio = torch.log(torch.tensor([[1.5, 0.5, 1.0]], dtype=torch.float64))
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    metrics = policy_loss(log_ratio, torch.zeros(1, 3), torch.tensor([[1.0, 1.0, 1.0]]), mask, **CLIPS).metrics
+    # The ratio 0.5 at A > 0 lies outside the range, but the pessimistic side is the plain one: not clipped.
+    assert metrics["clip_fraction"] == pytest.approx(1 / 3)
+    assert metrics["ratio_mean"] == pytest.approx(1.0)
+    assert metrics["ratio_max"] == pytest.approx(1.5)
+    assert metrics["approx_kl"] == pytest.approx((0.5 - math.log(1.5) - 0.5 - math.log(0.5)) / 3)
+
+
+def test_extreme_ratio_stays_finite() -> None:
+    mask, logprobs = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[0.0, -500.0]], requires_grad=True)
+    output = policy_loss(logprobs, torch.tensor([[-500.0, 0.0]]), torch.tensor([[0.0, -1.0]]), mask, **CLIPS)
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert logprobs.grad is not None
+    assert bool(logprobs.grad.isfinite().all())
+
+
+def test_only_the_policy_receives_a_gradient() -> None:
+    leaves = [torch.zeros(1, 2, requires_grad=True) for _ in range(4)]
+    logprobs, old, advantages, correction = leaves
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    policy_loss(logprobs, old, advantages + 1, mask, correction_BT=correction + 1, **CLIPS).loss.backward()
+    assert [leaf.grad is not None for leaf in leaves] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("clips", [(-0.1, 0.2), (0.2, -0.1), (math.nan, 0.2)])
+def test_negative_clip_is_refused(clips: tuple[float, float]) -> None:
+    x = torch.zeros(1, 1)
+    with pytest.raises(BadInputError, match="clip_low"):
+        policy_loss(x, x, x, x.bool(), clip_low=clips[0], clip_high=clips[1])
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "target", "loss", "slope"),
+    [
+        (1.5, 1.0, 3.0, 0.5 * 1.8**2, 0.0),
+        (1.1, 1.0, 3.0, 0.5 * 1.9**2, -1.9),
+        (5.0, 1.0, 3.0, 0.5 * 2.0**2, 2.0),
+        (0.0, 1.0, 3.0, 0.5 * 3.0**2, -3.0),
+        (4.5, 1.0, 3.0, 0.5 * 1.8**2, 0.0),
+    ],
+)
+def test_value_clip_by_hand(value: float, old: float, target: float, loss: float, slope: float) -> None:
+    values = torch.tensor([[value]], requires_grad=True)
+    output = value_loss(values, torch.tensor([[old]]), torch.tensor([[target]]), torch.tensor([[True]]), clip=0.2)
+    output.loss.backward()
+    assert output.loss.item() == pytest.approx(loss)
+    assert values.grad is not None
+    assert values.grad.item() == pytest.approx(slope)
+    assert output.metrics["value_clip_fraction"] == float(slope == 0.0)
+
+
+def test_value_loss_without_clip_is_half_squared_error() -> None:
+    values, returns = torch.tensor([[9.0, math.nan]]), torch.tensor([[3.0, 1.0]])
+    output = value_loss(values, torch.zeros(1, 2), returns, torch.tensor([[True, False]]), clip=None)
+    assert output.loss.item() == 18.0
+    assert dict(output.metrics) == {"value_clip_fraction": 0.0, "value_mean": 9.0, "return_mean": 3.0}
+
+
+def test_value_clip_must_be_positive() -> None:
+    x = torch.zeros(1, 1)
+    with pytest.raises(BadInputError, match="null for no clipping"):
+        value_loss(x, x, x, x.bool(), clip=0.0)
+
+
+def test_explained_variance() -> None:
+    returns, mask = torch.tensor([[1.0, 2.0, 6.0, math.nan]]), torch.tensor([[True, True, True, False]])
+    assert explained_variance(returns, returns, mask) == 1.0
+    assert explained_variance(torch.zeros(1, 4), returns, mask) == pytest.approx(0.0)
+    assert explained_variance(-returns, returns, mask) == pytest.approx(-3.0)
+    assert explained_variance(returns, torch.full((1, 4), 0.1), mask) == 0.0
+    assert explained_variance(returns, returns, torch.zeros(1, 4, dtype=torch.bool)) == 0.0
+
+
+def test_entropy_metric_is_additive() -> None:
+    entropy, mask = torch.tensor([[1.0, math.nan, 3.0]]), torch.tensor([[True, False, True]])
+    assert entropy_metric(entropy, mask) == {"entropy": 2.0}
+    parts = [entropy_metric(entropy[:, :1], mask[:, :1], 2), entropy_metric(entropy[:, 1:], mask[:, 1:], 2)]
+    assert merge_metrics(parts) == {"entropy": 2.0}
+
+
+def test_merge_metrics_adds_takes_the_maximum_and_keeps_nan() -> None:
+    parts = [{"ratio_max": math.nan, "kl": 0.1}, {"ratio_max": 3.0, "kl": 0.2, "only_here": 1.0}]
+    merged = merge_metrics(parts)
+    assert math.isnan(merged["ratio_max"])
+    assert math.isnan(merge_metrics(parts[::-1])["ratio_max"])
+    assert merged["kl"] == pytest.approx(0.3)
+    assert merged["only_here"] == 1.0
+    assert merge_metrics([]) == {}
