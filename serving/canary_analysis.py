@@ -22,7 +22,7 @@ from serving.contracts import RunSample
 
 _SERIES_TERMS: Final = 8192
 _BOOTSTRAP_DRAWS: Final = 2000
-_MAX_BOOTSTRAP_UNITS: Final = 500
+_MAX_BOOTSTRAP_UNITS: Final = 256
 _MAX_EXPONENT: Final = 700.0
 
 
@@ -198,7 +198,7 @@ def look_at(num_candidate: int, first: int) -> Look | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatioEstimate:
-    """candidate / stable with one-sided bounds: `low` at 1 - alpha, `high` at 1 - alpha_high (alpha where not given)."""
+    """candidate / stable with one-sided bounds: `low` at 1 - alpha, `high` at 1 - alpha_high (else alpha)."""
 
     ratio: float
     low: float
@@ -292,15 +292,18 @@ def _cost_per_success(totals: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _cost_draws(samples: Sequence[RunSample], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Bootstrap cost per success over sessions; many sessions are first pooled into at most 500 units."""
+    """Bootstrap cost per success over sessions; many sessions are first pooled into at most 256 units."""
     totals = _session_totals(samples)
     if len(totals) > _MAX_BOOTSTRAP_UNITS:
         units = np.zeros((_MAX_BOOTSTRAP_UNITS, 4))
         np.add.at(units, rng.permutation(len(totals)) % _MAX_BOOTSTRAP_UNITS, totals)
         totals = units
-    size = max(len(totals), 1)
-    weights = rng.multinomial(size, np.full(size, 1.0 / size), size=_BOOTSTRAP_DRAWS)
-    return _cost_per_success(weights[:, : len(totals)] @ totals)
+    size = len(totals)
+    if not size:
+        return np.full(_BOOTSTRAP_DRAWS, np.inf)
+    drawn = rng.integers(size, size=(_BOOTSTRAP_DRAWS, size)) + size * np.arange(_BOOTSTRAP_DRAWS)[:, None]
+    weights = np.bincount(drawn.ravel(), minlength=_BOOTSTRAP_DRAWS * size).reshape(_BOOTSTRAP_DRAWS, size)
+    return _cost_per_success(weights @ totals)
 
 
 def reliability_score(success_rate: float, human_override_rate: float, tool_error_rate: float) -> float:

@@ -221,6 +221,7 @@ class ReleaseController:
             state = self._settled()
             if isinstance(state, TERMINAL):
                 return state
+            self._beat(state)
             results = self._observe(state)
             now = self._clock()
             return self._act(state, decide(state, results, self.plan, now), now)
@@ -246,7 +247,6 @@ class ReleaseController:
             return health, self._acknowledged(state.epoch)
         if not isinstance(state, Canary):
             return (health,)
-        self._splits.refresh(self._clock())
         evidence = self._evidence.collect(self.release, state, self.log.drills(), self._clock())
         traffic = traffic_result(evidence.candidate.num_runs, self.plan.ramp[state.step].min_requests)
         return health, traffic, *evaluate_live(evidence, self.plan)
@@ -318,12 +318,17 @@ class ReleaseController:
         if state is None:
             return Preparing(epoch=epoch)
         wanted = desired_split(state, self.release, self.plan, self._clock())
-        if wanted is None or epoch == wanted.epoch:
+        if wanted is None or (epoch == wanted.epoch and isinstance(state, Promoted)):
             return state
-        if current is None or epoch < wanted.epoch:
-            self._put_split(state)
-            return state
-        return self._adopted(state, current, wanted)
+        if current is not None and epoch > wanted.epoch:
+            return self._adopted(state, current, wanted)
+        self._splits.compare_and_set(wanted)
+        return state
+
+    def _beat(self, state: ReleaseState) -> None:
+        """Keep the split in force fresh, and say it again: a kill may have swallowed the first time."""
+        if not isinstance(state, Preparing) and (record := self._splits.refresh(self._clock())):
+            self._platform.set_split(record)
 
     def _adopted(self, state: ReleaseState, current: SplitRecord, wanted: SplitRecord) -> ReleaseState:
         """Take over a safe split that is one epoch ahead: a roll back killed before its record, or a human's stop."""

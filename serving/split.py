@@ -73,12 +73,15 @@ class SplitStore:
             replace_durably(self.path, json.dumps(asdict(record)))
             self._append_history(current, record)
 
-    def refresh(self, now: float) -> None:
-        """Say that the record in force still holds, so that it does not go stale."""
+    def refresh(self, now: float) -> SplitRecord | None:
+        """Say that the record in force still holds, so that it does not go stale; returns it."""
         with file_lock(self._lock_path):
             current = self.read()
-            if current is not None:
-                replace_durably(self.path, json.dumps(asdict(replace(current, updated_at=now))))
+            if current is None:
+                return None
+            fresh = replace(current, updated_at=now)
+            replace_durably(self.path, json.dumps(asdict(fresh)))
+            return fresh
 
     def history(self) -> Mapping[int, SplitRecord]:
         """Return every record ever in force by epoch, the current one included even if the log missed it."""

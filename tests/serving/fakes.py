@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -270,6 +271,7 @@ def make_evidence(
     return LiveEvidence(**(values | changes))
 
 
+@functools.cache
 def good_evidence(*, share: float = 0.05, num_canary: int = 400) -> LiveEvidence:
     """Plenty of equally good traffic in both arms: every gate passes."""
     stable = make_samples(round(num_canary * (1 - share) / share), success_rate=0.9)

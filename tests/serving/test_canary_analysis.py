@@ -442,11 +442,11 @@ class TestCostPerSuccess:
             )
 
         covered = 0
-        for seed in range(60):
+        for seed in range(40):
             rng = np.random.default_rng(seed)
             estimate = self.ratio(arm(rng, 800, 0.8), arm(rng, 150, 0.64))
             covered += estimate.low <= 0.8 / 0.64 <= estimate.high
-        assert 48 <= covered <= 59
+        assert 32 <= covered <= 39
 
     def test_a_talkative_session_counts_once(self):
         """One session with 100 failures widens the interval; 100 sessions with one failure each move it for good."""

@@ -1,0 +1,52 @@
+"""Where MLflow keeps things: embedded SQLite under SEATRIAL_HOME, or whatever MLFLOW_TRACKING_URI names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+# Read by MLflow at import. Trace export must be synchronous: its queue holds 1,000 and drops silently when full.
+_ENVIRONMENT: Final = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Store:
+    """A tracking store. `artifacts` is None where a server decides where artifacts go."""
+
+    uri: str
+    artifacts: Path | None
+
+    @property
+    def is_server(self) -> bool:
+        """Whether a tracking server is asked, which cannot see this machine's directories."""
+        return self.uri.startswith(("http://", "https://"))
+
+    @property
+    def remedy(self) -> str:
+        """What a human does when the store fails."""
+        if self.is_server:
+            return f"check that the MLflow server at {self.uri} answers, or unset MLFLOW_TRACKING_URI for the embedded one"
+        return f"check that {self.uri} can be written and its disk has space, and that no other process holds it locked"
+
+
+def store_of(home: Path, environ: Mapping[str, str] = os.environ) -> Store:
+    """Return the store in force: `MLFLOW_TRACKING_URI`, else SQLite with local artifacts under `home`/mlflow."""
+    uri = environ.get("MLFLOW_TRACKING_URI", "").strip()
+    root = home.absolute() / "mlflow"
+    if uri:
+        return Store(uri=uri, artifacts=None if uri.startswith("http") else root / "artifacts")
+    return Store(uri=f"sqlite:///{root / 'mlflow.db'}", artifacts=root / "artifacts")
+
+
+def quieten(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set what MLflow must find in its environment before it is imported; what a human set stays."""
+    for name, value in _ENVIRONMENT.items():
+        environ.setdefault(name, value)

@@ -1,0 +1,166 @@
+"""Reward-model training: Bradley-Terry on preference pairs plus one regression per rubric criterion, then calibration.
+
+Pairs and labels carry task ids; whoever calls this has already put calibration tasks apart.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rl_actors.algorithms.calibration import (
+    bradley_terry_loss,
+    brier_score,
+    expected_calibration_error,
+    fit_temperature,
+    rubric_loss,
+)
+from rl_actors.contracts import Calibration
+from rl_actors.models.reward_model import RewardModel
+from rl_actors.training.deepspeed_engine import OptimizerSettings, accumulate_and_step, build_engine
+
+NUM_BINS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """Two finished runs of one task; `preference` is the share of annotators who prefer the first, in [0, 1].
+
+    `first_rubric` and `second_rubric` hold the mean label per criterion, scaled to 0..1.
+    """
+
+    task_id: str
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    preference: float
+    first_rubric: Mapping[str, float]
+    second_rubric: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSettings:
+    """What decides a reward-model run, besides the data."""
+
+    epochs: int
+    learning_rate: float
+    batch_pairs: int
+    seed: int
+    max_grad_norm: float = 1.0
+    rubric_weight: float = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardProgress:
+    """One optimizer step."""
+
+    step: int
+    num_steps: int
+    loss: float
+    pair_accuracy: float
+
+
+def pad_sequences(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return right-padded token ids and attention mask, [B, T]."""
+    length = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    attention = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        attention[index, : len(row)] = 1
+    return ids.to(device), attention.to(device)
+
+
+def train_reward_model(
+    model: RewardModel,
+    pairs: Sequence[PreferencePair],
+    settings: RewardSettings,
+    report: Callable[[RewardProgress], None],
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> None:
+    """Train in place; each rank takes every `num_ranks`-th pair of a batch."""
+    optimizer = OptimizerSettings(learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm)
+    engine = build_engine(model, optimizer)
+    rng = random.Random(settings.seed)
+    num_batches = max(1, len(pairs) // settings.batch_pairs)
+    num_steps = settings.epochs * num_batches
+    for step in range(num_steps):
+        if step % num_batches == 0:
+            order = rng.sample(list(pairs), len(pairs))
+        start = (step % num_batches) * settings.batch_pairs
+        batch = order[start : start + settings.batch_pairs][rank::num_ranks]
+        loss, accuracy = pair_loss(engine, batch, model.criteria, settings.rubric_weight, engine.device)
+        accumulate_and_step(engine, [loss], lambda value: value)
+        report(RewardProgress(step=step + 1, num_steps=num_steps, loss=float(loss.detach()), pair_accuracy=accuracy))
+
+
+def pair_loss(
+    model: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    batch: Sequence[PreferencePair],
+    criteria: Sequence[str],
+    rubric_weight: float,
+    device: torch.device,
+) -> tuple[torch.Tensor, float]:
+    """Return the joint loss (scalar) and the share of pairs ranked as the annotators' majority does."""
+    ids, attention = pad_sequences([pair.first for pair in batch] + [pair.second for pair in batch], device)
+    scores, rubric = model(ids, attention)
+    margin = scores[: len(batch)] - scores[len(batch) :]
+    preference = torch.tensor([pair.preference for pair in batch], device=device)
+    labels = [pair.first_rubric for pair in batch] + [pair.second_rubric for pair in batch]
+    targets = torch.tensor([[row[name] for name in criteria] for row in labels], device=device)
+    loss = bradley_terry_loss(margin, preference).loss
+    loss = loss + rubric_weight * rubric_loss(rubric, targets, kind="regression").loss
+    decided = preference != 0.5
+    accuracy = ((margin > 0) == (preference > 0.5))[decided].float().mean()
+    return loss, float(accuracy) if bool(decided.any()) else 0.5
+
+
+@torch.no_grad()
+def calibrate(model: RewardModel, pairs: Sequence[PreferencePair], *, batch_pairs: int = 64) -> Calibration:
+    """Fit the temperature on half of the pairs and measure on the other half, split by task id; sets it on `model`.
+
+    A pair counts once per direction, so that the order in which runs were shown carries no information.
+    """
+    task_ids = sorted({pair.task_id for pair in pairs})
+    fit_ids = set(task_ids[::2])
+    fitted = [pair for pair in pairs if pair.task_id in fit_ids]
+    measured = [pair for pair in pairs if pair.task_id not in fit_ids]
+    margin, label, _ = _margins(model, fitted, batch_pairs)
+    model.temperature = fit_temperature(margin, label)
+    margin, label, criterion_mae = _margins(model, measured, batch_pairs)
+    probability = torch.sigmoid(margin / model.temperature)
+    both = torch.cat([probability, 1.0 - probability])
+    outcomes = torch.cat([label, 1.0 - label])
+    return Calibration(
+        num_pairs=len(measured),
+        pair_accuracy=float(((probability > 0.5) == (label > 0.5)).float().mean()),
+        ece=float(expected_calibration_error(both, outcomes, num_bins=NUM_BINS)),
+        brier=float(brier_score(both, outcomes)),
+        temperature=model.temperature,
+        criterion_mae=criterion_mae,
+    )
+
+
+def _margins(
+    model: RewardModel, pairs: Sequence[PreferencePair], batch_pairs: int
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Return raw margins [N], majority labels [N] (ties dropped) and mean absolute error per criterion."""
+    decided = [pair for pair in pairs if pair.preference != 0.5]
+    device = next(model.parameters()).device
+    margins: list[torch.Tensor] = []
+    errors: list[torch.Tensor] = []
+    for start in range(0, len(decided), batch_pairs):
+        batch = decided[start : start + batch_pairs]
+        ids, attention = pad_sequences([pair.first for pair in batch] + [pair.second for pair in batch], device)
+        scores, rubric = model(ids, attention)
+        margins.append(scores[: len(batch)] - scores[len(batch) :])
+        labels = [pair.first_rubric for pair in batch] + [pair.second_rubric for pair in batch]
+        targets = torch.tensor([[row[name] for name in model.criteria] for row in labels], device=device)
+        errors.append((rubric - targets).abs())
+    label = torch.tensor([1.0 if pair.preference > 0.5 else 0.0 for pair in decided], device=device)
+    mean_error = torch.cat(errors).mean(0).tolist()
+    return torch.cat(margins), label, dict(zip(model.criteria, mean_error, strict=True))

@@ -1,0 +1,354 @@
+"""One user request from route to released reply: row ahead, agent loop, policy checks, row completed, then the reply.
+
+The loop is the one that training runs. When the version a session was routed to cannot answer, the request goes on
+stable, under a second row; what its tools already wrote is not written again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
+
+from rl_actors.agent.executor import Executor, Toolset, ToolWorld
+from rl_actors.agent.harmony import HarmonyRenderer
+from rl_actors.agent.loop import AgentRun, Generate, run_agent
+from rl_actors.agent.rollout import successful_calls
+from rl_actors.agent.workflow import RunView, Workflow
+from rl_actors.contracts import Completion, Outcome, SamplingParams, Task, ToolResult
+from rl_actors.errors import InfrastructureError
+from serving.contracts import RunRecord, RunStatus, Success
+from serving.critic_queue import CriticQueue, FinishedRun
+from serving.ledger import RunCompletion, RunLedger
+from serving.openai_api import ApiError, ChatAnswer, FinishReason, conflict, unavailable
+from serving.served import GatewayConfig, ServedPolicy
+from serving.split import Route
+from serving.split_watch import SplitWatcher
+
+_MAX_ATTEMPTS: Final = 8
+CHECK_CRASHED: Final = "policy_checks_ran"
+"""Name of the check that fails when the checks themselves crash, hang or answer nonsense: the reply is blocked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveRequest:
+    """A validated request. `request_id` is its idempotency key; `messages` are (role, text) pairs."""
+
+    request_id: str
+    session_key: str
+    messages: tuple[tuple[str, str], ...]
+    user_text: str
+    temperature: float | None
+    seed: int | None
+    token_cap: int | None
+    intent: str
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LivePolicy:
+    """A version that can answer: its stamps, its renderer, its engine."""
+
+    stamps: ServedPolicy
+    renderer: HarmonyRenderer
+    generate: Generate
+
+
+FindPolicy = Callable[[str], Awaitable[LivePolicy]]
+"""Version -> policy. Raises EngineError when it cannot be reached."""
+
+
+class OpenWorlds(Protocol):
+    """Where live worlds are opened; a ToolHostPool is one."""
+
+    async def open(self, world: Mapping[str, Any]) -> AbstractAsyncContextManager[ToolWorld]:
+        """Open a world."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LivePorts:
+    """Everything a request needs that is shared between requests. `owner` names this gateway in the ledger."""
+
+    config: GatewayConfig
+    workflow: Workflow
+    toolset: Toolset
+    writes: frozenset[str]
+    sandbox_level: str
+    worlds: OpenWorlds
+    splits: SplitWatcher
+    find_policy: FindPolicy
+    ledger: RunLedger
+    critic: CriticQueue
+    owner: str
+    clock: Callable[[], float]
+    monotonic: Callable[[], float]
+
+
+@dataclass(slots=True)
+class ToolMemory:
+    """What the tools of one request already did, over all its attempts."""
+
+    num_calls: int = 0
+    written: list[tuple[str, ToolResult]] = field(default_factory=list)
+    is_uncertain: bool = False
+
+
+class OnceWorld:
+    """A world in which a write that an earlier attempt of the same request made is answered, not made again."""
+
+    def __init__(self, world: ToolWorld, writes: frozenset[str], memory: ToolMemory) -> None:
+        """Replay what `memory` holds now; remember what is written from now on."""
+        self._world, self._writes, self._memory = world, writes, memory
+        self._replays = list(memory.written)
+
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> ToolResult:
+        """Run the tool, or answer from an earlier attempt."""
+        key = f"{tool} {json.dumps(arguments, sort_keys=True)}"
+        for entry in self._replays:
+            if entry[0] == key:
+                self._replays.remove(entry)
+                return entry[1]
+        is_write = tool in self._writes
+        self._memory.num_calls += 1
+        self._memory.is_uncertain |= is_write
+        result = await self._world.call(tool, arguments)
+        self._memory.is_uncertain = False
+        if is_write and not result.error:
+            self._memory.written.append((key, result))
+        return result
+
+
+@dataclass(slots=True)
+class Meter:
+    """Counts the tokens of one attempt, also when it fails half-way."""
+
+    generate: Generate
+    tokens_in: int = 0
+    tokens_out: int = 0
+    cached_tokens: int = 0
+
+    async def __call__(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+        """Sample, and count."""
+        completion = await self.generate(prompt_token_ids, sampling)
+        self.tokens_in += len(prompt_token_ids)
+        self.tokens_out += len(completion.token_ids)
+        self.cached_tokens += completion.cached_tokens
+        return completion
+
+
+@dataclass(slots=True, kw_only=True)
+class _Attempt:
+    """One attempt in progress."""
+
+    request: LiveRequest
+    policy: LivePolicy
+    record: RunRecord
+    meter: Meter
+    memory: ToolMemory
+    started: float
+    executor: Executor | None = None
+
+
+class LiveRuns:
+    """Answers requests. One instance serves a whole gateway."""
+
+    def __init__(self, ports: LivePorts) -> None:
+        """Hold the ports; no I/O."""
+        self._ports = ports
+
+    async def answer(self, request: LiveRequest) -> ChatAnswer:
+        """Run a request to its released reply.
+
+        Raises:
+            ApiError: 400 prompt too long; 409 this key already ran; 503 nobody could answer.
+        """
+        memory = ToolMemory()
+        try:
+            route = self._ports.splits.route(request.session_key)
+            try:
+                return await self._attempt(request, route, memory, number=1)
+            except InfrastructureError:
+                stable = self._ports.splits.stable
+                if route.policy_version == stable or memory.is_uncertain:
+                    raise
+            # Epoch 0: this run enters no comparison, because its session belongs to the other arm.
+            back = Route(policy_version=stable, release_channel="general", split_epoch=0)
+            return await self._attempt(request, back, memory, number=2)
+        except InfrastructureError as error:
+            raise unavailable(f"no answer: {error}", may_retry=not memory.num_calls) from error
+
+    async def _attempt(self, request: LiveRequest, route: Route, memory: ToolMemory, number: int) -> ChatAnswer:
+        """Attempt once on one version; the row is written before anything runs, and always completed."""
+        ports = self._ports
+        policy = await ports.find_policy(route.policy_version)
+        prompt = self._prompt(request, policy)
+        record = await self._start(request, policy, route, number)
+        attempt = _Attempt(
+            request=request,
+            policy=policy,
+            record=record,
+            meter=Meter(policy.generate),
+            memory=memory,
+            started=ports.monotonic(),
+        )
+        try:
+            run = await self._run(attempt, prompt)
+            checks = await self._checks(attempt, run)
+        except BaseException as error:
+            status: RunStatus = "engine_error" if isinstance(error, InfrastructureError) else "aborted"
+            await asyncio.shield(self._complete(attempt, status, {}, "no"))
+            raise
+        return await self._release(attempt, run, checks)
+
+    # --- before -------------------------------------------------------------------------------------------------------
+
+    def _prompt(self, request: LiveRequest, policy: LivePolicy) -> list[int]:
+        prompt = policy.renderer.prompt(self._ports.workflow.system_prompt, request.messages)
+        limits = self._ports.config.limits
+        room = limits.max_context_tokens - limits.max_tokens_per_turn
+        if len(prompt) > room:
+            message = f"the prompt has {len(prompt)} tokens; at most {room}"
+            raise ApiError(400, message, code="context_length_exceeded", param="messages")
+        return prompt
+
+    async def _start(self, request: LiveRequest, policy: LivePolicy, route: Route, number: int) -> RunRecord:
+        """Write the row ahead under the first free attempt number; a key that already ran is refused."""
+        ledger = self._ports.ledger
+        for attempt in range(number, _MAX_ATTEMPTS + 1):
+            record = self._record(request, policy, route, attempt)
+            if await asyncio.to_thread(ledger.start, record):
+                return record
+            earlier = ledger.find(record.request_id)
+            if earlier is None or earlier.status != "engine_error" or earlier.tool_calls_count:
+                raise conflict(f"this idempotency key already ran: {record.run_id}", code="already_ran", may_retry=False)
+        raise conflict("too many attempts under this idempotency key", code="already_ran", may_retry=False)
+
+    def _record(self, request: LiveRequest, policy: LivePolicy, route: Route, number: int) -> RunRecord:
+        request_id = request.request_id if number == 1 else f"{request.request_id}~{number}"
+        stamps = policy.stamps
+        return RunRecord(
+            run_id=f"run-{request_id}",
+            request_id=request_id,
+            session_key=request.session_key,
+            model_version=stamps.model_version,
+            reward_model_version=stamps.reward_model_version,
+            policy_version=stamps.version,
+            bundle_id=stamps.bundle_id,
+            release_channel=route.release_channel,
+            split_epoch=route.split_epoch,
+            started_at=self._ports.clock(),
+            intent=request.intent,
+            sandbox_level=self._ports.sandbox_level,
+            task_id=request.task_id,
+        )
+
+    # --- the run ------------------------------------------------------------------------------------------------------
+
+    async def _run(self, attempt: _Attempt, prompt: list[int]) -> AgentRun:
+        """Run the agent loop on the live world; its audit session is the request."""
+        ports, request = self._ports, attempt.request
+        limits = ports.config.limits
+        if request.token_cap is not None:
+            limits = replace(limits, max_tokens_per_turn=min(limits.max_tokens_per_turn, request.token_cap))
+        temperature = ports.config.temperature if request.temperature is None else request.temperature
+        world = {**ports.config.live_world, "session": request.request_id}
+        async with await ports.worlds.open(world) as opened:
+            once = OnceWorld(opened, ports.writes, attempt.memory)
+            attempt.executor = Executor(toolset=ports.toolset, world=once, max_tool_calls=limits.max_tool_calls)
+            return await run_agent(
+                prompt,
+                renderer=attempt.policy.renderer,
+                generate=attempt.meter,
+                executor=attempt.executor,
+                sampling=SamplingParams(
+                    max_tokens=limits.max_tokens_per_turn, temperature=temperature, seed=request.seed
+                ),
+                limits=limits,
+            )
+
+    async def _checks(self, attempt: _Attempt, run: AgentRun) -> Mapping[str, bool]:
+        """Return check -> held. Only a reply that could be released is checked; whatever goes wrong blocks it."""
+        if run.status != "ok":
+            return {}
+        view = _view(attempt, run, self._ports.workflow.name)
+        try:
+            checking = asyncio.to_thread(self._ports.workflow.check_reply, run.reply, view)
+            found = await asyncio.wait_for(checking, self._ports.config.check_timeout_s)
+            return {str(name): held is True for name, held in found.items()}
+        except Exception:  # noqa: BLE001 - fail closed: a check that crashes is a check that failed
+            return {CHECK_CRASHED: False}
+
+    # --- after --------------------------------------------------------------------------------------------------------
+
+    async def _release(self, attempt: _Attempt, run: AgentRun, checks: Mapping[str, bool]) -> ChatAnswer:
+        """Complete the row, then hand the reply out: no row, no reply."""
+        is_released = run.status == "ok" and all(checks.values())
+        await self._complete(attempt, run.status, checks, "unknown" if is_released else "no")
+        if run.turns:
+            last = run.turns[-1]
+            finished = FinishedRun(
+                run_id=attempt.record.run_id,
+                token_ids=(*last.prompt_token_ids, *last.completion.token_ids),
+                reward_model_version=attempt.record.reward_model_version,
+            )
+            self._ports.critic.offer(finished)
+        reason: FinishReason = "stop" if is_released else "content_filter" if run.status == "ok" else "length"
+        return self._answer(attempt, run.reply if is_released else self._ports.config.fallback_text, reason)
+
+    async def _complete(
+        self, attempt: _Attempt, status: RunStatus, checks: Mapping[str, bool], success: Success
+    ) -> None:
+        ports, meter, executor = self._ports, attempt.meter, attempt.executor
+        config = ports.config
+        completion = RunCompletion(
+            status=status,
+            success=success,
+            tool_calls_count=executor.tool_calls_count if executor else 0,
+            tool_error_count=executor.tool_error_count if executor else 0,
+            tokens_in=meter.tokens_in,
+            tokens_out=meter.tokens_out,
+            duration_ms=(ports.monotonic() - attempt.started) * 1000.0,
+            cost=meter.tokens_in * config.cost_per_token_in + meter.tokens_out * config.cost_per_token_out,
+            policy_checks=checks,
+        )
+        await asyncio.to_thread(ports.ledger.complete, attempt.record.run_id, completion, at=ports.clock())
+
+    def _answer(self, attempt: _Attempt, text: str, reason: FinishReason) -> ChatAnswer:
+        record, meter = attempt.record, attempt.meter
+        return ChatAnswer(
+            run_id=record.run_id,
+            text=text,
+            finish_reason=reason,
+            tokens_in=meter.tokens_in,
+            tokens_out=meter.tokens_out,
+            cached_tokens=meter.cached_tokens,
+            model_version=record.model_version,
+            policy_version=record.policy_version,
+            reward_model_version=record.reward_model_version,
+            bundle_id=record.bundle_id,
+            release_channel=record.release_channel,
+            created=int(record.started_at),
+            num_tool_calls=attempt.memory.num_calls,
+        )
+
+
+def _view(attempt: _Attempt, run: AgentRun, workflow: str) -> RunView:
+    """Return the run as the checks see it: a live request has no goal, no world and no known outcome."""
+    request = attempt.request
+    task = Task(
+        task_id=request.request_id,
+        workflow=workflow,
+        split="live",
+        intent=request.intent,
+        prompt=request.user_text,
+        world={},
+        goal={},
+        seed=0,
+    )
+    outcome = Outcome(success=False, violations=(), reasons=("unknown until labelled",))
+    calls = successful_calls(attempt.executor) if attempt.executor else ()
+    return RunView(task=task, tool_calls=calls, reply=run.reply, outcome=outcome, num_turns=len(run.turns))

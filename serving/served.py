@@ -1,0 +1,134 @@
+"""What is served, as files and plain data: the places of one home, the stamps of each policy version, the settings.
+
+Everything a gateway needs to start again after kill -9 is here on disk; nothing of it lives only in a process.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rl_actors.agent.loop import AgentLimits
+from rl_actors.agent.workflow import WorkflowRef
+from rl_actors.errors import BadInputError, EngineError, TamperedError
+from serving.openai_api import ApiLimits
+from serving.split import disk_errors, replace_durably
+
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseFiles:
+    """Where a serving home keeps its state. Example: ReleaseFiles(root=home / "serving").ledger"""
+
+    root: Path
+
+    @property
+    def ledger(self) -> Path:
+        """The run ledger."""
+        return self.root / "ledger.sqlite"
+
+    @property
+    def split(self) -> Path:
+        """Directory of the split record."""
+        return self.root / "split"
+
+    @property
+    def acks(self) -> Path:
+        """One file per gateway: the split epoch it routes by."""
+        return self.root / "acks"
+
+    @property
+    def served(self) -> Path:
+        """One file per policy version: its stamps."""
+        return self.root / "served"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedPolicy:
+    """One policy version and the stamps that every response of it carries. `path` is a model directory."""
+
+    version: str
+    path: str
+    model_version: str
+    reward_model_version: str
+    bundle_id: str
+
+    def __post_init__(self) -> None:
+        """Refuse a name that no file or Serve application can bear, and an empty stamp."""
+        if not _VERSION.fullmatch(self.version):
+            raise BadInputError("policy.version", self.version, "use letters, digits, '.', '_', '-', at most 100")
+        for name, value in asdict(self).items():
+            if not value:
+                raise BadInputError(f"policy.{name}", value, "every response is stamped: give a version")
+
+    @property
+    def application(self) -> str:
+        """Name of its Serve application; carries the version, so that it is never reused."""
+        return f"policy-{self.version}"
+
+
+class ServedPolicies:
+    """The stamps of every version ever served, one file each. A version means the same bytes for ever."""
+
+    def __init__(self, directory: Path) -> None:
+        """Name the directory; it is created with the first version."""
+        self._directory = directory
+
+    def add(self, policy: ServedPolicy) -> None:
+        """Record a version; the same again changes nothing. Raises BadInputError for other stamps under its name."""
+        path = self._path(policy.version)
+        if not path.exists():
+            replace_durably(path, json.dumps(asdict(policy)))
+        elif self.find(policy.version) != policy:
+            raise BadInputError("policy.version", policy.version, f"{path} has other stamps; give a new name")
+
+    def find(self, version: str) -> ServedPolicy:
+        """Return a version's stamps. Raises EngineError for one that was never deployed."""
+        path = self._path(version)
+        if not path.exists():
+            raise EngineError(f"policy {version!r} was never deployed here; call deploy_policy first")
+        try:
+            with disk_errors(path):
+                return ServedPolicy(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise TamperedError(f"{path} does not hold a policy's stamps ({error}); deploy it again") from error
+
+    def _path(self, version: str) -> Path:
+        return self._directory / f"{version}.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """How a gateway serves one workflow. Plain data: it crosses process borders.
+
+    `stale_after_s` is the age at which a split record counts as share 0. Costs are per token, in the spec's unit.
+    `critic_application` names the Serve application of the critic; empty for none.
+    """
+
+    root: str
+    workflow: WorkflowRef
+    live_world: Mapping[str, Any]
+    limits: AgentLimits
+    api: ApiLimits = field(default_factory=ApiLimits)
+    temperature: float = 0.0
+    max_concurrency: int = 32
+    engine_timeout_s: float = 15.0
+    check_timeout_s: float = 5.0
+    poll_s: float = 0.2
+    stale_after_s: float = 30.0
+    num_tool_hosts: int = 2
+    cost_per_token_in: float = 0.1
+    cost_per_token_out: float = 1.0
+    fallback_text: str = "Sorry, I cannot complete this here. A person will take over."
+    critic_application: str = ""
+    critic_queue_size: int = 1000
+
+    @property
+    def files(self) -> ReleaseFiles:
+        """The home's files."""
+        return ReleaseFiles(root=Path(self.root))

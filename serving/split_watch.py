@@ -1,0 +1,148 @@
+"""A gateway's eye on the split: poll the record, route by it, and acknowledge the epoch in a file of its own.
+
+`acknowledged_epoch` is the other end: the lowest epoch by which any live gateway routes. A gateway that stopped
+acknowledging counts as live until its record is stale, after which it gives the candidate nothing by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from rl_actors.errors import InfrastructureError, TamperedError
+from serving.contracts import SplitRecord
+from serving.split import Route, SplitStore, disk_errors, route
+
+_HEARTBEAT_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """One gateway's word: it routes by `epoch` since before `at` (Unix seconds). Epoch 0: it has no record yet."""
+
+    gateway: str
+    host: str
+    pid: int
+    epoch: int
+    at: float
+
+
+class SplitWatcher:
+    """Holds the record in force and routes sessions by it; `poll` brings it up to date and acknowledges."""
+
+    def __init__(
+        self,
+        store: SplitStore,
+        acks: Path,
+        *,
+        gateway: str,
+        stale_after_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """Read nothing yet."""
+        self._store, self._path, self._gateway = store, acks / f"{gateway}.json", gateway
+        self._stale_after_s, self._clock = stale_after_s, clock
+        self._record: SplitRecord | None = None
+        self._last_ack: Ack | None = None
+
+    def poll(self) -> None:
+        """Take over the record in force, then acknowledge it: never the other way round.
+
+        A record that cannot be read changes nothing: the one held goes stale, and with it the candidate's share.
+        """
+        try:
+            self._record = self._store.read() or self._record
+            self._acknowledge()
+        except (InfrastructureError, TamperedError):
+            return
+
+    async def watch(self, poll_s: float) -> None:
+        """Poll until cancelled."""
+        while True:
+            await asyncio.to_thread(self.poll)
+            await asyncio.sleep(poll_s)
+
+    def route(self, session_key: str) -> Route:
+        """Return where a session goes now. Raises InfrastructureError before the first record."""
+        return route(self._required(), session_key, self._clock(), self._stale_after_s)
+
+    @property
+    def stable(self) -> str:
+        """The stable version now."""
+        return self._required().stable
+
+    @property
+    def epoch(self) -> int:
+        """The epoch routed by; 0 before the first record."""
+        return self._record.epoch if self._record else 0
+
+    def leave(self) -> None:
+        """Withdraw the acknowledgement: this gateway routes no more."""
+        self._path.unlink(missing_ok=True)
+
+    def _required(self) -> SplitRecord:
+        if self._record is None:
+            raise InfrastructureError("no split record is in force yet; run `seatrial up` or start a release")
+        return self._record
+
+    def _acknowledge(self) -> None:
+        """Write when the epoch changed, else once a heartbeat."""
+        now, last = self._clock(), self._last_ack
+        if last is not None and last.epoch == self.epoch and now - last.at < _HEARTBEAT_S:
+            return
+        ack = Ack(gateway=self._gateway, host=socket.gethostname(), pid=os.getpid(), epoch=self.epoch, at=now)
+        _replace(self._path, json.dumps(asdict(ack)))
+        self._last_ack = ack
+
+
+def read_acks(directory: Path) -> tuple[Ack, ...]:
+    """Return the last word of every gateway that ever acknowledged and did not leave."""
+    found = []
+    for path in sorted(directory.glob("*.json")):
+        try:
+            found.append(Ack(**json.loads(path.read_text(encoding="utf-8"))))
+        except FileNotFoundError:
+            continue
+        except (ValueError, TypeError) as error:
+            raise TamperedError(f"{path} is not an acknowledgement ({error}); delete it") from error
+    return tuple(found)
+
+
+def is_live(ack: Ack, now: float, live_within_s: float) -> bool:
+    """Whether this gateway may still be routing: it spoke lately and, on this machine, its process exists."""
+    if now - ack.at > live_within_s:
+        return False
+    return ack.host != socket.gethostname() or _exists(ack.pid)
+
+
+def acknowledged_epoch(directory: Path, now: float, live_within_s: float) -> int:
+    """Return the lowest epoch by which a live gateway routes. Raises InfrastructureError when none is live."""
+    live = [ack.epoch for ack in read_acks(directory) if is_live(ack, now, live_within_s)]
+    if not live:
+        raise InfrastructureError(f"no gateway is alive (looked in {directory}); run `seatrial up`")
+    return min(live)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replace without fsync: an acknowledgement that a power cut loses belongs to a gateway that it killed."""
+    temporary = path.with_suffix(".tmp")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
