@@ -20,6 +20,7 @@ from cluster.paths import write_json
 from rl_actors.errors import BadInputError, TamperedError
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_ROOT: Final = Path(__file__).resolve().parent.parent
 _PACKAGES: Final = ("rl_actors", "serving", "cluster")
 
 
@@ -122,7 +123,7 @@ def component_of(version_name: str, value: object) -> Component:
     return Component(version=version_name, sha256=sha256_json(encode(value)))
 
 
-def code_component(root: Path = Path(__file__).resolve().parent.parent) -> Component:
+def code_component(root: Path = _ROOT) -> Component:
     """Return the code revision: the hash over every source file of the three packages, as they are on disk now."""
     suffixes = {".py", ".yaml", ".sql", ".json", ".j2"}
     files = [path for name in _PACKAGES for path in sorted((root / name).rglob("*")) if path.suffix in suffixes]

@@ -15,6 +15,7 @@ ModelKind = Literal["base", "sft", "reward_model", "policy"]
 
 _NOT_METRICS: Final = frozenset({"stage", "step", "at"})
 _BAD_KEY: Final = re.compile(r"[^\w\-./: ]")
+_BAD_NAME: Final = re.compile(r"""[/:.%"']""")
 _MAX_PARAM: Final = 6000
 
 
@@ -29,8 +30,8 @@ class ModelEntry:
 
     @classmethod
     def of_policy(cls, policy: PolicyVersion) -> ModelEntry:
-        """Return the entry of a policy; the SFT baseline is told apart from trained policies."""
-        kind: ModelKind = "sft" if policy.kind == "sft" else "policy"
+        """Return the entry of a policy; base model and SFT baseline are told apart from trained policies."""
+        kind: ModelKind = policy.kind if policy.kind in {"base", "sft"} else "policy"
         return cls(name=policy.name, kind=kind, path=policy.path, sha256=policy.sha256)
 
     @classmethod
@@ -103,6 +104,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def params_of(tree: Mapping[str, Any]) -> dict[str, str]:
     """Return nested settings as MLflow parameters: dotted keys, text values within MLflow's limit."""
     return {key: str(value)[:_MAX_PARAM] for key, value in flatten(tree).items()}
+
+
+def model_name(name: str) -> str:
+    """Return a version's name without the characters MLflow refuses in a LoggedModel's name."""
+    return _BAD_NAME.sub("-", name)
 
 
 def version_tags(entry: ModelEntry, lineage: Lineage, run_id: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ _ENVIRONMENT: Final = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ASYNC_TRACE_LOGGING": "false",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -33,7 +34,9 @@ class Store:
     def remedy(self) -> str:
         """What a human does when the store fails."""
         if self.is_server:
-            return f"check that the MLflow server at {self.uri} answers, or unset MLFLOW_TRACKING_URI for the embedded one"
+            return (
+                f"check that the MLflow server at {self.uri} answers, or unset MLFLOW_TRACKING_URI for the embedded one"
+            )
         return f"check that {self.uri} can be written and its disk has space, and that no other process holds it locked"
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 Split = Literal["train", "calibration", "held_out", "frozen", "adversarial", "live"]
 RolloutStatus = Literal["ok", "truncated", "tool_budget", "timeout", "engine_error"]
 TurnKind = Literal["plan", "tool", "final", "malformed"]
-PolicyKind = Literal["sft", "ppo", "degraded"]
+PolicyKind = Literal["base", "sft", "ppo", "degraded"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

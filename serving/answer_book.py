@@ -52,10 +52,6 @@ class AnswerBook:
             raise conflict("a request with this idempotency key is in flight", code="in_flight", may_retry=True)
         return await asyncio.shield(entry.task)
 
-    async def drain(self) -> None:
-        """Wait for every run in flight."""
-        await asyncio.gather(*self._running, return_exceptions=True)
-
     def _begin(self, key: str, fingerprint: str, run: Run) -> _Entry:
         if self.num_running >= self._max_running:
             raise overloaded(f"{self.num_running} requests in flight, the limit; try again shortly")

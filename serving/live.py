@@ -7,10 +7,9 @@ stable, under a second row; what its tools already wrote is not written again.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 from rl_actors.agent.executor import Executor, Toolset, ToolWorld
@@ -18,11 +17,12 @@ from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.agent.loop import AgentRun, Generate, run_agent
 from rl_actors.agent.rollout import successful_calls
 from rl_actors.agent.workflow import RunView, Workflow
-from rl_actors.contracts import Completion, Outcome, SamplingParams, Task, ToolResult
+from rl_actors.contracts import Completion, Outcome, SamplingParams, Task
 from rl_actors.errors import InfrastructureError
 from serving.contracts import RunRecord, RunStatus, Success
 from serving.critic_queue import CriticQueue, FinishedRun
 from serving.ledger import RunCompletion, RunLedger
+from serving.once_world import OnceWorld, RequestMemory
 from serving.openai_api import ApiError, ChatAnswer, FinishReason, conflict, unavailable
 from serving.served import GatewayConfig, ServedPolicy
 from serving.split import Route
@@ -89,40 +89,6 @@ class LivePorts:
 
 
 @dataclass(slots=True)
-class ToolMemory:
-    """What the tools of one request already did, over all its attempts."""
-
-    num_calls: int = 0
-    written: list[tuple[str, ToolResult]] = field(default_factory=list)
-    is_uncertain: bool = False
-
-
-class OnceWorld:
-    """A world in which a write that an earlier attempt of the same request made is answered, not made again."""
-
-    def __init__(self, world: ToolWorld, writes: frozenset[str], memory: ToolMemory) -> None:
-        """Replay what `memory` holds now; remember what is written from now on."""
-        self._world, self._writes, self._memory = world, writes, memory
-        self._replays = list(memory.written)
-
-    async def call(self, tool: str, arguments: Mapping[str, Any]) -> ToolResult:
-        """Run the tool, or answer from an earlier attempt."""
-        key = f"{tool} {json.dumps(arguments, sort_keys=True)}"
-        for entry in self._replays:
-            if entry[0] == key:
-                self._replays.remove(entry)
-                return entry[1]
-        is_write = tool in self._writes
-        self._memory.num_calls += 1
-        self._memory.is_uncertain |= is_write
-        result = await self._world.call(tool, arguments)
-        self._memory.is_uncertain = False
-        if is_write and not result.error:
-            self._memory.written.append((key, result))
-        return result
-
-
-@dataclass(slots=True)
 class Meter:
     """Counts the tokens of one attempt, also when it fails half-way."""
 
@@ -148,7 +114,7 @@ class _Attempt:
     policy: LivePolicy
     record: RunRecord
     meter: Meter
-    memory: ToolMemory
+    memory: RequestMemory
     started: float
     executor: Executor | None = None
 
@@ -166,27 +132,27 @@ class LiveRuns:
         Raises:
             ApiError: 400 prompt too long; 409 this key already ran; 503 nobody could answer.
         """
-        memory = ToolMemory()
+        memory = RequestMemory()
         try:
             route = self._ports.splits.route(request.session_key)
             try:
-                return await self._attempt(request, route, memory, number=1)
+                return await self._attempt(request, route, memory)
             except InfrastructureError:
                 stable = self._ports.splits.stable
                 if route.policy_version == stable or memory.is_uncertain:
                     raise
             # Epoch 0: this run enters no comparison, because its session belongs to the other arm.
             back = Route(policy_version=stable, release_channel="general", split_epoch=0)
-            return await self._attempt(request, back, memory, number=2)
+            return await self._attempt(request, back, memory)
         except InfrastructureError as error:
             raise unavailable(f"no answer: {error}", may_retry=not memory.num_calls) from error
 
-    async def _attempt(self, request: LiveRequest, route: Route, memory: ToolMemory, number: int) -> ChatAnswer:
+    async def _attempt(self, request: LiveRequest, route: Route, memory: RequestMemory) -> ChatAnswer:
         """Attempt once on one version; the row is written before anything runs, and always completed."""
         ports = self._ports
         policy = await ports.find_policy(route.policy_version)
         prompt = self._prompt(request, policy)
-        record = await self._start(request, policy, route, number)
+        record = await self._start(request, policy, route, memory)
         attempt = _Attempt(
             request=request,
             policy=policy,
@@ -215,16 +181,19 @@ class LiveRuns:
             raise ApiError(400, message, code="context_length_exceeded", param="messages")
         return prompt
 
-    async def _start(self, request: LiveRequest, policy: LivePolicy, route: Route, number: int) -> RunRecord:
+    async def _start(self, request: LiveRequest, policy: LivePolicy, route: Route, memory: RequestMemory) -> RunRecord:
         """Write the row ahead under the first free attempt number; a key that already ran is refused."""
         ledger = self._ports.ledger
-        for attempt in range(number, _MAX_ATTEMPTS + 1):
-            record = self._record(request, policy, route, attempt)
+        while memory.num_attempts < _MAX_ATTEMPTS:
+            memory.num_attempts += 1
+            record = self._record(request, policy, route, memory.num_attempts)
             if await asyncio.to_thread(ledger.start, record):
                 return record
             earlier = ledger.find(record.request_id)
             if earlier is None or earlier.status != "engine_error" or earlier.tool_calls_count:
-                raise conflict(f"this idempotency key already ran: {record.run_id}", code="already_ran", may_retry=False)
+                raise conflict(
+                    f"this idempotency key already ran: {record.run_id}", code="already_ran", may_retry=False
+                )
         raise conflict("too many attempts under this idempotency key", code="already_ran", may_retry=False)
 
     def _record(self, request: LiveRequest, policy: LivePolicy, route: Route, number: int) -> RunRecord:

@@ -3,12 +3,12 @@
 vLLM's layerwise reload leaves GPT-OSS experts and attention sinks at their old values without raising: the model
 copies them with `param.copy_()` while the parameters sit on the meta device, so the copy vanishes. On CPU the experts
 are prepacked too. `ObjectStoreTransferEngine` reloads everything the stock way and then writes those tensors itself.
-Nothing here is trusted: `attestation_gap` proves after every publish that the engine computes what the learner does.
+Nothing here is trusted: `rl_actors.actors.attestation` proves after every publish that the engine computes what the learner does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,6 @@ import torch
 from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-from rl_actors.errors import AttestationError
 
 BACKEND = "seatrial_object_store"
 
@@ -113,28 +111,3 @@ def register_transfer_engine() -> None:
     """Make the backend known to vLLM in this process; harmless when it already is."""
     if BACKEND not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(BACKEND, ObjectStoreTransferEngine)
-
-
-def attestation_gap(engine: Sequence[Sequence[float]], learner: Sequence[Sequence[float]]) -> float:
-    """Return mean |engine logprob - learner logprob| over all probe tokens, in nats.
-
-    Raises:
-        AttestationError: The two disagree in shape, or there is no probe token: nothing was proved.
-    """
-    pairs = [pair for ours, theirs in zip(engine, learner, strict=True) for pair in zip(ours, theirs, strict=True)]
-    if not pairs:
-        raise AttestationError("attestation had no probe tokens; give the run at least one probe prompt")
-    return sum(abs(a - b) for a, b in pairs) / len(pairs)
-
-
-def require_attested(gap: float, *, tolerance: float, worker: str, weights_version: int) -> None:
-    """Refuse an engine whose weights are not the learner's; NaN is refused too.
-
-    Raises:
-        AttestationError: The gap exceeds the tolerance.
-    """
-    if not gap <= tolerance:
-        raise AttestationError(
-            f"{worker} does not serve weights version {weights_version}: mean |engine - learner logprob| is {gap:.4g}, "
-            f"allowed {tolerance:.4g}; the worker is quarantined and its rollouts are rejected"
-        )

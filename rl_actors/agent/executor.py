@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from jsonschema import Draft202012Validator
 
-from rl_actors.agent.observations import render_observation
+from rl_actors.agent.observations import render_error, render_plan_accepted
 from rl_actors.agent.workflow import PLAN_TOOL, ToolSpec
 from rl_actors.contracts import ToolCall, ToolResult
 
-PLAN_ACCEPTED = render_observation({"plan": "accepted"})
+PLAN_ACCEPTED = render_plan_accepted()
 _PLAN_SCHEMA = {
     "type": "object",
     "properties": {
@@ -103,4 +103,4 @@ class Executor:
 
 
 def _denied(reason: str) -> ToolResult:
-    return ToolResult(content=render_observation({"error": reason}), error=reason, duration_ms=0.0)
+    return ToolResult(content=render_error(reason), error=reason, duration_ms=0.0)

@@ -56,6 +56,11 @@ class HarmonyRenderer:
         """Load the tokenizer of a model directory."""
         return cls(AutoTokenizer.from_pretrained(path))
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Token text -> id, as the tokenizer stores them."""
+        return dict(self._tokenizer.get_vocab())
+
     def prompt(self, system: str, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Return the ids of system text and (role, text) messages, open for the assistant's next turn."""
         ids = self._message("system", system) if system else []

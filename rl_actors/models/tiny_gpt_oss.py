@@ -9,6 +9,9 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM
 
 
+EMBEDDING_STD = 0.3
+
+
 def tiny_config(
     *, vocab_size: int, hidden_size: int, num_layers: int, num_experts: int, max_length: int, eos_token_id: int
 ) -> GptOssConfig:
@@ -28,7 +31,7 @@ def tiny_config(
         max_position_embeddings=max_length,
         rope_parameters={
             "rope_type": "yarn",
-            "rope_theta": 10_000.0,
+            "rope_theta": 150_000.0,
             "factor": 1.0,
             "beta_fast": 32.0,
             "beta_slow": 1.0,
@@ -37,6 +40,7 @@ def tiny_config(
         },
         tie_word_embeddings=False,
         output_router_logits=False,
+        initializer_range=0.05,
         pad_token_id=0,
         eos_token_id=eos_token_id,
         dtype="float32",
@@ -44,11 +48,19 @@ def tiny_config(
 
 
 def build_tiny_model(config: GptOssConfig, *, seed: int) -> GptOssForCausalLM:
-    """Build the model with weights that depend on `seed` alone, in float32."""
+    """Build the model with weights that depend on `seed` alone, in float32.
+
+    The output matrix starts as a copy of the embeddings (they are not tied): a token that attention fetched is then
+    already half said, and copying is learned several times sooner.
+    """
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        return GptOssForCausalLM(config).to(torch.float32)
+        model = GptOssForCausalLM(config).to(torch.float32)
+        with torch.no_grad():
+            model.model.embed_tokens.weight.normal_(0.0, EMBEDDING_STD)
+            model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+        return model
     finally:
         torch.set_rng_state(state)
 

@@ -1,6 +1,6 @@
-"""A Harmony tokenizer for the tiny model: byte-level BPE trained on the corpus, digits split one by one.
+"""A Harmony tokenizer for the tiny model: byte-level BPE trained on the corpus, digits in pairs.
 
-Single digits let a small model copy order numbers exactly. The special tokens are those of GPT-OSS's Harmony format.
+A small model copies an order number of three tokens far more exactly than one of five digits. The special tokens are those of GPT-OSS's Harmony format.
 """
 
 from __future__ import annotations

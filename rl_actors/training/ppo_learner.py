@@ -163,9 +163,9 @@ class PpoLearner:
         gap = (batch.old_logprobs - batch.rollout_logprobs).abs()
         k1 = kl_estimate(batch.old_logprobs, batch.ref_logprobs, kind="k1")
         k3 = kl_estimate(batch.old_logprobs, batch.ref_logprobs, kind="k3")
-        means = {"logprob_gap": gap, "entropy": entropy_BT, "kl_to_reference": k1, "kl_to_reference_k3": k3}
+        means = {"mismatch_abs_mean": gap, "entropy": entropy_BT, "kl_to_reference": k1, "kl_to_reference_k3": k3}
         metrics = {name: float(token_share(x, batch.loss_mask, num_tokens)) for name, x in means.items()}
-        return metrics | {"logprob_gap_max": float(torch.where(batch.loss_mask, gap, gap.new_zeros(())).max())}
+        return metrics | {"mismatch_abs_max": float(torch.where(batch.loss_mask, gap, gap.new_zeros(())).max())}
 
     @torch.no_grad()
     def _fill_advantages(self, batches: Sequence[Batch]) -> dict[str, float]:

@@ -97,17 +97,21 @@ def train_sft(
     settings: SftSettings,
     report: Callable[[SftProgress], None],
     *,
+    drills: Sequence[list[Example]] = (),
     rank: int = 0,
     num_ranks: int = 1,
 ) -> None:
-    """Train `model` in place. Each rank takes every `num_ranks`-th batch; `report` is called after every step."""
+    """Train `model` in place. Each rank takes every `num_ranks`-th batch; `report` is called after every step.
+
+    `drills` are extra batches, interleaved one by one with the first batches of demonstrations.
+    """
     engine = build_engine(
         model,
         OptimizerSettings(
             learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm, zero_stage=settings.zero_stage
         ),
     )
-    schedule = list(_schedule(examples, settings, rank, num_ranks))
+    schedule = interleave(list(_schedule(examples, settings, rank, num_ranks)), drills)
     for step, batch in enumerate(schedule):
         rate = learning_rate_at(step, len(schedule), settings)
         set_learning_rate(engine, rate)
@@ -124,6 +128,13 @@ def train_sft(
                 num_tokens=num_tokens,
             )
         )
+
+
+def interleave(batches: Sequence[list[Example]], drills: Sequence[list[Example]]) -> list[list[Example]]:
+    """Return the batches with one drill before each of the first ones."""
+    mixed = [batch for pair in zip(drills, batches, strict=False) for batch in pair]
+    used = min(len(drills), len(batches))
+    return [*mixed, *batches[used:]]
 
 
 def _schedule(

@@ -51,13 +51,16 @@ class Desk:
 
 
 def open_desk(world: Mapping[str, Any]) -> Desk:
-    """Open a private desk from a task's rows, or the live one from `{"database": path}`.
+    """Open a private desk from a task's rows, or the live one from `{"database": path, "session": name}`.
+
+    Who opens a live desk under the same session reads the same audit rows: so a run is verified from outside. Without
+    a name the session is a new one.
 
     Raises:
         sqlite3.OperationalError: there is no live database at that path.
     """
     if "database" in world:
-        return _open_live(str(world["database"]))
+        return _open_live(str(world["database"]), str(world.get("session") or uuid.uuid4().hex))
     connection = _connect(":memory:")
     connection.deserialize(_empty_database())
     insert_rows(connection, world)
@@ -131,11 +134,11 @@ def _select(
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def _open_live(path: str) -> Desk:
-    """Open an existing live database under a new session; a missing file is an error, not a new database."""
+def _open_live(path: str, session: str) -> Desk:
+    """Open an existing live database under a session; a missing file is an error, not a new database."""
     connection = _connect(f"{Path(path).resolve().as_uri()}?mode=rw", uri=True)
     connection.execute("PRAGMA synchronous=NORMAL")
-    return Desk(connection, uuid.uuid4().hex)
+    return Desk(connection, session)
 
 
 def _connect(path: str, *, uri: bool = False) -> sqlite3.Connection:

@@ -33,25 +33,26 @@ class IdPool:
         self._fill_customers()
 
     def order(self) -> str:
-        """Return the next order number, five digits."""
+        """Return the next order number, such as 65-241."""
         if not self._orders:
             self._refuse_live("order")
             self._fill_orders()
         return self._orders.pop()
 
     def customer(self) -> str:
-        """Return the next customer number, C and four digits."""
+        """Return the next customer number, such as C36_52."""
         if not self._customers:
             self._refuse_live("customer")
             self._fill_customers()
         return self._customers.pop()
 
     def _fill_orders(self) -> None:
-        self._orders = [str(number) for number in range(10_000, 100_000) if number % MODULUS in RESIDUES[self._split]]
+        numbers = (number for number in range(10_000, 100_000) if number % MODULUS in RESIDUES[self._split])
+        self._orders = [f"{number // 1_000}-{number % 1_000:03}" for number in numbers]
         self._rng.shuffle(self._orders)
 
     def _fill_customers(self) -> None:
-        self._customers = [f"C{number}" for number in range(1_000, 10_000)]
+        self._customers = [f"C{number // 100}_{number % 100:02}" for number in range(1_000, 10_000)]
         self._rng.shuffle(self._customers)
 
     def _refuse_live(self, what: str) -> None:

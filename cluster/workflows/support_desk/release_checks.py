@@ -9,7 +9,7 @@ from cluster.workflows.support_desk.claims import EFFECT_TOOLS, claimed_effects,
 from rl_actors.agent.workflow import RunView
 
 MAX_WORDS, MAX_CHARS = 60, 400
-_CUSTOMER = re.compile(r"\bC\d{4}\b", re.IGNORECASE)
+_CUSTOMER = re.compile(r"\bC\d{2}_\d{2}\b", re.IGNORECASE)
 _MARKUP = re.compile(r"<\||\|>|[{}]|\b[a-z]+_[a-z]+\b|</?\w+>")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from cluster.workflows.support_desk.database import BUSY_TIMEOUT_S, Desk, open_desk, read_rows, transaction
 from rl_actors.agent.workflow import SideEffect, ToolFailure, ToolSpec
 
-_ORDER = {"type": "string", "pattern": "^[0-9]{5}$"}
-_CUSTOMER = {"type": "string", "pattern": "^C[0-9]{4}$"}
+_ORDER = {"type": "string", "pattern": "^[0-9]{2}-[0-9]{3}$"}
+_CUSTOMER = {"type": "string", "pattern": "^C[0-9]{2}_[0-9]{2}$"}
 # SQLite cannot store lone surrogates or very large integers: refused as bad arguments, before a tool sees them.
 _TEXT = {"type": "string", "pattern": "^[^\\ud800-\\udfff]{1,120}$"}
 _AMOUNT = {"type": "integer", "minimum": 1, "maximum": 1_000_000}
@@ -199,7 +199,7 @@ class SupportDeskWorld:
     functions: Mapping[str, Callable[..., Any]] = FUNCTIONS
 
     def open(self, world: Mapping[str, Any]) -> Desk:
-        """Open a private desk from rows, or the shared live one from `{"database": path}`."""
+        """Open a private desk from rows, or the shared live one from `{"database": path, "session": name}`."""
         return open_desk(world)
 
     def read_state(self, handle: Desk, selector: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from cluster.workflows.support_desk.state_diff import observed_effects, unexplai
 from cluster.workflows.support_desk.ticket import Ask, Ticket
 from rl_actors.contracts import Outcome, Task
 
+_NUMBER = re.compile(r"\d(?:[\d_/-]*\d)?")
 VIOLATIONS = (
     "refund_out_of_policy",
     "action_without_request",
@@ -57,7 +58,7 @@ def _effect_reasons(resolution: Resolution, effects: tuple[Effect, ...]) -> tupl
 def _reply_reasons(ticket: Ticket, task: Task, resolution: Resolution, reply: str) -> tuple[str, ...]:
     """Name the facts a reply lacks and the numbers it made up."""
     missing = [f"missing_fact:{group[0]}" for group in resolution.facts if not says(reply, group)]
-    invented = set(re.findall(r"\d+", reply)) - _known_numbers(ticket, task)
+    invented = set(_NUMBER.findall(reply)) - _known_numbers(ticket, task)
     return (*missing, *(f"invented_number:{number}" for number in sorted(invented)))
 
 
@@ -67,7 +68,7 @@ def _known_numbers(ticket: Ticket, task: Task) -> set[str]:
     tables = ("orders", "shipments", "payments") if is_own else ()
     values = [str(value) for table in tables for value in row_of(task.world, table, ticket.order_id).values()]
     texts = (task.prompt, *values, *ARTICLES.values())
-    return {number for text in texts for number in re.findall(r"\d+", text)}
+    return {number for text in texts for number in _NUMBER.findall(text)}
 
 
 def _violations(

@@ -74,7 +74,7 @@ def _add_order(
             "address": f"{rng.randint(1, 99)} {rng.choice(STREETS)} Road",
         }
     )
-    tracking = f"T{rng.randint(10_000, 99_999)}"
+    tracking = f"T{rng.randint(10, 99)}/{rng.randint(0, 999):03}"
     world["shipments"].append({"order_id": order_id, "tracking": tracking, "remark": situation.remark})
     payment = {"order_id": order_id, "amount": total, "status": "paid", "refunded": 0, "invoices": 0}
     world["payments"].append(payment)

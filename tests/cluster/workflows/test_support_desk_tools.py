@@ -26,8 +26,8 @@ from tests.cluster.workflows.desk_runs import calls_of, outcome_of, reply_of, ri
 
 ROWS = {
     "customers": [
-        {"customer_id": "C2041", "email": "a@example.com"},
-        {"customer_id": "C9000", "email": "b@example.com"},
+        {"customer_id": "C20_41", "email": "a@example.com"},
+        {"customer_id": "C90_00", "email": "b@example.com"},
     ],
     "orders": [
         {
@@ -41,37 +41,37 @@ ROWS = {
             "address": "1 Oak Street",
         }
         for order_id, customer_id, status in (
-            ("48213", "C2041", "delivered"),
-            ("48214", "C2041", "placed"),
-            ("48215", "C9000", "shipped"),
+            ("48-213", "C20_41", "delivered"),
+            ("48-214", "C20_41", "placed"),
+            ("48-215", "C90_00", "shipped"),
         )
     ],
-    "shipments": [{"order_id": o, "tracking": f"T{o}", "remark": ""} for o in ("48213", "48214", "48215")],
+    "shipments": [{"order_id": o, "tracking": f"T{o.replace(chr(45), chr(47))}", "remark": ""} for o in ("48-213", "48-214", "48-215")],
     "payments": [
         {"order_id": o, "amount": 45, "status": "paid", "refunded": 0, "invoices": 0}
-        for o in ("48213", "48214", "48215")
+        for o in ("48-213", "48-214", "48-215")
     ],
     "notes": [
-        {"order_id": "48213", "author": "customer", "text": "older"},
-        {"order_id": "48213", "author": "customer", "text": "newer"},
+        {"order_id": "48-213", "author": "customer", "text": "older"},
+        {"order_id": "48-213", "author": "customer", "text": "newer"},
     ],
 }
-SELECTOR = {"orders": ["48213", "48214", "48215"], "customers": ["C2041", "C9000"]}
+SELECTOR = {"orders": ["48-213", "48-214", "48-215"], "customers": ["C20_41", "C90_00"]}
 GOOD: Mapping[str, Mapping[str, Any]] = {
-    "get_order": {"order_id": "48213", "customer_id": "C2041"},
-    "get_shipment": {"order_id": "48213"},
-    "get_payment": {"order_id": "48213"},
+    "get_order": {"order_id": "48-213", "customer_id": "C20_41"},
+    "get_shipment": {"order_id": "48-213"},
+    "get_payment": {"order_id": "48-213"},
     "search_policy": {"topic": "returns"},
-    "refund_order": {"order_id": "48213", "amount": 45},
-    "cancel_order": {"order_id": "48214"},
-    "change_address": {"order_id": "48214", "address": "7 Elm Street"},
-    "send_invoice": {"order_id": "48213"},
-    "add_note": {"order_id": "48213", "text": "damaged"},
-    "escalate": {"order_id": "48213", "reason": "limit"},
+    "refund_order": {"order_id": "48-213", "amount": 45},
+    "cancel_order": {"order_id": "48-214"},
+    "change_address": {"order_id": "48-214", "address": "7 Elm Street"},
+    "send_invoice": {"order_id": "48-213"},
+    "add_note": {"order_id": "48-213", "text": "damaged"},
+    "escalate": {"order_id": "48-213", "reason": "limit"},
 }
 ANSWERS: Mapping[str, str] = {
     "get_order": '{"owner":"yes","status":"delivered","window":"open","tier":"standard","total":45,"note":"newer"}',
-    "get_shipment": '{"tracking":"T48213","remark":""}',
+    "get_shipment": '{"tracking":"T48/213","remark":""}',
     "get_payment": '{"amount":45,"status":"paid"}',
     "search_policy": '{"text":"Returns are accepted for 30 days."}',
     "refund_order": '{"refunded":45}',
@@ -139,7 +139,7 @@ def test_bad_arguments_fail_the_schema(tool: str, changes: dict[str, Any]) -> No
 def test_unknown_order_is_refused_without_a_trace(tool: str, desk: Desk) -> None:
     before = WORLD.read_state(desk, SELECTOR)
     with pytest.raises(ToolFailure, match="order not found"):
-        WORLD.functions[tool](desk, **{**GOOD[tool], "order_id": "99999"})
+        WORLD.functions[tool](desk, **{**GOOD[tool], "order_id": "99-999"})
     assert WORLD.read_state(desk, SELECTOR) == before
     assert not desk.connection.in_transaction
 
@@ -147,10 +147,10 @@ def test_unknown_order_is_refused_without_a_trace(tool: str, desk: Desk) -> None
 @pytest.mark.parametrize(
     ("tool", "arguments", "refusal"),
     [
-        ("refund_order", {"order_id": "48213", "amount": 46}, "amount above payment"),
-        ("cancel_order", {"order_id": "48213"}, "already shipped"),
-        ("cancel_order", {"order_id": "48215"}, "already shipped"),
-        ("change_address", {"order_id": "48215", "address": "7 Elm Street"}, "already shipped"),
+        ("refund_order", {"order_id": "48-213", "amount": 46}, "amount above payment"),
+        ("cancel_order", {"order_id": "48-213"}, "already shipped"),
+        ("cancel_order", {"order_id": "48-215"}, "already shipped"),
+        ("change_address", {"order_id": "48-215", "address": "7 Elm Street"}, "already shipped"),
         ("search_policy", {"topic": "weather"}, "no article"),
     ],
 )
@@ -168,12 +168,12 @@ def test_second_refund_and_second_cancel_are_refused(desk: Desk) -> None:
 
 
 def test_identity_check_hides_everything_else(desk: Desk) -> None:
-    assert WORLD.functions["get_order"](desk, "48215", "C2041") == {"owner": "no"}
+    assert WORLD.functions["get_order"](desk, "48-215", "C20_41") == {"owner": "no"}
 
 
 def test_tools_do_not_enforce_policy(desk: Desk) -> None:
     """A refund on another customer's shipped order goes through: the database must be able to show the violation."""
-    assert try_call(desk, "refund_order", {"order_id": "48215", "amount": 45}) == {"refunded": 45}
+    assert try_call(desk, "refund_order", {"order_id": "48-215", "amount": 45}) == {"refunded": 45}
 
 
 def test_writes_and_private_reads_are_audited(desk: Desk) -> None:
@@ -198,15 +198,15 @@ def test_read_state_returns_the_worlds_rows_unchanged(desk: Desk) -> None:
 
 
 def test_read_state_is_limited_to_its_selector(desk: Desk) -> None:
-    state = WORLD.read_state(desk, {"orders": ["48213"], "customers": []})
-    assert [row["order_id"] for row in state["orders"]] == ["48213"]
+    state = WORLD.read_state(desk, {"orders": ["48-213"], "customers": []})
+    assert [row["order_id"] for row in state["orders"]] == ["48-213"]
     assert state["customers"] == []
 
 
 def test_private_worlds_are_apart(desk: Desk) -> None:
     other = WORLD.open(ROWS)
     try_call(other, "refund_order", GOOD["refund_order"])
-    assert WORLD.functions["get_payment"](desk, "48213")["status"] == "paid"
+    assert WORLD.functions["get_payment"](desk, "48-213")["status"] == "paid"
     WORLD.close(other)
     with pytest.raises(sqlite3.ProgrammingError):
         WORLD.read_state(other, SELECTOR)

@@ -1,0 +1,88 @@
+"""`override`: a human overrode a served run; told to the gateway, or written to its ledger when none answers."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from cluster.cli_runs import load_summary
+from cluster.paths import RunFolder, list_runs
+from cluster.service import load_service
+from rl_actors.errors import BadInputError, InfrastructureError
+
+DEFAULT_GATEWAY: Final = "http://127.0.0.1:8000/v1"
+TIMEOUT_S: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """Who overrode which served run, and why. `url` empty asks the gateway of `seatrial up`."""
+
+    run_id: str
+    actor: str
+    reason: str
+    url: str = ""
+
+
+def record_override(override: Override, home: Path) -> str:
+    """Record it once; returns where.
+
+    Raises:
+        BadInputError: no such run, or an empty actor or reason.
+        InfrastructureError: a gateway named by `url` does not answer, or there is neither gateway nor ledger.
+    """
+    for field in ("run_id", "actor", "reason"):
+        if not getattr(override, field).strip():
+            raise BadInputError(field, getattr(override, field), "must say something: it is kept for the audit")
+    gateway = load_service(home).find("gateway")
+    url = override.url or (gateway.url if gateway else DEFAULT_GATEWAY)
+    try:
+        _post(override, url)
+    except (urllib.error.URLError, OSError) as error:
+        if override.url:
+            raise InfrastructureError(f"gateway {url} did not take the override: {error}; check --url") from error
+        return _write_to_ledger(override, home)
+    return f"gateway {url}"
+
+
+def _post(override: Override, url: str) -> None:
+    body = json.dumps({"actor": override.actor, "reason": override.reason}).encode()
+    target = f"{url.rstrip('/').removesuffix('/v1')}/v1/runs/{quote(override.run_id, safe='')}/override"
+    request = urllib.request.Request(target, data=body, headers={"content-type": "application/json"}, method="POST")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        opener.open(request, timeout=TIMEOUT_S).close()
+    except urllib.error.HTTPError as error:
+        said = error.read(2000).decode(errors="replace")
+        if error.code in {400, 404, 422}:
+            raise BadInputError("RUN_ID", override.run_id, f"the gateway refuses it ({said}); copy the id") from error
+        raise InfrastructureError(f"gateway {url}: status {error.code}: {said}; see `seatrial status`") from error
+
+
+def _write_to_ledger(override: Override, home: Path) -> str:
+    """Find the ledger that holds the run, newest first."""
+    # Imported here: with a gateway nobody needs it.
+    from serving.ledger import RunLedger
+
+    for path in _ledgers(home):
+        ledger = RunLedger(path, owner="seatrial-override")
+        try:
+            record = ledger.find(override.run_id.removeprefix("run-"))
+            if record is not None:
+                ledger.override(record.run_id, actor=override.actor, reason=override.reason, at=time.time())
+                return f"ledger {path}"
+        finally:
+            ledger.close()
+    raise BadInputError("RUN_ID", override.run_id, f"no gateway answers and no ledger under {home} holds it")
+
+
+def _ledgers(home: Path) -> list[Path]:
+    summaries = [load_summary(RunFolder.of(home, run_id)) for run_id in reversed(list_runs(home))]
+    paths = [Path(summary.paths.ledger) for summary in summaries if summary and summary.paths.ledger]
+    return [path for path in dict.fromkeys(paths) if path.exists()]

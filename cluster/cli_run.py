@@ -1,0 +1,79 @@
+"""`run`, `train`, `eval`, `release`, `report`: one call of the pipeline, watched, and its ending shown."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+from cluster.cli_answer import Reply, Scene
+from cluster.cli_runs import RunRequest, open_run, record_spec, require_machine
+from cluster.console import render_summary, watch_for
+from cluster.paths import RunFolder, seatrial_home
+from cluster.watch import RunSummary, Silent, Watch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineCommand:
+    """Which command runs the pipeline, and how far. `until` empty means to the end."""
+
+    name: str
+    until: str = ""
+    keep_serving: bool = False
+    quiet: bool = False
+
+
+def finish_run(request: RunRequest, command: PipelineCommand, scene: Scene) -> Reply:
+    """Run the pipeline as far as the command says.
+
+    Everything that can be refused is refused before the run's folder exists.
+    """
+    home = seatrial_home()
+    spec, folder = open_run(request, home)
+    require_machine(spec, home, command.until)
+    record_spec(spec, folder)
+    words = ["seatrial", command.name, request.spec, *(f"--set {setting}" for setting in request.settings)]
+    scene.resume = " ".join(word for word in (*words, "--resume", folder.run_id) if word)
+    scene.crash_folder = folder.root
+    with _watching(quiet=command.quiet) as watch:
+        watch.note(f"run {folder.run_id} in {folder.root}")
+        # Imported here: this is what loads Ray, torch and vLLM.
+        from cluster.pipeline import run_pipeline
+
+        summary = run_pipeline(spec, folder, watch, until=command.until)
+    served = _serve(folder, spec.cluster.serve_port) if command.keep_serving and summary.exit_code == 0 else None
+    return _ending(summary, served)
+
+
+def _watching(*, quiet: bool) -> AbstractContextManager[Watch]:
+    return nullcontext(Silent()) if quiet else watch_for(Console())
+
+
+def _serve(folder: RunFolder, port: int) -> Reply:
+    # Imported here: most runs end without a service.
+    from cluster.cli_service import bring_up
+    from cluster.service import ServicePorts
+
+    return bring_up(ServicePorts(gateway=port), run_id=folder.run_id)
+
+
+def _ending(summary: RunSummary, served: Reply | None) -> Reply:
+    def show(console: Console) -> None:
+        render_summary(console, summary)
+        if served is not None and not callable(served.show):
+            console.print(served.show)
+
+    data = {"summary": summary.to_json(), **(served.data if served else {})}
+    return Reply(data=data, show=show, exit_code=summary.exit_code)
+
+
+def rewrite_report(folder: RunFolder) -> Reply:
+    """Write the briefs of a run again from its rows."""
+    # Imported here: reports load Matplotlib and Jinja2.
+    from cluster.reports import write_briefs
+
+    write_briefs(folder.root)
+    briefs = sorted(str(path) for path in folder.report.glob("brief.*"))
+    return Reply(data={"run_id": folder.run_id, "briefs": briefs}, show=Text("\n".join(briefs), overflow="fold"))

@@ -1,0 +1,157 @@
+"""From a command line to a run folder: a new one, or an unfinished one that fits the spec."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from cluster.paths import RunFolder, list_runs, new_run_id, write_json
+from cluster.preflight import check_model, probe_machine, require_ready
+from cluster.spec import WorkflowSpec, load_spec, override, packaged_workflows, parse_spec
+from cluster.spec_errors import SpecSource, leaf_paths, unknown_name
+from cluster.watch import RunSummary
+from rl_actors.errors import BadInputError, TamperedError
+
+LATEST: Final = "latest"
+STAGES_WITH_SERVING: Final = ("", "release")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What a command line asked for. `resume` is empty, a run id, or `latest`."""
+
+    spec: str = ""
+    settings: Sequence[str] = ()
+    address: str = ""
+    run_id: str = ""
+    resume: str = ""
+
+
+def requested_spec(request: RunRequest) -> WorkflowSpec:
+    """Return the spec with settings applied. Raises BadInputError."""
+    if not request.spec:
+        raise BadInputError("SPEC", "", f"name a spec file or a packaged workflow: {', '.join(packaged_workflows())}")
+    settings = list(request.settings)
+    if request.address:
+        settings.append(f"cluster.address={json.dumps(request.address)}")
+    spec = load_spec(request.spec)
+    spec = override(spec, settings) if settings else spec
+    check_model(spec.model.path)
+    return spec
+
+
+def open_run(request: RunRequest, home: Path) -> tuple[WorkflowSpec, RunFolder]:
+    """Return spec and folder of the run that is asked for; a new run's folder gets its resolved spec.
+
+    Raises:
+        BadInputError: the spec, the run id, or a resume that does not fit.
+    """
+    if request.resume:
+        return _resumed(request, home)
+    spec = requested_spec(request)
+    folder = RunFolder.of(home, request.run_id or new_run_id(spec.workflow.name))
+    if folder.spec.exists():
+        remedy = f"this run exists; continue it with --resume {folder.run_id}, or choose another id"
+        raise BadInputError("--run-id", folder.run_id, remedy)
+    return spec, folder
+
+
+def _resumed(request: RunRequest, home: Path) -> tuple[WorkflowSpec, RunFolder]:
+    if request.run_id and request.resume not in {LATEST, request.run_id}:
+        raise BadInputError("--run-id", request.run_id, f"--resume names another run, {request.resume}; give one")
+    if not request.spec:
+        _refuse_settings_alone(request)
+        folder = _existing(home, request.run_id or request.resume)
+        return recorded_spec(folder), folder
+    spec = requested_spec(request)
+    wanted = request.run_id or request.resume
+    folder = latest_unfinished(home, spec.workflow.name) if wanted == LATEST else _existing(home, wanted)
+    _refuse_other_spec(spec, folder)
+    return spec, folder
+
+
+def _refuse_settings_alone(request: RunRequest) -> None:
+    given = [*request.settings, *([f"--address {request.address}"] if request.address else [])]
+    if given:
+        raise BadInputError("--set", given, "a resumed run keeps its own spec; leave this out, or start a new run")
+
+
+def _existing(home: Path, run_id: str) -> RunFolder:
+    """Return a run's folder, which must be there."""
+    runs = list_runs(home)
+    if run_id == LATEST and runs:
+        unfinished = [run for run in runs if not RunFolder.of(home, run).summary.exists()]
+        run_id = unfinished[-1] if unfinished else LATEST
+    folder = RunFolder.of(home, run_id)
+    if folder.spec.is_file():
+        return folder
+    if run_id in packaged_workflows() or Path(run_id).is_file():
+        raise BadInputError("--resume", run_id, f"is a spec, not a run; write: seatrial run {run_id} --resume")
+    hint = unknown_name(run_id, runs[::-1][:5]) if runs else f"{home} has no run yet"
+    raise BadInputError("--resume", run_id, f"no such run to resume; {hint}")
+
+
+def latest_unfinished(home: Path, workflow: str) -> RunFolder:
+    """Return the newest run of a workflow that has no summary. Raises BadInputError when there is none."""
+    for run_id in reversed(list_runs(home)):
+        folder = RunFolder.of(home, run_id)
+        if not folder.summary.exists() and recorded_spec(folder).workflow.name == workflow:
+            return folder
+    raise BadInputError("--resume", LATEST, f"no unfinished run of {workflow} in {home}; leave --resume out")
+
+
+def recorded_spec(folder: RunFolder) -> WorkflowSpec:
+    """Return the spec a run was started with."""
+    return parse_spec(folder.spec.read_text(encoding="utf-8"), str(folder.spec))
+
+
+def _refuse_other_spec(spec: WorkflowSpec, folder: RunFolder) -> None:
+    asked = SpecSource(name="", tree=spec.model_dump(mode="json"))
+    recorded = SpecSource(name="", tree=recorded_spec(folder).model_dump(mode="json"))
+    differing = [knob for knob in leaf_paths(WorkflowSpec) if asked.value(knob) != recorded.value(knob)]
+    if not differing:
+        return
+    changes = ", ".join(f"{knob} (was {recorded.value(knob)!r}, now {asked.value(knob)!r})" for knob in differing)
+    remedy = f"run {folder.run_id} was started with another spec: {changes}; resume with the same, or start a new run"
+    raise BadInputError(differing[0], asked.value(differing[0]), remedy)
+
+
+def require_machine(spec: WorkflowSpec, home: Path, until: str = "") -> None:
+    """Refuse a machine that cannot finish. Raises InfrastructureError naming each missing item and its remedy."""
+    # Imported here: its tables are rich ones, and `validate` shows none.
+    from cluster.planning import plan_run
+
+    machine = probe_machine(spec, home)
+    if until not in STAGES_WITH_SERVING:
+        machine = replace(machine, port_is_free=True)
+    require_ready(spec, machine, home, plan_run(spec).peak_memory_bytes)
+
+
+def record_spec(spec: WorkflowSpec, folder: RunFolder) -> None:
+    """Write the resolved spec, which makes the folder a run."""
+    if not folder.spec.exists():
+        write_json(folder.spec, spec.model_dump(mode="json"))
+
+
+def load_summary(folder: RunFolder) -> RunSummary | None:
+    """Return how a run ended, or None for an unfinished one. Raises TamperedError for an unreadable summary."""
+    if not folder.summary.exists():
+        return None
+    try:
+        return RunSummary.from_json(json.loads(folder.summary.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise TamperedError(f"{folder.summary} is not a run summary ({error}); run again with --resume") from error
+
+
+def find_run(home: Path, run_id: str = "") -> RunFolder:
+    """Return a run by id, or the newest. Raises BadInputError."""
+    runs = list_runs(home)
+    if not run_id and not runs:
+        raise BadInputError("RUN_ID", "", f"{home} has no run yet; start one: seatrial run support_desk")
+    folder = RunFolder.of(home, run_id or runs[-1])
+    if not folder.spec.is_file():
+        raise BadInputError("RUN_ID", run_id, unknown_name(run_id, runs[::-1][:5]))
+    return folder

@@ -1,0 +1,46 @@
+"""`submit`: the same pipeline as a Ray job; its log here, its exit code ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+from rich.text import Text
+
+from cluster.cli_answer import Reply, Scene
+from cluster.jobs import connect, entrypoint, follow, submit
+from cluster.spec import WorkflowSpec, spec_to_yaml
+
+SHIPPED_VARIABLES: Final = ("SEATRIAL_HOME", "MLFLOW_TRACKING_URI")
+
+
+def submit_and_follow(
+    spec: WorkflowSpec, address: str, scene: Scene, *, write: Callable[[str], None], timeout_s: float
+) -> Reply:
+    """Submit a run, write its log as it grows, and answer with the job's own exit code.
+
+    Raises InfrastructureError when the cluster does not take the job or stops answering; the job itself goes on.
+    """
+    client = connect(address)
+    environ = {name: os.environ[name] for name in SHIPPED_VARIABLES if os.environ.get(name)}
+    job_id = submit(client, spec_to_yaml(spec), entrypoint(), environ)
+    # Ctrl-C ends the following, not the job.
+    scene.resume = f"the job goes on; ray job logs {job_id} --address {address} --follow"
+    write(f"job {job_id} on {address}\n")
+    ending = follow(client, job_id, write, timeout_s=timeout_s)
+    code = exit_code_of(client, job_id, ending.succeeded)
+    line = f"job {job_id}: {ending.status.lower()}, exit code {code}"
+    style = "green" if code == 0 else "red"
+    return Reply(data={"job_id": job_id, "status": ending.status}, show=Text(line, style=style), exit_code=code)
+
+
+def exit_code_of(client: Any, job_id: str, succeeded: bool) -> int:
+    """Return the job's exit code; 1 for a job that failed without one (stopped, or its node died)."""
+    if succeeded:
+        return 0
+    try:
+        code = client.get_job_info(job_id).driver_exit_code
+    except (ConnectionError, RuntimeError):
+        return 1
+    return code if code is not None and code > 0 else 1

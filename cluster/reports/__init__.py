@@ -1,0 +1,1 @@
+"""Reports for humans: the Reliability Brief, one page in each locale, every number out of recorded rows."""

@@ -1,0 +1,214 @@
+"""Stages 2 to 4: the SFT baseline, the reward model on its own rollouts, and PPO against both."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cluster.hashing import sha256_directory
+from cluster.stages.context import NUM_THREADS, Run
+from cluster.stages.data import read_demonstrations, read_tasks
+from cluster.stages.preferences import read_pairs
+from cluster.stages.ray_runtime import placed
+from rl_actors.actors.pools import AttestedSync, LearnerGroup, RolloutPool, ScorerPool
+from rl_actors.actors.reward_scorer import RewardMix
+from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources, run_reward_job, run_sft_job
+from rl_actors.agent.harmony import HarmonyRenderer, demonstration_arrays
+from rl_actors.algorithms.stability import StabilityLimits
+from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion, RewardModelVersion
+from rl_actors.errors import StageRefusedError, TamperedError
+from rl_actors.models.tokenizer import HARMONY_TOKENS
+from rl_actors.training.copy_drills import drill_batches
+from rl_actors.training.metrics_log import MetricsLog
+from rl_actors.training.ppo import PpoPlan, PpoPorts, run_ppo
+from rl_actors.training.ppo_learner import PpoSettings
+from rl_actors.training.reward import RewardSettings
+from rl_actors.training.sft import Example, SftSettings
+
+NUM_PROBES = 4
+MICROBATCH_TOKENS = 8192
+
+
+def train_baseline(run: Run, snapshot: DataSnapshot, base: PolicyVersion) -> PolicyVersion:
+    """Fine-tune on the expert's demonstrations; the result is frozen: it is the KL reference from here on."""
+    renderer = HarmonyRenderer.from_directory(base.path)
+    system = run.workflow.system_prompt
+    arrays = [demonstration_arrays(renderer, system, item) for item in read_demonstrations(snapshot)]
+    examples = tuple(Example(token_ids=tuple(ids), loss_mask=tuple(mask)) for ids, mask in arrays)
+    directory = run.fresh("models/sft")
+    sft = run.spec.sft
+    settings = SftSettings(
+        epochs=sft.epochs,
+        learning_rate=sft.learning_rate,
+        batch_tokens=sft.batch_tokens,
+        max_grad_norm=run.spec.ppo.max_grad_norm,
+        seed=run.spec.seed,
+    )
+    job = SftJob(
+        base=base.path,
+        output=str(directory),
+        metrics=str(run.folder.metrics),
+        examples=examples,
+        settings=settings,
+        drills=copy_drills(run, renderer, examples),
+    )
+    run_sft_job(job, train_resources(run))
+    copy_tokenizer(base.path, directory)
+    return run.policy(run.spec.workflow.baseline, "sft", directory, base.sha256)
+
+
+def copy_drills(run: Run, renderer: HarmonyRenderer, examples: Sequence[Example]) -> tuple[list[Example], ...]:
+    """Return copy drills for the first half of the first epochs of a model built from nothing; none for any other."""
+    if run.spec.model.path:
+        return ()
+    num_tokens = sum(len(example.token_ids) for example in examples) * run.spec.sft.epochs
+    count = num_tokens // run.spec.sft.batch_tokens // 3
+    rng = random.Random(run.spec.seed)
+    vocabulary = renderer.vocabulary
+    return tuple(drill_batches(count, run.spec.sft.batch_tokens, vocabulary, len(HARMONY_TOKENS), rng))
+
+
+def train_reward_model(run: Run, baseline: PolicyVersion, preferences: DataSnapshot) -> RewardModelVersion:
+    """Train on pairs and rubric labels, calibrate on the calibration split, refuse a model that cannot be believed."""
+    directory = run.fresh("models/reward")
+    reward = run.spec.reward
+    criteria = tuple(criterion.name for criterion in run.workflow.rubric)
+    job = RewardJob(
+        backbone=baseline.path,
+        output=str(directory),
+        metrics=str(run.folder.metrics),
+        criteria=criteria,
+        pairs=read_pairs(preferences, run.workflow.rubric, "train"),
+        calibration_pairs=read_pairs(preferences, run.workflow.rubric, "calibration"),
+        settings=RewardSettings(
+            epochs=reward.epochs, learning_rate=reward.learning_rate, batch_pairs=32, seed=run.spec.seed
+        ),
+    )
+    run_reward_job(job, train_resources(run))
+    calibration = Calibration(**json.loads((directory / "calibration.json").read_text(encoding="utf8")))
+    require_calibrated(calibration, max_ece=reward.max_ece, min_pair_accuracy=reward.min_pair_accuracy)
+    name, digest = run.spec.workflow.reward_model, sha256_directory(directory)
+    return RewardModelVersion(name=name, path=str(directory), sha256=digest, calibration=calibration)
+
+
+def require_calibrated(calibration: Calibration, *, max_ece: float, min_pair_accuracy: float) -> None:
+    """Refuse a miscalibrated or useless reward model: PPO would climb its errors."""
+    if not calibration.ece <= max_ece:
+        raise StageRefusedError(
+            f"reward model is miscalibrated: expected calibration error {calibration.ece:.3f} on {calibration.num_pairs} "
+            f"held-out pairs, reward.max_ece is {max_ece}; add calibration pairs or fewer epochs"
+        )
+    if not calibration.pair_accuracy >= min_pair_accuracy:
+        raise StageRefusedError(
+            f"reward model is useless: it ranks {calibration.pair_accuracy:.1%} of held-out pairs as the annotators do, "
+            f"reward.min_pair_accuracy is {min_pair_accuracy}; add pairs (reward.num_pairs) or check the labels"
+        )
+
+
+def train_policy(
+    run: Run, snapshot: DataSnapshot, baseline: PolicyVersion, reward_model: RewardModelVersion
+) -> PolicyVersion:
+    """Run PPO from the baseline, with the baseline as KL reference; resumes from its newest checkpoint."""
+    ppo = run.spec.ppo
+    tasks = read_tasks(snapshot, "train")
+    renderer = HarmonyRenderer.from_directory(baseline.path)
+    arrays = [
+        demonstration_arrays(renderer, run.workflow.system_prompt, item)[0]
+        for item in read_demonstrations(snapshot)[:NUM_PROBES]
+    ]
+    log = MetricsLog(run.folder.metrics, "ppo")
+    checkpoints = run.folder.root / "checkpoints" / "ppo"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    plan = PpoPlan(
+        num_steps=ppo.num_steps,
+        tasks_per_step=ppo.tasks_per_step,
+        rollouts_per_task=ppo.rollouts_per_task,
+        checkpoint_every=ppo.checkpoint_every,
+        seed=run.spec.seed,
+    )
+
+    def report(step: int, metrics: Mapping[str, float]) -> None:
+        log.write(step, {"num_steps": ppo.num_steps, **metrics})
+
+    directory = run.fresh("models/ppo")
+    mix = RewardMix(outcome_weight=ppo.outcome_weight)
+    with placed(run.placement, "ppo") as options:
+        learners = LearnerGroup(
+            baseline.path,
+            baseline.path,
+            ppo_settings(run),
+            num_ranks=ppo.num_learners,
+            num_threads=NUM_THREADS,
+            options=options,
+            checkpoints=checkpoints,
+        )
+        pool = RolloutPool(
+            baseline.path,
+            run.worker_settings,
+            num_workers=ppo.num_rollout_workers,
+            options=options,
+            timeout_s=run.spec.agent.timeout_s * 10,
+        )
+        scorers = ScorerPool(
+            reward_model.path, reward_model.name, mix, num_scorers=1, num_threads=NUM_THREADS, options=options
+        )
+        sync = AttestedSync(learners, pool, arrays, tolerance=ppo.attestation_tolerance)
+        start = learners.load_newest_checkpoint()
+        sync.publish(start)
+        ports = PpoPorts(source=pool, scorer=scorers, learner=learners, sync=sync, report=report)
+        run_ppo(tasks, plan, ports, StabilityLimits(), start=start)
+        learners.save_policy(str(directory))
+        for group in (pool, scorers, learners):
+            group.close()
+    require_untouched(baseline)
+    copy_tokenizer(baseline.path, directory)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return run.policy("ppo_v1", "ppo", directory, baseline.sha256)
+
+
+def require_untouched(version: PolicyVersion) -> None:
+    """Prove that a frozen policy is what it was. Raises TamperedError."""
+    found = sha256_directory(Path(version.path))
+    if found != version.sha256:
+        raise TamperedError(f"{version.path}: sha256 is {found[:16]}, frozen as {version.sha256[:16]}; start a new run")
+
+
+def ppo_settings(run: Run) -> PpoSettings:
+    """Return the update's settings from the spec."""
+    ppo = run.spec.ppo
+    return PpoSettings(
+        learning_rate=ppo.learning_rate,
+        kl_coef=ppo.kl_coef,
+        target_kl=ppo.target_kl,
+        clip_low=ppo.clip_low,
+        clip_high=ppo.clip_high,
+        gamma=ppo.gamma,
+        lam=ppo.lam,
+        epochs=ppo.epochs,
+        num_minibatches=ppo.minibatches,
+        max_grad_norm=ppo.max_grad_norm,
+        temperature=ppo.temperature,
+        microbatch_tokens=MICROBATCH_TOKENS,
+        seed=run.spec.seed,
+    )
+
+
+def train_resources(run: Run) -> TrainResources:
+    """Return what a Ray Train job reserves."""
+    return TrainResources(
+        num_workers=run.spec.ppo.num_learners,
+        num_threads=NUM_THREADS,
+        gpus_per_worker=run.spec.cluster.gpus_per_learner,
+        storage=str(run.folder.root / "ray_train"),
+    )
+
+
+def copy_tokenizer(source: str, target: Path) -> None:
+    """Put the base model's tokenizer beside trained weights: engines load both from one directory."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        file = Path(source) / name
+        if file.exists():
+            shutil.copyfile(file, target / name)

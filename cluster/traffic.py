@@ -1,0 +1,240 @@
+"""Simulated users of a live workflow: send tickets over HTTP, check what became true, label it, complain when wrong.
+
+Each ticket is its own session and is verified from outside: final database state plus the reply, by the workflow's
+policy program. Only a wrong outcome is reported as a human override. Nothing here knows which version answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import httpx
+
+from rl_actors.agent.tool_client import ToolHostPool
+from rl_actors.agent.workflow import Workflow
+from rl_actors.contracts import Outcome, Task
+from rl_actors.errors import ToolHostError
+
+ACTOR: Final = "simulated-user"
+_MAX_TRIES: Final = 20
+_RETRY_S: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficConfig:
+    """How hard users press. `live_world` opens the live database; `run_name` keeps request ids of two runs apart."""
+
+    url: str
+    live_world: Mapping[str, Any]
+    run_name: str
+    concurrency: int = 8
+    timeout_s: float = 90.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TicketResult:
+    """What became of one ticket. `failure` is empty when answered; `outcome` is None when not verified."""
+
+    task_id: str
+    run_id: str
+    release_channel: str
+    policy_version: str
+    failure: str
+    outcome: Outcome | None
+    duration_ms: float
+
+
+@dataclass(slots=True, kw_only=True)
+class TrafficProgress:
+    """Counts so far. `num_failed` is what users would call an outage: no 200 after all polite retries."""
+
+    num_sent: int = 0
+    num_answered: int = 0
+    num_failed: int = 0
+    num_throttled: int = 0
+    num_unlabelled: int = 0
+    seconds: float = 0.0
+    successes: Counter[str] = field(default_factory=Counter)
+    answered: Counter[str] = field(default_factory=Counter)
+    failures: Counter[str] = field(default_factory=Counter)
+    durations_ms: list[float] = field(default_factory=list)
+
+    @property
+    def requests_per_s(self) -> float:
+        """Answered tickets over wall time."""
+        return self.num_answered / self.seconds if self.seconds else 0.0
+
+    def success_rate(self, channel: str) -> float:
+        """Verified successes over answered tickets of a release channel; 0 without any."""
+        return self.successes[channel] / self.answered[channel] if self.answered[channel] else 0.0
+
+    def add(self, result: TicketResult) -> None:
+        """Count one finished ticket."""
+        self.num_sent += 1
+        if result.failure:
+            self.num_failed += 1
+            self.failures[result.failure] += 1
+            return
+        self.num_answered += 1
+        self.answered[result.release_channel] += 1
+        self.durations_ms.append(result.duration_ms)
+        self.num_unlabelled += result.outcome is None
+        self.successes[result.release_channel] += result.outcome is not None and result.outcome.success
+
+
+class TrafficDriver:
+    """Sends tickets with bounded concurrency until told to stop or out of tickets."""
+
+    def __init__(
+        self,
+        workflow: Workflow,
+        config: TrafficConfig,
+        *,
+        client: httpx.AsyncClient | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Touch nothing yet. A `client` given is used as it is and left open."""
+        self._workflow, self._config, self._client, self._clock = workflow, config, client, clock
+        self.progress = TrafficProgress()
+
+    async def drive(self, tasks: Iterable[Task], is_over: Callable[[], bool]) -> AsyncIterator[TicketResult]:
+        """Yield results as tickets finish. Once `is_over`, no new ticket is sent; those in flight are finished."""
+        started, waiting = self._clock(), iter(tasks)
+        async with self._open() as desk:
+            pending = {asyncio.create_task(desk.serve(task)) for task in _take(waiting, self._config.concurrency)}
+            while pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                fresh = [] if is_over() else _take(waiting, len(done))
+                pending |= {asyncio.create_task(desk.serve(task)) for task in fresh}
+                for finished in done:
+                    self.progress.add(finished.result())
+                    self.progress.num_throttled = desk.num_throttled
+                    self.progress.seconds = self._clock() - started
+                    yield finished.result()
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncIterator[_Desk]:
+        """Open a client and the tool host that reads final states."""
+        config = self._config
+        limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
+        client = self._client or httpx.AsyncClient(base_url=config.url, timeout=config.timeout_s, limits=limits)
+        hosts = ToolHostPool(self._workflow.tools_module, num_hosts=1)
+        try:
+            yield _Desk(self._workflow, config, client, hosts, self._clock)
+        finally:
+            await hosts.close()
+            if self._client is None:
+                await client.aclose()
+
+
+def run_traffic(
+    driver: TrafficDriver,
+    tasks: Iterable[Task],
+    *,
+    is_over: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[TrafficProgress], None] = lambda progress: None,
+) -> TrafficProgress:
+    """Drive all tickets from a thread without an event loop; `on_progress` is called after each."""
+
+    async def drive() -> None:
+        async for _ in driver.drive(tasks, is_over):
+            on_progress(driver.progress)
+
+    asyncio.run(drive())
+    return driver.progress
+
+
+class _Desk:
+    """One user at a time: ask, look at the database, say how it went."""
+
+    def __init__(
+        self,
+        workflow: Workflow,
+        config: TrafficConfig,
+        client: httpx.AsyncClient,
+        hosts: ToolHostPool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._workflow, self._config, self._client, self._hosts, self._clock = workflow, config, client, hosts, clock
+        self.num_throttled = 0
+
+    async def serve(self, task: Task) -> TicketResult:
+        """Send one ticket and report its outcome."""
+        started = self._clock()
+        key = request_id(self._config.run_name, task)
+        response, failure = await self._ask(task, key)
+        duration_ms = (self._clock() - started) * 1000.0
+        headers = response.headers if response is not None else {}
+        outcome = None
+        if response is not None and not failure:
+            outcome = await self._judge(task, key, response)
+        return TicketResult(
+            task_id=task.task_id,
+            run_id=headers.get("x-seatrial-run-id", ""),
+            release_channel=headers.get("x-seatrial-release-channel", ""),
+            policy_version=headers.get("x-seatrial-policy-version", ""),
+            failure=failure,
+            outcome=outcome,
+            duration_ms=duration_ms,
+        )
+
+    async def _ask(self, task: Task, key: str) -> tuple[httpx.Response | None, str]:
+        """Post the ticket; after a 429 nothing was started, so ask again. Returns (reply, failure)."""
+        body = {
+            "model": self._workflow.name,
+            "messages": [{"role": "user", "content": task.prompt}],
+            "user": key,
+            "seed": task.seed,
+            "metadata": {"task_id": task.task_id, "intent": task.intent},
+        }
+        failure = "never sent"
+        for _ in range(_MAX_TRIES):
+            try:
+                response = await self._client.post("/v1/chat/completions", json=body, headers={"idempotency-key": key})
+            except httpx.HTTPError as error:
+                return None, type(error).__name__
+            if response.status_code == httpx.codes.OK:
+                return response, ""
+            failure = f"http_{response.status_code}"
+            if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
+                return response, failure
+            self.num_throttled += 1
+            await asyncio.sleep(_RETRY_S)
+        return None, failure
+
+    async def _judge(self, task: Task, key: str, response: httpx.Response) -> Outcome | None:
+        """Verify from outside and report it. None when the database or the gateway could not be reached for it."""
+        reply = response.json()["choices"][0]["message"]["content"]
+        try:
+            async with await self._hosts.open({**self._config.live_world, "session": key}) as world:
+                state = await world.read_state(task.goal["selector"])
+            outcome = self._workflow.verify(task, state, reply)
+            await self._report(response.headers["x-seatrial-run-id"], outcome)
+        except (ToolHostError, httpx.HTTPError):
+            return None
+        return outcome
+
+    async def _report(self, run_id: str, outcome: Outcome) -> None:
+        """Label the run; a wrong outcome is also overridden by a human."""
+        reason = ", ".join((*outcome.violations, *outcome.reasons))[:1000] or "verified"
+        body = {"actor": ACTOR, "reason": reason}
+        label = await self._client.post(f"/v1/runs/{run_id}/outcome", json={**body, "success": outcome.success})
+        label.raise_for_status()
+        if not outcome.success:
+            (await self._client.post(f"/v1/runs/{run_id}/override", json=body)).raise_for_status()
+
+
+def request_id(run_name: str, task: Task) -> str:
+    """Return the idempotency key of a ticket: the same ticket in the same traffic run is sent once, resume included."""
+    return f"{run_name}.{task.task_id.replace('/', '.')}"
+
+
+def _take(tasks: Iterator[Task], count: int) -> list[Task]:
+    """Take up to `count` tickets."""
+    return [task for _, task in zip(range(count), tasks, strict=False)]

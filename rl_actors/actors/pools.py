@@ -1,0 +1,237 @@
+"""Groups of training actors behind the four protocols of the PPO loop; every wait here is bounded."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from rl_actors.actors.attestation import attestation_gap, require_attested
+from rl_actors.actors.ppo_learner import LearnerRank, PpoLearnerActor
+from rl_actors.actors.reward_scorer import RewardMix, RewardScorer
+from rl_actors.actors.rollout_worker import RolloutBatch, RolloutWorker, RolloutWorkerSettings
+from rl_actors.agent.rollout import RolloutRequest
+from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
+from rl_actors.errors import AttestationError, InfrastructureError, SeatrialError
+from rl_actors.training.ppo_learner import PpoSettings
+
+START_TIMEOUT_S = 300.0
+Options = Callable[[str, int], Mapping[str, Any]]
+"""(role, rank) -> Ray actor options: placement decides them, this module only passes them on."""
+
+
+def wait_for(references: Sequence[Any], *, timeout_s: float, what: str) -> list[Any]:
+    """Return the results of remote calls.
+
+    Raises:
+        InfrastructureError: An actor died or did not answer in time. Errors of our own tree pass through unchanged.
+    """
+    try:
+        return ray.get(list(references), timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise InfrastructureError(f"{what} did not answer within {timeout_s:.0f} s; see the Ray dashboard") from error
+    except RayActorError as error:
+        raise InfrastructureError(f"{what} died: {error}; see its log under the Ray session's logs/") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, SeatrialError):
+            raise error.cause from error
+        raise InfrastructureError(f"{what} failed: {error}") from error
+
+
+class RolloutPool:
+    """Rollout workers that share a batch of requests; whole groups stay on one worker."""
+
+    def __init__(
+        self, model_path: str, settings: RolloutWorkerSettings, *, num_workers: int, options: Options, timeout_s: float
+    ) -> None:
+        """Start the workers and wait until every engine is up."""
+        remote = ray.remote(RolloutWorker)
+        self.workers = [
+            remote.options(**options("rollout_worker", rank)).remote(model_path, settings)
+            for rank in range(num_workers)
+        ]
+        self._timeout_s = timeout_s
+        self.num_reissued = 0
+        wait_for([worker.ready.remote() for worker in self.workers], timeout_s=START_TIMEOUT_S, what="rollout workers")
+
+    def rollouts(self, requests: Sequence[RolloutRequest], temperature: float = 1.0) -> list[Rollout]:
+        """Attempt all requests; the result is ordered by request, with dropped ones left out."""
+        count = len(self.workers)
+        shares = [[r for r in requests if r.group_id % count == index] for index in range(count)]
+        calls = [w.run.remote(share, temperature) for w, share in zip(self.workers, shares, strict=True) if share]
+        batches: list[RolloutBatch] = wait_for(calls, timeout_s=self._timeout_s, what="rollout workers")
+        self.num_reissued += sum(batch.reissued for batch in batches)
+        by_id = {rollout.rollout_id: rollout for batch in batches for rollout in batch.rollouts}
+        return [by_id[request.rollout_id] for request in requests if request.rollout_id in by_id]
+
+    def close(self) -> None:
+        """Stop the workers."""
+        close_actors(self.workers, graceful=True)
+        self.workers = []
+
+
+class ScorerPool:
+    """One or more reward scorers."""
+
+    def __init__(
+        self, path: str, version: str, mix: RewardMix, *, num_scorers: int, num_threads: int, options: Options
+    ) -> None:
+        """Start the scorers."""
+        remote = ray.remote(RewardScorer)
+        self._scorers = [
+            remote.options(**options("scorer", rank)).remote(path, version, mix, num_threads)
+            for rank in range(num_scorers)
+        ]
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """Return one score per rollout, in order."""
+        count = len(self._scorers)
+        calls = [scorer.score.remote(list(rollouts[index::count])) for index, scorer in enumerate(self._scorers)]
+        parts = wait_for(calls, timeout_s=START_TIMEOUT_S, what="reward scorers")
+        by_id = {score.rollout_id: score for part in parts for score in part}
+        return [by_id[rollout.rollout_id] for rollout in rollouts]
+
+    def close(self) -> None:
+        """Stop the scorers."""
+        close_actors(self._scorers)
+
+
+class LearnerGroup:
+    """All ranks of the learner as one `Learner`, with checkpoints that are complete or absent."""
+
+    def __init__(
+        self,
+        policy_path: str,
+        reference_path: str,
+        settings: PpoSettings,
+        *,
+        num_ranks: int,
+        num_threads: int,
+        options: Options,
+        checkpoints: Path,
+    ) -> None:
+        """Start one actor per rank; they find each other through a free port of this node."""
+        self._checkpoints = checkpoints
+        address, port = ray.util.get_node_ip_address(), free_port()
+        remote = ray.remote(PpoLearnerActor)
+        self._ranks = []
+        for rank in range(num_ranks):
+            place = LearnerRank(
+                rank=rank, num_ranks=num_ranks, master_address=address, master_port=port, num_threads=num_threads
+            )
+            actor = remote.options(**options("learner", rank)).remote(policy_path, reference_path, settings, place)
+            self._ranks.append(actor)
+
+    def update(self, samples: Sequence[TrainingSample]) -> LearnerUpdate:
+        """Update on all ranks; each gets an equal share and reports the metrics of the whole batch."""
+        count = len(self._ranks)
+        calls = [actor.update.remote(list(samples[rank::count])) for rank, actor in enumerate(self._ranks)]
+        return wait_for(calls, timeout_s=3600.0, what="learners")[0]
+
+    def probe(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Return the learner's log-probabilities of the probe tokens."""
+        return wait_for([a.probe.remote(sequences) for a in self._ranks], timeout_s=START_TIMEOUT_S, what="learners")[0]
+
+    def weights(self) -> Any:
+        """Return an object reference to the policy's weights."""
+        return wait_for([a.weights.remote() for a in self._ranks], timeout_s=START_TIMEOUT_S, what="learners")[0]
+
+    def save_checkpoint(self, weights_version: int) -> None:
+        """Write all ranks' state, then give the directory its final name; keep the newest two."""
+        final = self._checkpoints / f"step_{weights_version:06d}"
+        temporary = final.with_suffix(".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        self._call("save_checkpoint", str(temporary))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for old in complete_checkpoints(self._checkpoints)[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load_newest_checkpoint(self) -> int:
+        """Restore the newest complete checkpoint and return its weights version; 0 when there is none."""
+        found = complete_checkpoints(self._checkpoints)
+        return self._call("load_checkpoint", str(found[-1])) if found else 0
+
+    def save_policy(self, directory: str) -> None:
+        """Write the policy as a Hugging Face model directory."""
+        self._call("save_policy", directory)
+
+    def close(self) -> None:
+        """Stop all ranks."""
+        close_actors(self._ranks)
+
+    def _call(self, method: str, directory: str) -> Any:
+        calls = [getattr(actor, method).remote(directory) for actor in self._ranks]
+        return wait_for(calls, timeout_s=START_TIMEOUT_S, what="learners")[0]
+
+
+class AttestedSync:
+    """Publishes weights to every worker and proves that each serves them; one that fails is resynced once."""
+
+    def __init__(
+        self, learners: LearnerGroup, pool: RolloutPool, probes: Sequence[Sequence[int]], *, tolerance: float
+    ) -> None:
+        """Hold both sides and the probe sequences."""
+        self._learners, self._pool, self._probes, self._tolerance = learners, pool, probes, tolerance
+        self.num_resyncs = 0
+
+    def publish(self, weights_version: int) -> float:
+        """Publish and attest; returns the largest gap of any worker.
+
+        Raises:
+            AttestationError: A worker failed twice: it is quarantined and nothing it makes is used.
+        """
+        weights, expected = self._learners.weights(), self._learners.probe(self._probes)
+        self._send(self._pool.workers, weights, weights_version)
+        gaps = self._gaps(expected, weights_version)
+        failed = [worker for worker, gap in zip(self._pool.workers, gaps, strict=True) if not gap <= self._tolerance]
+        if failed:
+            self.num_resyncs += len(failed)
+            self._send(failed, weights, weights_version)
+            gaps = self._gaps(expected, weights_version)
+        self._require(gaps, weights_version)
+        return max(gaps)
+
+    def _send(self, workers: Sequence[Any], weights: Any, weights_version: int) -> None:
+        calls = [worker.publish.remote(weights, weights_version) for worker in workers]
+        wait_for(calls, timeout_s=START_TIMEOUT_S, what="rollout workers")
+
+    def _gaps(self, expected: list[list[float]], weights_version: int) -> list[float]:
+        calls = [worker.probe.remote(self._probes) for worker in self._pool.workers]
+        answers = wait_for(calls, timeout_s=START_TIMEOUT_S, what="rollout workers")
+        wrong = [version for version, _ in answers if version != weights_version]
+        if wrong:
+            raise AttestationError(f"workers serve weights versions {wrong}, published was {weights_version}")
+        return [attestation_gap(logprobs, expected) for _, logprobs in answers]
+
+    def _require(self, gaps: Sequence[float], weights_version: int) -> None:
+        for index, gap in enumerate(gaps):
+            require_attested(
+                gap, tolerance=self._tolerance, worker=f"rollout worker {index}", weights_version=weights_version
+            )
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    return sorted(path for path in directory.glob("step_*") if path.suffix != ".tmp")
+
+
+def free_port() -> int:
+    """Return a TCP port that is free now on this node."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def close_actors(actors: Sequence[Any], *, graceful: bool = False) -> None:
+    """End actors; a graceful close lets them stop their own processes first, within ten seconds."""
+    if graceful:
+        ray.wait([actor.close.remote() for actor in actors], num_returns=len(actors), timeout=10.0)
+    for actor in actors:
+        ray.kill(actor)
+

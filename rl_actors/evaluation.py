@@ -1,0 +1,114 @@
+"""Suites: the same tasks and seeds for every policy, success by verified outcome, cost per success.
+
+A suite is a tuple of tasks; its hash is what a release record archives. Sampling is seeded per task, so two runs of one
+policy on one suite give the same report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from rl_actors.agent.rollout import RolloutRequest
+from rl_actors.algorithms.statistics import mcnemar_p_value, wilson_interval
+from rl_actors.contracts import EvalReport, Rollout, SuiteResult, Task
+from rl_actors.errors import InfrastructureError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """What a run costs, in US dollars: tokens in and out per million, tool calls each. Declared, not measured."""
+
+    usd_per_million_tokens_in: float = 0.05
+    usd_per_million_tokens_out: float = 0.20
+    usd_per_tool_call: float = 0.00001
+
+    def cost(self, *, tokens_in: int, tokens_out: int, tool_calls: int) -> float:
+        """Return the cost of one run or of a sum of runs."""
+        tokens = tokens_in * self.usd_per_million_tokens_in + tokens_out * self.usd_per_million_tokens_out
+        return tokens / 1e6 + tool_calls * self.usd_per_tool_call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """A named, fixed set of tasks."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tasks' full content."""
+        text = json.dumps([asdict(task) for task in self.tasks], sort_keys=True, default=dict)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def requests(self, seed: int) -> list[RolloutRequest]:
+        """Return one seeded attempt per task."""
+        return [
+            RolloutRequest(task=task, group_id=index, seed=(seed * 1_000_003 + index) % (1 << 31))
+            for index, task in enumerate(self.tasks)
+        ]
+
+
+def suite_result(suite: Suite, policy: str, rollouts: Sequence[Rollout], cost_model: CostModel) -> SuiteResult:
+    """Summarise one policy on one suite.
+
+    Raises:
+        InfrastructureError: A rollout is missing: a suite is whole or it is not reported.
+    """
+    if len(rollouts) != len(suite.tasks):
+        missing = sorted({task.task_id for task in suite.tasks} - {rollout.task_id for rollout in rollouts})
+        raise InfrastructureError(f"suite {suite.name}: {len(missing)} tasks lost to infrastructure, first {missing[:3]}")
+    successes = sum(rollout.outcome.success for rollout in rollouts)
+    tokens_in, tokens_out = sum(r.tokens_in for r in rollouts), sum(r.tokens_out for r in rollouts)
+    tool_calls = sum(r.tool_calls_count for r in rollouts)
+    cost = cost_model.cost(tokens_in=tokens_in, tokens_out=tokens_out, tool_calls=tool_calls)
+    by_intent = _by_intent(rollouts)
+    return SuiteResult(
+        suite=suite.name,
+        suite_sha256=suite.sha256,
+        policy=policy,
+        num_tasks=len(rollouts),
+        success=wilson_interval(successes, len(rollouts)),
+        success_by_intent={name: sum(values) / len(values) for name, values in by_intent.items()},
+        tasks_by_intent={name: len(values) for name, values in by_intent.items()},
+        violations=sum(bool(rollout.outcome.violations) for rollout in rollouts),
+        tokens_in=tokens_in,
+        tokens_out=tokens_out,
+        tool_calls=tool_calls,
+        tool_errors=sum(r.tool_error_count for r in rollouts),
+        cost_per_success=cost / successes if successes else math.inf,
+        p95_duration_ms=_quantile([r.duration_ms for r in rollouts], 0.95),
+        success_by_task={r.task_id: r.outcome.success for r in rollouts},
+        violations_by_task={r.task_id: r.outcome.violations for r in rollouts if r.outcome.violations},
+    )
+
+
+def compare(baseline: Mapping[str, SuiteResult], candidate: Mapping[str, SuiteResult], capability: str) -> EvalReport:
+    """Pair both policies task by task on the capability suite; p is McNemar's, one-sided for "candidate better"."""
+    before, after = baseline[capability].success_by_task, candidate[capability].success_by_task
+    task_ids = sorted(before)
+    pairs = [before[task_id] for task_id in task_ids], [after[task_id] for task_id in task_ids]
+    return EvalReport(
+        baseline=dict(baseline),
+        candidate=dict(candidate),
+        success_gain=candidate[capability].success.mean - baseline[capability].success.mean,
+        p_value=mcnemar_p_value(*pairs, alternative="greater"),
+    )
+
+
+def _by_intent(rollouts: Sequence[Rollout]) -> dict[str, list[bool]]:
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for rollout in rollouts:
+        groups[rollout.intent].append(rollout.outcome.success)
+    return dict(sorted(groups.items()))
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    """Return the empirical quantile (nearest rank)."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))]

@@ -1,0 +1,170 @@
+"""The PPO loop: generate, score, train, publish, attest. Which process does what is behind four protocols."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from rl_actors.agent.rollout import RolloutRequest, training_sample
+from rl_actors.algorithms.stability import Continue, StabilityLimits, StopTraining, check_stability
+from rl_actors.contracts import LearnerUpdate, Rollout, Score, Task, TrainingSample
+from rl_actors.errors import InfrastructureError, InstabilityError
+
+
+class RolloutSource(Protocol):
+    """Attempts requests; what infrastructure broke is missing from the result, never a zero-reward sample."""
+
+    def rollouts(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+        """Return the finished rollouts."""
+        ...
+
+
+class Scorer(Protocol):
+    """Scores finished rollouts."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """Return one score per rollout, in order."""
+        ...
+
+
+class Learner(Protocol):
+    """Updates the policy."""
+
+    def update(self, samples: Sequence[TrainingSample]) -> LearnerUpdate:
+        """Take one update."""
+        ...
+
+    def save_checkpoint(self, weights_version: int) -> None:
+        """Make the state after this version durable."""
+        ...
+
+
+class WeightSync(Protocol):
+    """Publishes the learner's weights to every engine and proves that they serve them."""
+
+    def publish(self, weights_version: int) -> float:
+        """Publish and attest; returns the largest gap of any worker. Raises AttestationError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PpoPlan:
+    """What the loop does; the update itself is the learner's business."""
+
+    num_steps: int
+    tasks_per_step: int
+    rollouts_per_task: int
+    checkpoint_every: int
+    seed: int
+    max_dropped_fraction: float = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PpoPorts:
+    """The four protocols, and where metrics go."""
+
+    source: RolloutSource
+    scorer: Scorer
+    learner: Learner
+    sync: WeightSync
+    report: Callable[[int, Mapping[str, float]], None]
+    clock: Callable[[], float] = time.monotonic
+
+
+def requests_for_step(tasks: Sequence[Task], plan: PpoPlan, step: int) -> list[RolloutRequest]:
+    """Return the rollout requests of a step: tasks in order over the shuffled list, a group of attempts per task."""
+    requests = []
+    for offset in range(plan.tasks_per_step):
+        position = step * plan.tasks_per_step + offset
+        task = tasks[position % len(tasks)]
+        for attempt in range(plan.rollouts_per_task):
+            seed = (plan.seed * 7919 + position) * plan.rollouts_per_task + attempt
+            requests.append(RolloutRequest(task=task, group_id=offset, seed=seed))
+    return requests
+
+
+def run_ppo(tasks: Sequence[Task], plan: PpoPlan, ports: PpoPorts, limits: StabilityLimits, *, start: int = 0) -> None:
+    """Run steps `start..num_steps-1`; the engines must already serve the weights of version `start`.
+
+    Raises:
+        InstabilityError: A tripwire asked to stop; its message begins with the reason code.
+        InfrastructureError: Too many rollouts were lost to infrastructure.
+        AttestationError: An engine does not serve what was published.
+    """
+    for step in range(start, plan.num_steps):
+        metrics = run_step(requests_for_step(tasks, plan, step), plan, ports)
+        ports.report(step + 1, metrics)
+        require_stable(metrics, limits)
+        if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.num_steps:
+            ports.learner.save_checkpoint(step + 1)
+
+
+def run_step(requests: Sequence[RolloutRequest], plan: PpoPlan, ports: PpoPorts) -> dict[str, float]:
+    """Generate, score, train, publish once; returns the step's metrics with the seconds of each part."""
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "generate_s", ports.clock):
+        rollouts = ports.source.rollouts(requests)
+    require_enough(len(rollouts), len(requests), plan.max_dropped_fraction)
+    with _timed(seconds, "score_s", ports.clock):
+        scores = ports.scorer.score(rollouts)
+    samples = [training_sample(rollout, score.reward) for rollout, score in zip(rollouts, scores, strict=True)]
+    with _timed(seconds, "train_s", ports.clock):
+        update = ports.learner.update(samples)
+    with _timed(seconds, "sync_s", ports.clock):
+        gap = ports.sync.publish(update.weights_version)
+    return {
+        **summarise(rollouts, scores, seconds),
+        **update.metrics,
+        **seconds,
+        "attestation_gap": gap,
+        "weights_version": float(update.weights_version),
+        "num_dropped": float(len(requests) - len(rollouts)),
+    }
+
+
+def require_enough(num_finished: int, num_requested: int, max_dropped_fraction: float) -> None:
+    """Refuse to train on what is left when infrastructure ate too much of a batch."""
+    if num_finished < num_requested * (1.0 - max_dropped_fraction):
+        raise InfrastructureError(
+            f"only {num_finished} of {num_requested} rollouts finished; the engines or tool hosts are failing: "
+            "read the rollout workers' logs"
+        )
+
+
+def require_stable(metrics: Mapping[str, float], limits: StabilityLimits) -> None:
+    """Raise InstabilityError when a tripwire asks to stop training."""
+    decision = check_stability(metrics, limits)
+    if isinstance(decision, StopTraining):
+        raise InstabilityError(f"{decision.reason_code}: {decision.trips}")
+    if not isinstance(decision, Continue):
+        # Softer actions (skip, restore) belong inside the update; here they are only worth a name in the log.
+        return
+
+
+def summarise(
+    rollouts: Sequence[Rollout], scores: Sequence[Score], seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the means a person watches: reward, success, violations, tool errors, tokens per second."""
+    count = len(rollouts)
+    tokens = sum(rollout.tokens_out for rollout in rollouts)
+    calls = sum(rollout.tool_calls_count for rollout in rollouts)
+    return {
+        "reward": sum(score.reward for score in scores) / count,
+        "critic_score": sum(score.critic_score for score in scores) / count,
+        "success": sum(rollout.outcome.success for rollout in rollouts) / count,
+        "violation_rate": sum(bool(rollout.outcome.violations) for rollout in rollouts) / count,
+        "tool_error_rate": sum(rollout.tool_error_count for rollout in rollouts) / max(calls, 1),
+        "truncated_fraction": sum(rollout.status != "ok" for rollout in rollouts) / count,
+        "tokens_per_rollout": tokens / count,
+        "tokens_per_s": tokens / max(seconds["generate_s"], 1e-9),
+    }
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str, clock: Callable[[], float]) -> Iterator[None]:
+    started = clock()
+    yield
+    seconds[name] = clock() - started

@@ -1,0 +1,143 @@
+"""The ingress replica: one long-lived application in front of every policy version; it owns the sticky split.
+
+Fills the ports of the HTTP application with Serve handles, tool hosts, the ledger and the split record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from rl_actors.agent.executor import Toolset
+from rl_actors.agent.harmony import HarmonyRenderer
+from rl_actors.agent.loop import Generate
+from rl_actors.agent.tool_client import SANDBOX_LEVEL, ToolHostPool
+from rl_actors.contracts import Completion, SamplingParams
+from rl_actors.errors import EngineError
+from serving.critic_queue import Critic, CriticQueue
+from serving.http_app import build_app
+from serving.ledger import RunLedger
+from serving.live import LivePolicy, LivePorts
+from serving.served import GatewayConfig, ServedPolicies
+from serving.split import SplitStore
+from serving.split_watch import SplitWatcher, is_live, read_acks
+
+
+class ServePolicies:
+    """Finds a version's engine behind its Serve application; stamps come from disk, renderers from the model."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        """Find nothing yet."""
+        self._served, self._timeout_s = ServedPolicies(config.files.served), config.engine_timeout_s
+        self._found: dict[str, LivePolicy] = {}
+
+    async def find(self, version: str) -> LivePolicy:
+        """Return a version, loading its tokenizer at first use. Raises EngineError when it was never deployed."""
+        if version not in self._found:
+            self._found[version] = await asyncio.to_thread(self._load, version)
+        return self._found[version]
+
+    def _load(self, version: str) -> LivePolicy:
+        stamps = self._served.find(version)
+        with _serve_errors(f"policy {version}"):
+            handle = serve.get_app_handle(stamps.application)
+        renderer = HarmonyRenderer.from_directory(stamps.path)
+        return LivePolicy(stamps=stamps, renderer=renderer, generate=self._generate(handle, version))
+
+    def _generate(self, handle: DeploymentHandle, version: str) -> Generate:
+        async def generate(prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+            with _serve_errors(f"policy {version}"):
+                async with asyncio.timeout(self._timeout_s):
+                    return await handle.generate.remote(tuple(prompt_token_ids), sampling)
+
+        return generate
+
+
+@contextmanager
+def _serve_errors(what: str) -> Iterator[None]:
+    """Turn whatever Ray says about a dead, full, slow or missing application into EngineError."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except TimeoutError as error:
+        raise EngineError(f"{what}: no answer in time") from error
+    except (RayError, RayServeException) as error:
+        raise EngineError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+
+
+def _serve_critic(application: str) -> Critic | None:
+    """Return the critic behind a Serve application, looked up when first needed; None without one."""
+    if not application:
+        return None
+
+    async def score(sequences: Sequence[Sequence[int]]) -> Sequence[float]:
+        with _serve_errors("critic"):
+            handle = await asyncio.to_thread(serve.get_app_handle, application)
+            async with asyncio.timeout(30.0):
+                return await handle.score.remote([list(sequence) for sequence in sequences])
+
+    return score
+
+
+def serve_ports(config: GatewayConfig) -> LivePorts:
+    """Fill the ports of a gateway replica."""
+    workflow = config.workflow.load()
+    tools = importlib.import_module(workflow.tools_module).WORLD.tools
+    gateway = f"gateway-{uuid.uuid4().hex[:12]}"
+    ledger = RunLedger(config.files.ledger, owner=gateway)
+    end_orphans(ledger, config, time.time)
+    return LivePorts(
+        config=config,
+        workflow=workflow,
+        toolset=Toolset(tools),
+        writes=frozenset(tool.name for tool in tools if tool.side_effect == "write"),
+        sandbox_level=SANDBOX_LEVEL,
+        worlds=ToolHostPool(workflow.tools_module, num_hosts=config.num_tool_hosts),
+        splits=SplitWatcher(
+            SplitStore(config.files.split),
+            config.files.acks,
+            gateway=gateway,
+            stale_after_s=config.stale_after_s,
+            clock=time.time,
+        ),
+        find_policy=ServePolicies(config).find,
+        ledger=ledger,
+        critic=CriticQueue(
+            _serve_critic(config.critic_application), ledger, size=config.critic_queue_size, clock=time.time
+        ),
+        owner=gateway,
+        clock=time.time,
+        monotonic=time.monotonic,
+    )
+
+
+@serve.ingress()
+class Gateway:
+    """A Serve replica of the ingress."""
+
+    def __init__(self, config: GatewayConfig) -> None:
+        """Open ledger and split."""
+        self._ports = serve_ports(config)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Give Serve the application to run."""
+        return build_app(self._ports)
+
+
+def end_orphans(ledger: RunLedger, config: GatewayConfig, clock: Callable[[], float]) -> None:
+    """Abort the runs that dead gateways left open, and forget those gateways."""
+    for ack in read_acks(config.files.acks):
+        if not is_live(ack, clock(), config.stale_after_s):
+            ledger.abort_orphans(ack.gateway, at=clock())
+            (config.files.acks / f"{ack.gateway}.json").unlink(missing_ok=True)

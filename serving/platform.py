@@ -1,0 +1,281 @@
+"""Ray Serve, and nothing else calls it: start the gateway, deploy and remove policy versions, tell how they are.
+
+One application per policy version (no route; its name carries the version), one long-lived ingress that owns the split.
+A roll back is one record write: no deploy is needed for it. Every wait here is bounded.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import LoggingConfig
+
+from rl_actors.errors import BadInputError, EngineError
+from serving.contracts import SplitRecord
+from serving.critic_server import CriticServer
+from serving.gateway import Gateway
+from serving.policy_server import PolicyServer
+from serving.served import GatewayConfig, ServedPolicies, ServedPolicy
+from serving.split import SplitStore
+from serving.split_watch import acknowledged_epoch
+
+GATEWAY: Final = "gateway"
+CRITIC: Final = "critic"
+_QUIET: Final = LoggingConfig(enable_access_log=False, log_level="WARNING")
+_READY: Final = "RUNNING"
+_BROKEN: Final = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlatformConfig:
+    """How Serve runs. Logical CPUs are small on purpose: two of them must carry gateway, engines and training."""
+
+    http_host: str = "127.0.0.1"
+    http_port: int = 8000
+    num_gateways: int = 1
+    gateway_cpus: float = 0.1
+    policy_cpus: float = 0.1
+    gpus_per_policy: float = 0.0
+    engine_threads: int = 1
+    max_num_seqs: int = 32
+    request_timeout_s: float = 120.0
+    start_timeout_s: float = 180.0
+    graceful_shutdown_s: float = 5.0
+    probe_timeout_s: float = 20.0
+    engine_environment: Mapping[str, str] = field(default_factory=dict)
+
+
+class ServePlatform:
+    """The serving side of one home. Connects to the Ray that is initialised, or to a running Serve on it.
+
+    `candidate` names the version whose health the controller asks about; set it again after a restart.
+    """
+
+    def __init__(
+        self,
+        gateway: GatewayConfig,
+        config: PlatformConfig,
+        *,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Touch nothing yet."""
+        self._gateway, self._config, self._clock, self._sleep = gateway, config, clock, sleep
+        self._served, self._splits = ServedPolicies(gateway.files.served), SplitStore(gateway.files.split)
+        self.candidate = ""
+
+    @property
+    def url(self) -> str:
+        """Where the gateway listens."""
+        return f"http://{self._config.http_host}:{self._config.http_port}"
+
+    # --- start and stop -----------------------------------------------------------------------------------------------
+
+    def start(self, stable: ServedPolicy) -> None:
+        """Serve the stable version behind the gateway; what already runs stays.
+
+        Raises:
+            BadInputError: the port is in use.
+            InfrastructureError: something did not start in time; the message says why.
+        """
+        config = self._config
+        if not self._is_up():
+            require_free_port(config.http_host, config.http_port)
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options=HTTPOptions(
+                host=config.http_host, port=config.http_port, request_timeout_s=config.request_timeout_s
+            ),
+            logging_config=_QUIET,
+        )
+        self._served.add(stable)
+        self._open_split(stable.version)
+        self._begin(stable.application, self._policy_app(stable))
+        self._begin(GATEWAY, self._gateway_app(), route_prefix="/")
+        self._await(stable.application)
+        self._await(GATEWAY)
+
+    def shutdown(self) -> None:
+        """Stop every application and Serve itself; Ray goes on."""
+        serve.shutdown()
+
+    # --- policies -----------------------------------------------------------------------------------------------------
+
+    def deploy_policy(self, policy: ServedPolicy) -> None:
+        """Serve a version beside the others; returns when it answers. The same again changes nothing.
+
+        Raises:
+            BadInputError: the name was used for another version.
+            EngineError: it did not become healthy in time; it is removed again.
+        """
+        self._served.add(policy)
+        self._begin(policy.application, self._policy_app(policy))
+        try:
+            self._await(policy.application)
+        except EngineError:
+            self.remove_policy(policy.version)
+            raise
+
+    def remove_policy(self, version: str) -> None:
+        """Stop serving a version; one that is not served is no error. Refuses a version that may carry traffic."""
+        record = self._splits.read()
+        if record is not None and (record.stable == version or (record.candidate == version and record.share > 0)):
+            raise BadInputError("version", version, "it carries traffic; move the split away from it first")
+        application = self._served.find(version).application
+        with _serve_errors():
+            if application in serve.status().applications:
+                serve.delete(application)
+
+    def deploy_critic(self, path: str, *, pad_token_id: int = 0) -> None:
+        """Serve a reward model for asynchronous scoring under the gateway's `critic_application` name."""
+        name = self._gateway.critic_application or CRITIC
+        deployment = _deployment(CriticServer).options(**self._options(self._config.policy_cpus), num_replicas=1)
+        self._begin(name, deployment.bind(path, pad_token_id))
+        self._await(name)
+
+    # --- ReleasePlatform ----------------------------------------------------------------------------------------------
+
+    def set_split(self, record: SplitRecord) -> None:
+        """Do nothing: gateways poll the record that the store already made durable."""
+
+    def acknowledged_epoch(self) -> int:
+        """Return the lowest split epoch by which any live gateway still routes."""
+        return acknowledged_epoch(self._gateway.files.acks, self._clock(), self._gateway.stale_after_s)
+
+    def candidate_healthy(self) -> bool:
+        """Whether the candidate's engine samples a token now. Raises EngineError with the reason when it cannot."""
+        if not self.candidate:
+            raise BadInputError("platform.candidate", "", "name the candidate before the release starts")
+        application = self._served.find(self.candidate).application
+        with _serve_errors():
+            response = serve.get_app_handle(application).probe.remote()
+            return bool(response.result(timeout_s=self._config.probe_timeout_s))
+
+    # --- how ----------------------------------------------------------------------------------------------------------
+
+    def _is_up(self) -> bool:
+        with _serve_errors():
+            return bool(serve.status().proxies)
+
+    def _open_split(self, stable: str) -> None:
+        """Put the first split in force; a split that is there already is the truth and stays."""
+        if self._splits.read() is None:
+            first = SplitRecord(epoch=1, stable=stable, candidate="", share=0.0, salt="none", updated_at=self._clock())
+            self._splits.compare_and_set(first)
+
+    def _begin(self, name: str, application: serve.Application, *, route_prefix: str | None = None) -> None:
+        """Ask Serve for an application without waiting; one that runs or starts already is left alone."""
+        with _serve_errors():
+            found = serve.status().applications.get(name)
+            if found is not None and found.status not in _BROKEN:
+                return
+            target = serve.RunTarget(target=application, name=name, route_prefix=route_prefix)
+            serve.run_many([target], wait_for_applications_running=False)
+
+    def _await(self, name: str) -> None:
+        """Wait until an application runs. Raises EngineError with Serve's reason, or after `start_timeout_s`."""
+        deadline = self._clock() + self._config.start_timeout_s
+        while True:
+            with _serve_errors():
+                found = serve.status().applications.get(name)
+            if found is not None and found.status == _READY:
+                return
+            if found is not None and found.status in _BROKEN:
+                raise EngineError(f"application {name} failed to start: {_reason(found)}")
+            if self._clock() > deadline:
+                waited = f"{self._config.start_timeout_s:g} s"
+                raise EngineError(f"application {name} not running after {waited}: {_reason(found)}; see `ray status`")
+            self._sleep(0.1)
+
+    def _policy_app(self, policy: ServedPolicy) -> serve.Application:
+        config = self._config
+        options = self._options(config.policy_cpus)
+        options["ray_actor_options"]["num_gpus"] = config.gpus_per_policy
+        deployment = _deployment(PolicyServer).options(
+            **options,
+            num_replicas=1,
+            max_ongoing_requests=2 * config.max_num_seqs,
+            max_queued_requests=4 * config.max_num_seqs,
+            health_check_period_s=5.0,
+            health_check_timeout_s=30.0,
+        )
+        return deployment.bind(
+            policy, max_model_len=self._gateway.limits.max_context_tokens, max_num_seqs=config.max_num_seqs
+        )
+
+    def _gateway_app(self) -> serve.Application:
+        limit = self._gateway.max_concurrency
+        deployment = _deployment(Gateway).options(
+            **self._options(self._config.gateway_cpus),
+            num_replicas=self._config.num_gateways,
+            max_ongoing_requests=4 * limit,
+            max_queued_requests=8 * limit,
+        )
+        return deployment.bind(self._gateway)
+
+    def _options(self, cpus: float) -> dict[str, Any]:
+        """Return what all our deployments share; an engine's threads are capped before it starts."""
+        threads = str(self._config.engine_threads)
+        environment = {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "TOKENIZERS_PARALLELISM": "false",
+            # vLLM's own choice binds every engine of a machine to the same cores.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+        return {
+            "graceful_shutdown_timeout_s": self._config.graceful_shutdown_s,
+            "graceful_shutdown_wait_loop_s": 0.2,
+            "logging_config": _QUIET,
+            "ray_actor_options": {
+                "num_cpus": cpus,
+                "runtime_env": {"env_vars": environment | dict(self._config.engine_environment)},
+            },
+        }
+
+
+def _deployment(kind: type) -> serve.Deployment:
+    """Make a Serve deployment of a plain class (Ray types its decorator for functions only)."""
+    return cast(serve.Deployment, serve.deployment(kind))
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise BadInputError when nobody could listen there."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            remedy = "already in use; end what listens there, or set cluster.serve_port"
+            if error.errno != errno.EADDRINUSE:
+                remedy = f"cannot listen there ({error.strerror}); choose another host or port"
+            raise BadInputError("cluster.serve_port", f"{host}:{port}", remedy) from error
+
+
+def _reason(found: Any) -> str:
+    """Say what Serve says about an application and its deployments."""
+    if found is None:
+        return "Serve does not know it"
+    messages = [deployment.message for deployment in found.deployments.values()]
+    return " ".join(message for message in (found.message, *messages) if message) or str(found.status)
+
+
+@contextmanager
+def _serve_errors() -> Iterator[None]:
+    """Turn what Ray raises into EngineError, which the controller takes as bad health."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise EngineError(f"Ray Serve did not answer in time: {error}") from error
+    except (RayError, RayServeException) as error:
+        raise EngineError(f"Ray Serve: {error}") from error

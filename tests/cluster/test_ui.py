@@ -1,0 +1,118 @@
+"""The UI as a subprocess: refusals without one, and one real start that also serves as a tracking server."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import ui
+from cluster.registry import Registry
+from cluster.registry_entries import Lineage, StageLog
+from cluster.registry_store import Store, store_of
+from rl_actors.contracts import PolicyVersion
+from rl_actors.errors import BadInputError, InfrastructureError
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path, busy_port: int):
+    with pytest.raises(BadInputError, match=r"ui\.port = \d+: in use.*--port"):
+        ui.start_ui(store_of(tmp_path, {}), home=tmp_path, port=busy_port)
+    assert not (tmp_path / "mlflow").exists()
+
+
+@pytest.mark.parametrize("port", [0, -1, 65_536])
+def test_a_number_that_is_no_port_is_refused(tmp_path: Path, port: int):
+    with pytest.raises(BadInputError, match=r"1\.\.65535"):
+        ui.start_ui(store_of(tmp_path, {}), home=tmp_path, port=port)
+
+
+def test_a_tracking_server_is_its_own_ui(tmp_path: Path):
+    server = ui.start_ui(Store(uri="http://mlflow.example:5000", artifacts=None), home=tmp_path, port=1)
+    assert (server.url, server.is_running) == ("http://mlflow.example:5000", True)
+    server.stop()
+
+
+def substitute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str) -> None:
+    """Let another Python program stand in for MLflow's."""
+    script = tmp_path / "stand_in.sh"
+    script.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{program}' \"$@\"\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(ui.sys, "executable", str(script))
+
+
+def test_a_ui_that_ends_at_once_shows_what_it_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    substitute(monkeypatch, tmp_path, 'print("no such store")')
+    with pytest.raises(InfrastructureError, match=r"ended while starting.*ui\.log: no such store"):
+        ui.start_ui(store_of(tmp_path, {}), home=tmp_path, port=free_port(), timeout_s=30)
+
+
+def test_a_ui_that_never_answers_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    substitute(monkeypatch, tmp_path, "import time; time.sleep(600)")
+    started = []
+    spawn = ui._spawn
+    monkeypatch.setattr(ui, "_spawn", lambda *args: started.append(spawn(*args)) or started[0])
+    with pytest.raises(InfrastructureError, match="did not answer in time"):
+        ui.start_ui(store_of(tmp_path, {}), home=tmp_path, port=free_port(), timeout_s=0.5)
+    assert started[0].poll() is not None
+
+
+def test_a_ui_that_ignores_the_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    program = 'import signal, time; signal.signal(15, signal.SIG_IGN); print("deaf", flush=True); time.sleep(600)'
+    substitute(monkeypatch, tmp_path, program)
+    monkeypatch.setattr(ui, "_STOP_S", 0.3)
+    log = tmp_path / "ui.log"
+    process = ui._spawn(store_of(tmp_path, {}), log, "127.0.0.1", free_port())
+    while "deaf" not in log.read_text() and process.poll() is None:
+        pass
+    server = ui.UiServer(url="http://127.0.0.1:1", process=process, log=log)
+    server.stop()
+    server.stop()
+    assert not server.is_running
+
+
+@pytest.mark.slow
+def test_the_ui_starts_serves_and_stops(tmp_path: Path):
+    """Also the other address of the same code: a registry that talks to a server, which cannot see our directories."""
+    server = ui.start_ui(store_of(tmp_path, {}), home=tmp_path, port=free_port(), timeout_s=120)
+    try:
+        with urllib.request.urlopen(server.url, timeout=10) as page:
+            assert b"MLflow" in page.read()
+        check_registry_over_http(server.url, tmp_path)
+    finally:
+        server.stop()
+    assert not server.is_running
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(server.url, timeout=2)
+
+
+def check_registry_over_http(url: str, tmp_path: Path) -> None:
+    weights = tmp_path / "ppo-1"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    registry = Registry("desk", "run-1", store=Store(uri=url, artifacts=None))
+    registry.start_run(spec={"seed": 0}, started_at=1.0)
+    registry.log_stage(StageLog(stage="ppo", started_at=1.0, finished_at=2.0, metrics={"success": 0.9}))
+    policy = PolicyVersion(name="ppo-1", kind="ppo", path=str(weights), sha256="a" * 64, parent_sha256="")
+    version = registry.versions.register_policy(policy, Lineage(bundle_id="b" * 64, snapshot_sha256="c" * 64))
+    registry.versions.move("stable", "ppo-1")
+    assert registry.versions.alias_version("stable") == "ppo-1"
+    source = registry.connect().get_model_version("desk-policy", version).source
+    assert source.startswith("models:/m-"), "uploaded once, for the server cannot see our disk"

@@ -1,0 +1,281 @@
+"""Fakes of a live gateway: a real tokenizer and loop, a scripted engine, a world in memory, a clock moved by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from rl_actors.agent.executor import Toolset
+from rl_actors.agent.harmony import HarmonyRenderer
+from rl_actors.agent.loop import AgentLimits
+from rl_actors.agent.workflow import RunView, ToolSpec, WorkflowRef
+from rl_actors.contracts import Completion, SamplingParams, ToolResult
+from rl_actors.errors import EngineError, ToolHostError
+from rl_actors.models.tokenizer import train_tokenizer
+from serving.contracts import RunRecord, SplitRecord
+from serving.critic_queue import Critic, CriticQueue
+from serving.http_app import build_app
+from serving.ledger import RunLedger
+from serving.live import LivePolicy, LivePorts
+from serving.openai_api import ApiLimits
+from serving.served import GatewayConfig, ServedPolicy
+from serving.split import SplitStore
+from serving.split_watch import SplitWatcher
+from tests.serving.fakes import START, FakeClock
+
+STABLE, CANDIDATE = "sft-a", "ppo-b"
+PROMPT = "From C1000: please pay order 48213"
+_ORDER = {"type": "string"}
+TOOLS = (
+    ToolSpec(
+        name="look",
+        description="Look.",
+        parameters={"type": "object", "properties": {"order": _ORDER}, "required": ["order"]},
+        side_effect="read",
+    ),
+    ToolSpec(
+        name="pay",
+        description="Pay.",
+        parameters={"type": "object", "properties": {"order": _ORDER}, "required": ["order"]},
+        side_effect="write",
+    ),
+)
+Step = tuple[str, Any] | Exception
+"""("plan", budget), ("call", (tool, arguments)), ("final", text), ("junk", ""), ("wait", event), or what is raised."""
+PAY: tuple[Step, ...] = (("plan", 3), ("call", ("pay", {"order": "48213"})), ("final", "It is paid."))
+LOOK: tuple[Step, ...] = (("plan", 3), ("call", ("look", {"order": "48213"})), ("final", "It is here."))
+HELLO: tuple[Step, ...] = (("final", "Hello there."),)
+
+
+@functools.cache
+def renderer() -> HarmonyRenderer:
+    """A real renderer with a tiny tokenizer."""
+    texts = [PROMPT, "system user assistant final json commentary to=functions.pay look plan error ok"]
+    return HarmonyRenderer(train_tokenizer(texts, vocab_size=330))
+
+
+@dataclass
+class ScriptedEngine:
+    """Says the script's step of the turn it is asked for; the turn is read off the prompt, so many runs may overlap."""
+
+    script: Sequence[Step]
+    prompts: list[tuple[int, ...]] = field(default_factory=list)
+    sampling: list[SamplingParams] = field(default_factory=list)
+
+    async def __call__(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+        self.prompts.append(tuple(prompt_token_ids))
+        self.sampling.append(sampling)
+        call_token = renderer().stop_token_ids[0]
+        step = self.script[list(prompt_token_ids).count(call_token)]
+        if isinstance(step, Exception):
+            raise step
+        kind, value = step
+        if kind == "wait":
+            await value.wait()
+            kind, value = "final", "Waited."
+        await asyncio.sleep(0)
+        ids = tuple(_tokens(kind, value))
+        return Completion(
+            token_ids=ids, logprobs=(0.0,) * len(ids), weights_version=0, finished=kind != "junk", cached_tokens=2
+        )
+
+
+def _tokens(kind: str, value: Any) -> list[int]:
+    render = renderer()
+    if kind == "plan":
+        return render.call("plan", {"steps": ["act"], "tool_budget": value})
+    if kind == "call":
+        return render.call(*value)
+    return render.final(value) if kind == "final" else [9, 10, 11]
+
+
+@dataclass
+class MemoryWorlds:
+    """Live worlds whose calls are remembered. `fail` maps a tool to what it raises, `errors` to an error it answers."""
+
+    opened: list[Mapping[str, Any]] = field(default_factory=list)
+    calls: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    num_closed: int = 0
+    fail: dict[str, Exception] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    open_error: Exception | None = None
+
+    async def open(self, world: Mapping[str, Any]) -> Any:
+        if self.open_error is not None:
+            raise self.open_error
+        self.opened.append(world)
+        return self._world()
+
+    @asynccontextmanager
+    async def _world(self) -> AsyncIterator[MemoryWorlds]:
+        try:
+            yield self
+        finally:
+            self.num_closed += 1
+
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> ToolResult:
+        self.calls.append((tool, arguments))
+        if tool in self.fail:
+            raise self.fail[tool]
+        return ToolResult(content='{"ok":1}', error=self.errors.get(tool, ""), duration_ms=1.0)
+
+
+@dataclass
+class ShopWorkflow:
+    """The part of a workflow that serving asks for; `checks` decides on a reply and may raise or sleep."""
+
+    checks: Callable[[str, RunView], Any] = lambda reply, run: {"non_empty": bool(reply)}
+    views: list[RunView] = field(default_factory=list)
+    name: str = "shop"
+    system_prompt: str = "system"
+    tools_module: str = "tests.serving.live_fakes"
+    intents: Sequence[str] = ("pay",)
+
+    def check_reply(self, reply: str, run: RunView) -> Any:
+        self.views.append(run)
+        return self.checks(reply, run)
+
+
+@dataclass
+class Rig:
+    """One gateway on fakes."""
+
+    root: Path
+    ports: LivePorts
+    ledger: RunLedger
+    store: SplitStore
+    clock: FakeClock
+    worlds: MemoryWorlds
+    workflow: ShopWorkflow
+    engines: dict[str, ScriptedEngine]
+
+    def put_split(self, share: float, *, stable: str = STABLE, candidate: str = CANDIDATE, poll: bool = True) -> None:
+        """Put the next split in force and let the gateway see it."""
+        current = self.store.read()
+        record = SplitRecord(
+            epoch=current.epoch + 1 if current else 1,
+            stable=stable,
+            candidate=candidate if share else "",
+            share=share,
+            salt="r1",
+            updated_at=self.clock(),
+        )
+        self.store.compare_and_set(record)
+        if poll:
+            self.ports.splits.poll()
+
+    def rows(self) -> list[RunRecord]:
+        return list(self.ledger.rows())
+
+    @asynccontextmanager
+    async def client(self) -> AsyncIterator[httpx.AsyncClient]:
+        """An HTTP client of the application, its lifespan run."""
+        app = build_app(self.ports)
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://gateway") as client,
+        ):
+            yield client
+
+
+def make_rig(
+    tmp_path: Path,
+    *,
+    share: float | None = 0.0,
+    scripts: Mapping[str, Sequence[Step]] | None = None,
+    critic: Critic | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Rig:
+    """Build a gateway; without a share there is no split in force."""
+    clock, worlds, workflow = FakeClock(), MemoryWorlds(), ShopWorkflow()
+    chosen = replace(make_config(tmp_path), **(config or {}))
+    ledger = RunLedger(chosen.files.ledger, owner="gateway-1")
+    engines = {version: ScriptedEngine(script) for version, script in (scripts or {STABLE: PAY}).items()}
+    store = SplitStore(chosen.files.split)
+
+    async def find_policy(version: str) -> LivePolicy:
+        if version not in engines:
+            raise EngineError(f"policy {version} was never deployed")
+        return LivePolicy(stamps=make_policy(version), renderer=renderer(), generate=engines[version])
+
+    ports = LivePorts(
+        config=chosen,
+        workflow=workflow,  # type: ignore[arg-type]
+        toolset=Toolset(TOOLS),
+        writes=frozenset({"pay"}),
+        sandbox_level="process",
+        worlds=worlds,
+        splits=SplitWatcher(
+            store, chosen.files.acks, gateway="gateway-1", stale_after_s=chosen.stale_after_s, clock=clock
+        ),
+        find_policy=find_policy,
+        ledger=ledger,
+        critic=CriticQueue(critic, ledger, size=4, clock=clock),
+        owner="gateway-1",
+        clock=clock,
+        monotonic=clock,
+    )
+    rig = Rig(
+        root=tmp_path, ports=ports, ledger=ledger, store=store, clock=clock, worlds=worlds, workflow=workflow,
+        engines=engines,
+    )  # fmt: skip
+    if share is not None:
+        rig.put_split(share)
+    return rig
+
+
+def make_config(root: Path) -> GatewayConfig:
+    return GatewayConfig(
+        root=str(root),
+        workflow=WorkflowRef(module="tests.serving.live_fakes"),
+        live_world={"database": "live.sqlite"},
+        limits=AgentLimits(
+            max_turns=6, max_tool_calls=3, max_tokens_per_turn=40, max_context_tokens=700, timeout_s=20.0
+        ),
+        api=ApiLimits(max_body_bytes=20_000, max_messages=5, max_text_chars=3_000),
+        poll_s=0.01,
+        check_timeout_s=0.3,
+    )
+
+
+def make_policy(version: str = STABLE, **changes: str) -> ServedPolicy:
+    values = {
+        "version": version,
+        "path": f"/models/{version}",
+        "model_version": "gpt-oss-1m",
+        "reward_model_version": "rm-1",
+        "bundle_id": f"bundle-{version}",
+    }
+    return ServedPolicy(**(values | changes))
+
+
+def body(text: str = PROMPT, **changes: Any) -> dict[str, Any]:
+    return {"model": "shop", "messages": [{"role": "user", "content": text}]} | changes
+
+
+def engine_error() -> EngineError:
+    return EngineError("the engine is dead")
+
+
+def host_error() -> ToolHostError:
+    return ToolHostError("the tool host died")
+
+
+def session_in(*, canary: bool, share: float = 0.5, skip: int = 0) -> str:
+    """A session key on the wanted side of the split."""
+    from serving.split import session_position
+
+    keys = (f"user-{index}" for index in range(10_000))
+    matching = [key for key in keys if (session_position(key, "r1") < share) == canary]
+    return matching[skip]
+
+
+NOW = START
