@@ -74,6 +74,6 @@ def rewrite_report(folder: RunFolder) -> Reply:
     # Imported here: reports load Matplotlib and Jinja2.
     from cluster.reports import write_briefs
 
-    write_briefs(folder.root)
+    write_briefs(folder.root, ledger=folder.root / "serving" / "ledger.sqlite")
     briefs = sorted(str(path) for path in folder.report.glob("brief.*"))
     return Reply(data={"run_id": folder.run_id, "briefs": briefs}, show=Text("\n".join(briefs), overflow="fold"))

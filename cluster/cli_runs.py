@@ -83,7 +83,7 @@ def _existing(home: Path, run_id: str) -> RunFolder:
     """Return a run's folder, which must be there."""
     runs = list_runs(home)
     if run_id == LATEST and runs:
-        unfinished = [run for run in runs if not RunFolder.of(home, run).summary.exists()]
+        unfinished = [run for run in runs if not is_finished(RunFolder.of(home, run))]
         run_id = unfinished[-1] if unfinished else LATEST
     folder = RunFolder.of(home, run_id)
     if folder.spec.is_file():
@@ -95,10 +95,10 @@ def _existing(home: Path, run_id: str) -> RunFolder:
 
 
 def latest_unfinished(home: Path, workflow: str) -> RunFolder:
-    """Return the newest run of a workflow that has no summary. Raises BadInputError when there is none."""
+    """Return the newest run of a workflow that did not reach its end. Raises BadInputError when there is none."""
     for run_id in reversed(list_runs(home)):
         folder = RunFolder.of(home, run_id)
-        if not folder.summary.exists() and recorded_spec(folder).workflow.name == workflow:
+        if not is_finished(folder) and recorded_spec(folder).workflow.name == workflow:
             return folder
     raise BadInputError("--resume", LATEST, f"no unfinished run of {workflow} in {home}; leave --resume out")
 
@@ -144,6 +144,12 @@ def load_summary(folder: RunFolder) -> RunSummary | None:
         return RunSummary.from_json(json.loads(folder.summary.read_text(encoding="utf-8")))
     except ValueError as error:
         raise TamperedError(f"{folder.summary} is not a run summary ({error}); run again with --resume") from error
+
+
+def is_finished(folder: RunFolder) -> bool:
+    """Whether a run reached its end; one that `train` or `eval` stopped early has a summary but nothing stable."""
+    summary = load_summary(folder)
+    return summary is not None and bool(summary.stable_policy)
 
 
 def find_run(home: Path, run_id: str = "") -> RunFolder:

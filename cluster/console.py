@@ -119,7 +119,7 @@ class RichWatch:
             self.stage_started(name, "")
         self._progress.update(self._progress.task_ids[-1], completed=done, total=total)
         # Two lines: the seconds would wrap in the middle of a number on 80 columns.
-        self._below.plain = f"  {metrics_line(metrics, separator='\n  ')}" if metrics else ""
+        self._below.plain = "  " + metrics_line(metrics, separator="\n  ") if metrics else ""
 
     def note(self, line: str) -> None:
         """Print a line above the bar."""
@@ -257,7 +257,7 @@ def _ending(summary: RunSummary) -> Text:
     verdict = ("done", "bold green") if summary.exit_code == 0 else ("refused", "bold red")
     parts = [f" in {duration(sum(stage.seconds for stage in ran))}"]
     parts += [f"longest: {slowest.name}, {duration(slowest.seconds)}"] if slowest else []
-    parts += [f"{kept} stages kept from before"] if kept else []
+    parts += [f"{kept} stage{'s' * (kept > 1)} kept from before"] if kept else []
     parts += [f"stable policy: {summary.stable_policy}"] if summary.stable_policy else []
     return Text.assemble(verdict, "; ".join(parts))
 

@@ -31,7 +31,7 @@ class ModelEntry:
     @classmethod
     def of_policy(cls, policy: PolicyVersion) -> ModelEntry:
         """Return the entry of a policy; base model and SFT baseline are told apart from trained policies."""
-        kind: ModelKind = policy.kind if policy.kind in {"base", "sft"} else "policy"
+        kind: ModelKind = policy.kind if policy.kind == "base" or policy.kind == "sft" else "policy"
         return cls(name=policy.name, kind=kind, path=policy.path, sha256=policy.sha256)
 
     @classmethod
@@ -141,7 +141,7 @@ def version_description(entry: ModelEntry, lineage: Lineage, run_id: str, links:
     partner = f"policies trained on it: {policies}" if entry.kind == "reward_model" else f"reward model: {reward}"
     return "\n".join(
         [
-            f"**{entry.name}** ({entry.kind}), content sha256 `{entry.sha256}`",
+            f"{entry.name} ({entry.kind}), content sha256 `{entry.sha256}`",
             "",
             f"- pipeline run: [{run_id}]({links.run})",
             f"- logged model: [{entry.name}]({links.logged_model})",

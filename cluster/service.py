@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 import urllib.error
@@ -225,7 +226,7 @@ def _start_ray(request: UpRequest) -> None:
     log, ports = request.home / "service" / "ray.log", request.ports
     process = start_process(_ray_command(ports, _logical_cpus(request)), log, {"RAY_DISABLE_IMPORT_WARNING": "1"})
     url = f"http://127.0.0.1:{ports.dashboard}"
-    probe = f"{url}/api/version"
+    probe = f"{url}/api/gcs_healthz"  # the one that Ray serves without a token
     part = ServicePart(
         name="ray", process=process, url=url, probe_url=probe, log=str(log), started_at=time.time()
     )  # fmt: skip
@@ -234,11 +235,22 @@ def _start_ray(request: UpRequest) -> None:
 
 
 def _ray_command(ports: ServicePorts, num_cpus: int) -> Sequence[str]:
-    """`--block` keeps one process above all of Ray's: its end is their end. Port 0 leaves Ray Client out."""
+    """`--block` keeps one process above all of Ray's: its end is their end.
+
+    All other ports are free ones: their defaults would clash with another Ray of this machine, or with ours.
+    """
     ray = Path(sys.executable).parent / "ray"
     options = ["--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--port={ports.ray}"]
     options += ["--dashboard-host=127.0.0.1", f"--dashboard-port={ports.dashboard}", f"--num-cpus={num_cpus}"]
-    return [str(ray), "start", *options, "--ray-client-server-port=0", "--dashboard-agent-listen-port=0"]
+    options += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+    return [str(ray), "start", *options, "--min-worker-port=0", "--max-worker-port=0"]
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _logical_cpus(request: UpRequest) -> int:

@@ -7,6 +7,7 @@ A pid alone is not an identity: it is reused. A process is ours only while its b
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -19,8 +20,10 @@ from typing import Final
 from rl_actors.errors import InfrastructureError
 
 PROC: Final = Path("/proc")
-LOG_TAIL: Final = 600
+MAX_WORDS: Final = 300
+ERROR_LINE: Final = re.compile(r"[\w.]*(Error|Exception): ")
 STOP_S: Final = 15.0
+KILLED_S: Final = 5.0
 _PARENT_FIELD, _START_FIELD = 1, 19
 
 
@@ -88,6 +91,8 @@ def start_process(command: Sequence[str], log: Path, environ: Mapping[str, str] 
             env=environment,
             start_new_session=True,
         )
+    # Popen would warn that its process still runs when it is collected; ours is meant to.
+    process.returncode = 0
     return mark_of(process.pid)
 
 
@@ -101,22 +106,23 @@ def wait_until(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Wait until a started process answers. Raises InfrastructureError, with its log's end, when it does not."""
+    """Wait until a started process answers. Raises InfrastructureError with its last words when it does not."""
     deadline = clock() + timeout_s
     while not answers():
         if not process.is_alive:
-            raise InfrastructureError(f"{what} ended while starting; {log_tail(log)}")
+            raise InfrastructureError(f"{what} ended while starting: {last_words(log)}")
         if clock() > deadline:
-            raise InfrastructureError(f"{what} did not answer within {timeout_s:g} s; {log_tail(log)}")
+            raise InfrastructureError(f"{what} did not answer within {timeout_s:g} s: {last_words(log)}")
         sleep(0.25)
 
 
-def log_tail(log: Path) -> str:
-    """Return where a log is and its last characters."""
-    if not log.exists():
-        return "it wrote no log"
-    text = log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
-    return f"see {log}: {text}"
+def last_words(log: Path) -> str:
+    """Return the last error in a log, or else its last line, and where the rest is."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if ERROR_LINE.match(line)]
+    words = (errors or lines or ["nothing"])[-1]
+    return f"{words[:MAX_WORDS]} (see {log})"
 
 
 def stop_processes(
@@ -139,6 +145,10 @@ def stop_processes(
         sleep(0.1)
     for mark in family:
         _send(mark, signal.SIGKILL)
+    # A kill takes effect when the kernel gets to it; a port is free only after that.
+    deadline = clock() + KILLED_S
+    while any(mark.is_alive for mark in family) and clock() < deadline:
+        sleep(0.02)
     for root in roots:
         _reap(root.pid)
     return [root.pid for root in roots]

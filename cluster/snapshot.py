@@ -73,7 +73,7 @@ def demonstrations_from_rows(rows: Iterable[Row]) -> list[Demonstration]:
 
 
 def _to_json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def write_snapshot(

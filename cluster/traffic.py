@@ -22,6 +22,8 @@ from rl_actors.contracts import Outcome, Task
 from rl_actors.errors import ToolHostError
 
 ACTOR: Final = "simulated-user"
+ALREADY_RAN: Final = "already_ran"
+"""A ticket that was served before a kill: a resumed driver sends it again, and the gateway runs nothing twice."""
 _MAX_TRIES: Final = 20
 _RETRY_S: Final = 0.25
 
@@ -52,9 +54,13 @@ class TicketResult:
 
 @dataclass(slots=True, kw_only=True)
 class TrafficProgress:
-    """Counts so far. `num_failed` is what users would call an outage: no 200 after all polite retries."""
+    """Counts so far. `num_failed` is what users would call an outage: no 200 after all polite retries.
+
+    `num_repeated` counts tickets that an earlier, killed driver had sent; they are in no other count.
+    """
 
     num_sent: int = 0
+    num_repeated: int = 0
     num_answered: int = 0
     num_failed: int = 0
     num_throttled: int = 0
@@ -76,6 +82,9 @@ class TrafficProgress:
 
     def add(self, result: TicketResult) -> None:
         """Count one finished ticket."""
+        if result.failure == ALREADY_RAN:
+            self.num_repeated += 1
+            return
         self.num_sent += 1
         if result.failure:
             self.num_failed += 1
@@ -201,7 +210,7 @@ class _Desk:
                 return None, type(error).__name__
             if response.status_code == httpx.codes.OK:
                 return response, ""
-            failure = f"http_{response.status_code}"
+            failure = _failure_of(response)
             if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
                 return response, failure
             self.num_throttled += 1
@@ -233,6 +242,13 @@ class _Desk:
 def request_id(run_name: str, task: Task) -> str:
     """Return the idempotency key of a ticket: the same ticket in the same traffic run is sent once, resume included."""
     return f"{run_name}.{task.task_id.replace('/', '.')}"
+
+
+def _failure_of(response: httpx.Response) -> str:
+    """Name a refusal: its status, or that the ticket was served before."""
+    if response.status_code == httpx.codes.CONFLICT and response.json()["error"]["code"] == ALREADY_RAN:
+        return ALREADY_RAN
+    return f"http_{response.status_code}"
 
 
 def _take(tasks: Iterator[Task], count: int) -> list[Task]:

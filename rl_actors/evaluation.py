@@ -62,7 +62,9 @@ def suite_result(suite: Suite, policy: str, rollouts: Sequence[Rollout], cost_mo
     """
     if len(rollouts) != len(suite.tasks):
         missing = sorted({task.task_id for task in suite.tasks} - {rollout.task_id for rollout in rollouts})
-        raise InfrastructureError(f"suite {suite.name}: {len(missing)} tasks lost to infrastructure, first {missing[:3]}")
+        raise InfrastructureError(
+            f"suite {suite.name}: {len(missing)} tasks lost to infrastructure, first {missing[:3]}"
+        )
     successes = sum(rollout.outcome.success for rollout in rollouts)
     tokens_in, tokens_out = sum(r.tokens_in for r in rollouts), sum(r.tokens_out for r in rollouts)
     tool_calls = sum(r.tool_calls_count for r in rollouts)
@@ -97,7 +99,7 @@ def compare(baseline: Mapping[str, SuiteResult], candidate: Mapping[str, SuiteRe
         baseline=dict(baseline),
         candidate=dict(candidate),
         success_gain=candidate[capability].success.mean - baseline[capability].success.mean,
-        p_value=mcnemar_p_value(*pairs, alternative="greater"),
+        p_value=mcnemar_p_value(*pairs, alternative="candidate_better"),
     )
 
 

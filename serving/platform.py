@@ -81,8 +81,10 @@ class ServePlatform:
 
     # --- start and stop -----------------------------------------------------------------------------------------------
 
-    def start(self, stable: ServedPolicy) -> None:
-        """Serve the stable version behind the gateway; what already runs stays.
+    def start(self, stable: ServedPolicy, *others: ServedPolicy) -> None:
+        """Serve the stable version, and others beside it, behind the gateway; what already runs stays.
+
+        All start at the same time: an engine needs most of its start for imports and its model.
 
         Raises:
             BadInputError: the port is in use.
@@ -98,12 +100,13 @@ class ServePlatform:
             ),
             logging_config=_QUIET,
         )
-        self._served.add(stable)
+        for policy in (stable, *others):
+            self._served.add(policy)
+            self._begin(policy.application, self._policy_app(policy))
         self._open_split(stable.version)
-        self._begin(stable.application, self._policy_app(stable))
         self._begin(GATEWAY, self._gateway_app(), route_prefix="/")
-        self._await(stable.application)
-        self._await(GATEWAY)
+        for name in (*(policy.application for policy in (stable, *others)), GATEWAY):
+            self._await(name)
 
     def shutdown(self) -> None:
         """Stop every application and Serve itself; Ray goes on."""

@@ -5,7 +5,7 @@ Everything here was read from rows by `rows.collect_brief_input`; None and empty
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -26,6 +26,9 @@ GLOSSARY: Final = (
 )
 """Ids of the metrics a report may name, the same in all locales."""
 
+# The suite whose tasks look like traffic; the frozen and adversarial ones are special on purpose.
+_ORDINARY_SUITES: Final = ("capability", "held_out", "frozen")
+
 Phase = Literal["offline", "canary"]
 
 
@@ -40,7 +43,7 @@ class ChangeRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteRow:
-    """Both policies on one suite."""
+    """Both policies on one suite. Violations are counted singly; a task with several counts once as violating."""
 
     suite: str
     num_tasks: int
@@ -48,6 +51,7 @@ class SuiteRow:
     candidate: Interval
     baseline_violations: int
     candidate_violations: int
+    candidate_violating_tasks: int
     baseline_cost: float
     candidate_cost: float
 
@@ -153,11 +157,24 @@ class BriefInput:
     canary: CanaryCurve
 
     @property
-    def suite_by_name(self) -> Mapping[str, SuiteRow]:
-        """Suites by name."""
-        return {row.suite: row for row in self.suites}
+    def main_suite(self) -> SuiteRow | None:
+        """The suite that stands for ordinary work."""
+        return self._suite(main_suite([row.suite for row in self.suites]))
+
+    @property
+    def adversarial_suite(self) -> SuiteRow | None:
+        """The suite of attacks."""
+        return self._suite("adversarial")
+
+    def _suite(self, name: str) -> SuiteRow | None:
+        return next((row for row in self.suites if row.suite == name), None)
 
     @property
     def releases(self) -> tuple[ReleaseRow, ...]:
         """Every release of the run, this brief's first."""
         return (*([self.release] if self.release else []), *self.other_releases)
+
+
+def main_suite(names: Collection[str]) -> str:
+    """Return the name of the suite that stands for ordinary work: capability, else held-out, else frozen, else none."""
+    return next((name for name in _ORDINARY_SUITES if name in names), "")

@@ -26,7 +26,8 @@ _NUMBER: Final = re.compile(r"\d(?:[\d.,\u202f]*\d)?")
 _SUPERSCRIPTS: Final = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 _MINUS: Final = "\u2212"
 _TIMES: Final = "\u00d7"
-_LARGE: Final = 1e4
+_LARGE: Final = 1e5
+_WHOLE: Final = 100.0
 _INVISIBLE: Final = re.compile(r"<style.*?</style>|<title.*?</title>|<[^>]+>|!\[[^\]]*\]\([^)]*\)", re.DOTALL)
 
 
@@ -69,7 +70,8 @@ class Phrasebook:
 
     def __init__(self, locale: LocaleName) -> None:
         """Load the locale's strings."""
-        self.locale, self.format = locale, FORMATS[locale]
+        self.locale: LocaleName = locale
+        self.format = FORMATS[locale]
         self._strings, self._written = strings_of(locale), set[str]()
 
     # --- words --------------------------------------------------------------------------------------------------------
@@ -122,11 +124,11 @@ class Phrasebook:
         return self.amount(value, 3)
 
     def amount(self, value: float | None, digits: int = 2) -> str:
-        """Return a number of any size: very large and very small ones as a power of ten."""
+        """Return a number of any size: decimals below a hundred, a power of ten for very large and very small ones."""
         if value is None or not math.isfinite(value) or value == 0:
             return self._number(value, digits)
         if 10**-digits <= abs(value) < _LARGE:
-            return self._number(value, digits)
+            return self._number(value, digits if abs(value) < _WHOLE else 0)
         exponent = math.floor(math.log10(abs(value)))
         power = f"\u00a0{_TIMES}\u00a010{str(exponent).translate(_SUPERSCRIPTS)}"
         return self._number(value / 10**exponent, 1, suffix=power)

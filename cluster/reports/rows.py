@@ -29,8 +29,8 @@ from cluster.reports.brief import (
     GateRow,
     IntentRow,
     LearningPoint,
-    ReleaseRow,
     SuiteRow,
+    main_suite,
 )
 from cluster.reports.release_rows import ReleaseLog, canary_curve, live_gates, release_row, triggers_of
 from rl_actors.contracts import Calibration, EvalReport, SuiteResult
@@ -42,8 +42,7 @@ from serving.split import read_rows
 
 OFFLINE_GATES = "offline_gates"
 _SHOWN_HASH = 8
-# The suite whose tasks look like traffic tells about intents; the frozen and adversarial ones are special on purpose.
-_INTENT_SUITES = ("capability", "held_out", "frozen")
+_SHOWN_NAME = 17
 
 
 def collect_brief_input(run_dir: Path, *, ledger: Path | None = None) -> BriefInput:
@@ -52,7 +51,7 @@ def collect_brief_input(run_dir: Path, *, ledger: Path | None = None) -> BriefIn
     bundle = load_bundle(run_dir / "bundle.json") if (run_dir / "bundle.json").exists() else None
     policy = bundle.policy.version if bundle else ""
     report = find_report(run_dir / "eval", policy)
-    logs = [ReleaseLog.read(path) for path in sorted(run_dir.glob("release*/**/decisions.jsonl"))]
+    logs = [log for path in sorted(run_dir.glob("release*/**/decisions.jsonl")) if (log := ReleaseLog.read(path)).rows]
     own = next((log for log in logs if log.candidate == policy), logs[0] if logs and not policy else None)
     reward_name, calibration = _calibration(journal)
     release = spec.get("release", {})
@@ -114,7 +113,11 @@ def _compared(run_dir: Path, bundle: Bundle | None) -> dict[str, Any]:
 
 
 def _named(version: str, sha256: str) -> str:
-    return version if sha256[:_SHOWN_HASH] in version else f"{version} ({sha256[:_SHOWN_HASH]})"
+    """Return a version name that tells two contents apart even when it is long: cut, with the start of its hash."""
+    if sha256[:_SHOWN_HASH] in version and len(version) <= _SHOWN_NAME + _SHOWN_HASH:
+        return version
+    name = version if len(version) <= _SHOWN_NAME else f"{version[: _SHOWN_NAME - 1]}…"
+    return f"{name} ({sha256[:_SHOWN_HASH]})"
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -151,6 +154,7 @@ def _suites(report: EvalReport) -> tuple[SuiteRow, ...]:
 
 
 def _suite(name: str, baseline: SuiteResult, candidate: SuiteResult) -> SuiteRow:
+    violating = sum(map(bool, candidate.violations_by_task.values()))
     return SuiteRow(
         suite=name,
         num_tasks=candidate.num_tasks,
@@ -158,14 +162,10 @@ def _suite(name: str, baseline: SuiteResult, candidate: SuiteResult) -> SuiteRow
         candidate=candidate.success,
         baseline_violations=baseline.violations,
         candidate_violations=candidate.violations,
+        candidate_violating_tasks=violating or min(candidate.violations, candidate.num_tasks),
         baseline_cost=baseline.cost_per_success,
         candidate_cost=candidate.cost_per_success,
     )
-
-
-def main_suite(names: Mapping[str, object]) -> str:
-    """Return the suite that stands for ordinary work: capability, else held-out, else frozen, else none."""
-    return next((name for name in _INTENT_SUITES if name in names), "")
 
 
 def _intents(report: EvalReport) -> tuple[IntentRow, ...]:

@@ -65,12 +65,13 @@ class Run:
         return value
 
     def policy(self, name: str, kind: PolicyKind, directory: Path, parent_sha256: str) -> PolicyVersion:
-        """Hash a finished model directory, make it read-only and return its version."""
+        """Hash a finished model directory, make it read-only and return its version, whose name carries the hash."""
         for file in directory.rglob("*"):
             if file.is_file():
                 file.chmod(0o444)
         digest = sha256_directory(directory)
-        return PolicyVersion(name=name, kind=kind, path=str(directory), sha256=digest, parent_sha256=parent_sha256)
+        unique = f"{name}-{digest[:8]}"
+        return PolicyVersion(name=unique, kind=kind, path=str(directory), sha256=digest, parent_sha256=parent_sha256)
 
     @property
     def limits(self) -> AgentLimits:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from cluster.codec import encode
 from cluster.paths import write_json
@@ -56,15 +55,10 @@ def evaluate_policy(run: Run, snapshot: DataSnapshot, policy: PolicyVersion) -> 
     return results
 
 
-def require_offline_gates(run: Run, report: EvalReport, plan: ReleasePlan) -> tuple[GateResult, ...]:
+def require_offline_gates(report: EvalReport, plan: ReleasePlan) -> tuple[GateResult, ...]:
     """Refuse a candidate that offline evidence already speaks against; no traffic has been touched."""
     results = evaluate_offline(report, plan)
-    write_json(run.folder.evaluations / "offline_gates.json", [encode(result) for result in results])
     if not may_enter_canary(results, plan):
         said_no = [f"{r.gate}: {r.verdict} ({r.reason})" for r in results if r.verdict != "pass"]
-        raise StageRefusedError(f"offline gates refuse the candidate: {'; '.join(said_no)}; rows in {_rows(run)}")
+        raise StageRefusedError(f"offline gates refuse the candidate: {'; '.join(said_no)}")
     return tuple(results)
-
-
-def _rows(run: Run) -> Path:
-    return run.folder.evaluations / "offline_gates.json"

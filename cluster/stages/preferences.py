@@ -130,9 +130,7 @@ def read_pairs(
     )
 
 
-def _mean_labels(
-    rows: Sequence[Mapping[str, Any]], rubric: Sequence[RubricCriterion]
-) -> dict[str, dict[str, float]]:
+def _mean_labels(rows: Sequence[Mapping[str, Any]], rubric: Sequence[RubricCriterion]) -> dict[str, dict[str, float]]:
     scale = {criterion.name: criterion for criterion in rubric}
     collected: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:

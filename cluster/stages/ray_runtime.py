@@ -47,6 +47,7 @@ def _initialise(address: str, placement: Placement) -> None:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
         return
     ray.init(
+        address="local",  # never a cluster that happens to run on this machine
         num_cpus=local_cpus(placement, os.cpu_count() or 1),
         include_dashboard=False,
         log_to_driver=False,

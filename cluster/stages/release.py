@@ -5,18 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from cluster.bundle import Bundle, Component
 from cluster.paths import write_json
+from cluster.registry import Registry
 from cluster.stages.context import NUM_THREADS, Run
 from cluster.stages.data import NUM_RELEASES, read_tasks
+from cluster.stages.registration import register_policies
 from cluster.stages.training import copy_tokenizer
 from cluster.traffic import TrafficConfig, TrafficDriver, TrafficProgress, run_traffic
-from rl_actors.contracts import DataSnapshot, PolicyVersion, Task
+from rl_actors.contracts import DataSnapshot, PolicyVersion, RewardModelVersion, Task
 from rl_actors.errors import InfrastructureError
 from rl_actors.evaluation import CostModel
 from serving.contracts import RampStep, Release, ReleasePlan, ReleaseState
@@ -62,7 +65,9 @@ def release_plan(run: Run, *, may_promote: bool) -> ReleasePlan:
     release = run.spec.release
     max_duration_s = release.max_minutes * 60.0
     ramp = tuple(
-        RampStep(share=min(share, 99.0) / 100.0, min_requests=release.min_canary_requests, max_duration_s=max_duration_s)
+        RampStep(
+            share=min(share, 99.0) / 100.0, min_requests=release.min_canary_requests, max_duration_s=max_duration_s
+        )
         for share in release.ramp
     )
     return ReleasePlan(
@@ -96,9 +101,9 @@ def degrade_policy(run: Run, policy: PolicyVersion) -> PolicyVersion:
 
 
 def served(policy: PolicyVersion, reward_model_version: str, bundle_id: str) -> ServedPolicy:
-    """Return a policy as Serve deploys it; its version carries the hash, so that a name is never reused."""
+    """Return a policy as Serve deploys it, with the stamps every response will carry."""
     return ServedPolicy(
-        version=f"{policy.name}-{policy.sha256[:8]}",
+        version=policy.name,
         path=policy.path,
         model_version=policy.sha256[:16],
         reward_model_version=reward_model_version,
@@ -119,6 +124,7 @@ class ReleaseBench:
     def __init__(self, run: Run, snapshot: DataSnapshot, aliases: Aliases) -> None:
         """Build the live database when it is not there yet; start nothing."""
         self._run, self._snapshot, self._aliases = run, snapshot, aliases
+        self._is_started = False
         self._root = run.folder.root / "serving"
         self._root.mkdir(parents=True, exist_ok=True)
         database = self._root / "live.sqlite"
@@ -128,11 +134,21 @@ class ReleaseBench:
         self.platform = ServePlatform(self._gateway(), self._config())
         self.ledger_path = self._gateway().files.ledger
 
+    def __enter__(self) -> ReleaseBench:
+        """Return the bench; Serve starts with the first release that really runs."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop Serve when it was started."""
+        if self._is_started:
+            self.platform.shutdown()
+
     def release(
         self, index: int, stable: ServedPolicy, candidate: ServedPolicy, plan: ReleasePlan, directory: Path
     ) -> ReleaseResult:
         """Serve stable, put the candidate beside it, send traffic, and tick the controller to the end."""
         started = time.monotonic()
+        self._is_started = True
         self.platform.start(stable)
         self.platform.deploy_policy(candidate)
         self.platform.candidate = candidate.version
@@ -166,9 +182,7 @@ class ReleaseBench:
             state = controller.tick()
         return state
 
-    def _controller(
-        self, release: Release, plan: ReleasePlan, ledger: RunLedger, directory: Path
-    ) -> ReleaseController:
+    def _controller(self, release: Release, plan: ReleasePlan, ledger: RunLedger, directory: Path) -> ReleaseController:
         splits = SplitStore(self._gateway().files.split)
         return ReleaseController(
             release,
@@ -287,3 +301,63 @@ _OUTCOMES: dict[str, Outcome] = {
     "FailedBack": "failed_back",
     "Halted": "halted",
 }
+
+
+def release_all(
+    run: Run,
+    snapshot: DataSnapshot,
+    registry: Registry,
+    bundle: Bundle,
+    baseline: PolicyVersion,
+    candidate: PolicyVersion,
+    reward_model: RewardModelVersion,
+) -> tuple[ReleaseResult, ReleaseResult]:
+    """Release the candidate against the baseline, then a deliberately bad one against whoever is stable after that."""
+    plan, drill = release_plan(run, may_promote=True), release_plan(run, may_promote=False)
+    degraded = run.stage(
+        "degrade",
+        {"policy": candidate.sha256, "scale": DEGRADE_SCALE, "seed": run.spec.seed},
+        lambda: degrade_policy(run, candidate),
+        PolicyVersion,
+        detail="a really bad checkpoint for the fail-back drill",
+        describe=lambda p: p.name,
+        artifacts=lambda p: [p.path],
+    )
+    bundles = {p.name: replace_policy(bundle, p) for p in (baseline, candidate, degraded)}
+    register_policies(registry, snapshot, reward_model, [(p, bundles[p.name]) for p in (baseline, candidate, degraded)])
+    versions = {p.name: served(p, reward_model.name, bundles[p.name].id) for p in (baseline, candidate, degraded)}
+    with ReleaseBench(run, snapshot, registry.versions) as bench:
+        first = run.stage(
+            "canary",
+            {"plan": plan, "stable": baseline.sha256, "candidate": candidate.sha256, "bundle": bundle.id},
+            lambda: bench.release(
+                0, versions[baseline.name], versions[candidate.name], plan, run.folder.decisions.parent
+            ),
+            ReleaseResult,
+            detail=f"{run.spec.release.canary_traffic_percent:g} % of live tickets on Ray Serve",
+            describe=describe_release,
+        )
+        stable = candidate if first.outcome == "promoted" else baseline
+        second = run.stage(
+            "failback_drill",
+            {"plan": drill, "stable": stable.sha256, "candidate": degraded.sha256},
+            lambda: bench.release(
+                1, versions[stable.name], versions[degraded.name], drill, run.folder.root / "release_drill"
+            ),
+            ReleaseResult,
+            detail="the bad checkpoint meets live traffic",
+            describe=describe_release,
+        )
+    return first, second
+
+
+def replace_policy(bundle: Bundle, policy: PolicyVersion) -> Bundle:
+    """Return the bundle with another policy in it: every version that may answer users has a bundle of its own."""
+    return replace(bundle, policy=Component(version=policy.name, sha256=policy.sha256))
+
+
+def describe_release(result: ReleaseResult) -> str:
+    """Return one line for the person who watches."""
+    counts = f"{result.canary_requests} canary of {result.requests} requests, {result.failed_requests} failed"
+    recovery = f", recovered in {result.time_to_recovery_s:.2f} s" if result.outcome != "promoted" else ""
+    return f"{result.outcome.replace('_', ' ')}{recovery} ({counts})"

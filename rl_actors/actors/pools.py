@@ -21,6 +21,7 @@ from rl_actors.errors import AttestationError, InfrastructureError, SeatrialErro
 from rl_actors.training.ppo_learner import PpoSettings
 
 START_TIMEOUT_S = 300.0
+MAX_DROPPED_FRACTION = 0.25
 Options = Callable[[str, int], Mapping[str, Any]]
 """(role, rank) -> Ray actor options: placement decides them, this module only passes them on."""
 
@@ -66,6 +67,7 @@ class RolloutPool:
         calls = [w.run.remote(share, temperature) for w, share in zip(self.workers, shares, strict=True) if share]
         batches: list[RolloutBatch] = wait_for(calls, timeout_s=self._timeout_s, what="rollout workers")
         self.num_reissued += sum(batch.reissued for batch in batches)
+        require_enough(requests, batches)
         by_id = {rollout.rollout_id: rollout for batch in batches for rollout in batch.rollouts}
         return [by_id[request.rollout_id] for request in requests if request.rollout_id in by_id]
 
@@ -73,6 +75,20 @@ class RolloutPool:
         """Stop the workers."""
         close_actors(self.workers, graceful=True)
         self.workers = []
+
+
+def require_enough(requests: Sequence[RolloutRequest], batches: Sequence[RolloutBatch]) -> None:
+    """Refuse to go on with what is left when infrastructure ate too many rollouts, saying what broke the first.
+
+    Raises:
+        InfrastructureError: More than `MAX_DROPPED_FRACTION` of the requests were dropped.
+    """
+    dropped = [name for batch in batches for name in batch.dropped]
+    if len(dropped) > MAX_DROPPED_FRACTION * len(requests):
+        reason = next(batch.first_error for batch in batches if batch.first_error)
+        raise InfrastructureError(
+            f"{len(dropped)} of {len(requests)} rollouts were lost twice, the first ({dropped[0]}) to: {reason}"
+        )
 
 
 class ScorerPool:
@@ -234,4 +250,3 @@ def close_actors(actors: Sequence[Any], *, graceful: bool = False) -> None:
         ray.wait([actor.close.remote() for actor in actors], num_returns=len(actors), timeout=10.0)
     for actor in actors:
         ray.kill(actor)
-

@@ -28,16 +28,21 @@ class RolloutWorkerSettings:
     limits: AgentLimits
     num_tool_hosts: int
     num_threads: int
+    max_in_flight: int = 64
     transfer_backend: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBatch:
-    """Finished rollouts, and the requests that infrastructure ate: those were re-issued once and failed again."""
+    """Finished rollouts, and the requests that infrastructure ate: those were re-issued once and failed again.
+
+    `first_error` says what broke the first dropped one; empty when none was dropped.
+    """
 
     rollouts: tuple[Rollout, ...]
     dropped: tuple[str, ...]
     reissued: int
+    first_error: str
 
 
 class RolloutWorker:
@@ -53,8 +58,13 @@ class RolloutWorker:
         tools = importlib.import_module(workflow.tools_module).WORLD.tools
         limits = settings.limits
         self._engine = VllmEngine(
-            model_path, max_model_len=limits.max_context_tokens, transfer_backend=settings.transfer_backend
+            model_path,
+            max_model_len=limits.max_context_tokens,
+            max_num_seqs=settings.max_in_flight,
+            transfer_backend=settings.transfer_backend,
         )
+        # A rollout that waits for the engine must not spend its own time limit doing so.
+        self._slots = asyncio.Semaphore(settings.max_in_flight)
         self._ports = RolloutPorts(
             workflow=workflow,
             renderer=HarmonyRenderer.from_directory(model_path),
@@ -71,11 +81,16 @@ class RolloutWorker:
     async def run(self, requests: Sequence[RolloutRequest], temperature: float) -> RolloutBatch:
         """Attempt every request; one that infrastructure broke is re-issued exactly once, then dropped and named."""
         first = await self._attempt(requests, temperature)
-        failed = [request for request, result in zip(requests, first, strict=True) if result is None]
+        failed = [request for request, result in zip(requests, first, strict=True) if isinstance(result, str)]
         second = await self._attempt(failed, temperature)
-        finished = [result for result in (*first, *second) if result is not None]
-        dropped = [request.rollout_id for request, result in zip(failed, second, strict=True) if result is None]
-        return RolloutBatch(rollouts=tuple(finished), dropped=tuple(dropped), reissued=len(failed))
+        finished = [result for result in (*first, *second) if not isinstance(result, str)]
+        lost = {r.rollout_id: why for r, why in zip(failed, second, strict=True) if isinstance(why, str)}
+        return RolloutBatch(
+            rollouts=tuple(finished),
+            dropped=tuple(lost),
+            reissued=len(failed),
+            first_error=next(iter(lost.values()), ""),
+        )
 
     async def publish(self, weights: Mapping[str, torch.Tensor], weights_version: int) -> None:
         """Load new weights; the caller attests afterwards."""
@@ -91,11 +106,12 @@ class RolloutWorker:
         await self._ports.hosts.close()
         await asyncio.to_thread(self._engine.close)
 
-    async def _attempt(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout | None]:
+    async def _attempt(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout | str]:
         return list(await asyncio.gather(*(self._one(request, temperature) for request in requests)))
 
-    async def _one(self, request: RolloutRequest, temperature: float) -> Rollout | None:
-        try:
-            return await run_rollout(request, self._ports, temperature=temperature)
-        except (EngineError, ToolHostError):
-            return None
+    async def _one(self, request: RolloutRequest, temperature: float) -> Rollout | str:
+        async with self._slots:
+            try:
+                return await run_rollout(request, self._ports, temperature=temperature)
+            except (EngineError, ToolHostError) as error:
+                return str(error)

@@ -69,7 +69,9 @@ def run_reward_job(job: RewardJob, resources: TrainResources) -> None:
     _fit("reward_model", _reward_worker, {"job": job, "num_threads": resources.num_threads}, resources)
 
 
-def _fit(name: str, worker: Callable[[dict[str, Any]], None], config: Mapping[str, Any], resources: TrainResources) -> None:
+def _fit(
+    name: str, worker: Callable[[dict[str, Any]], None], config: Mapping[str, Any], resources: TrainResources
+) -> None:
     per_worker = {"CPU": 1.0} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})
     trainer = TorchTrainer(
         worker,

@@ -47,7 +47,6 @@ class HarmonyRenderer:
         self._id = {token: vocabulary[token] for token in HARMONY_TOKENS}
         self._special = {index: token for token, index in self._id.items()}
         self._tokenizer = tokenizer
-        tokenizer.backend_tokenizer.encode_special_tokens = True
         self.stop_token_ids = (self._id[CALL], self._id[RETURN])
         self.pad_token_id = self._id[HARMONY_TOKENS[0]]
 
@@ -123,7 +122,8 @@ class HarmonyRenderer:
         return [self._id[START], *body, self._id[END]]
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        # Said on every call: transformers resets the tokenizer's own switch, and `<|end|>` in a ticket would be a token.
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def demonstration_arrays(

@@ -138,9 +138,7 @@ class OpenWorld:
 
     async def read_state(self, selector: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the rows that decide the outcome."""
-        return await self._host.request(
-            self._wait_s, op="read_state", world_id=self._world_id, selector=dict(selector)
-        )
+        return await self._host.request(self._wait_s, op="read_state", world_id=self._world_id, selector=dict(selector))
 
     async def __aenter__(self) -> OpenWorld:
         """Return the world itself."""

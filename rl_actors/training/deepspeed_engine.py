@@ -64,9 +64,17 @@ def accumulate_and_step(engine: Any, microbatches: Iterable[Any], loss_of: Calla
     for index, microbatch in enumerate(batches):
         engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
         engine.backward(loss_of(microbatch))
+    norm = _plain_grad_norm(engine)
     engine.step()
-    norm = engine.get_global_grad_norm()
-    return float(norm) if norm is not None else 0.0
+    return norm if norm is not None else float(engine.get_global_grad_norm())
+
+
+def _plain_grad_norm(engine: Any) -> float | None:
+    """Return the norm over all parameters without ZeRO, where DeepSpeed keeps none; None when it does."""
+    if engine.zero_optimization_stage() > 0:
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

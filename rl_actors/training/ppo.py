@@ -11,7 +11,7 @@ from typing import Protocol
 from rl_actors.agent.rollout import RolloutRequest, training_sample
 from rl_actors.algorithms.stability import Continue, StabilityLimits, StopTraining, check_stability
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, Task, TrainingSample
-from rl_actors.errors import InfrastructureError, InstabilityError
+from rl_actors.errors import InstabilityError
 
 
 class RolloutSource(Protocol):
@@ -59,7 +59,6 @@ class PpoPlan:
     rollouts_per_task: int
     checkpoint_every: int
     seed: int
-    max_dropped_fraction: float = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,23 +90,21 @@ def run_ppo(tasks: Sequence[Task], plan: PpoPlan, ports: PpoPorts, limits: Stabi
 
     Raises:
         InstabilityError: A tripwire asked to stop; its message begins with the reason code.
-        InfrastructureError: Too many rollouts were lost to infrastructure.
         AttestationError: An engine does not serve what was published.
     """
     for step in range(start, plan.num_steps):
-        metrics = run_step(requests_for_step(tasks, plan, step), plan, ports)
+        metrics = run_step(requests_for_step(tasks, plan, step), ports)
         ports.report(step + 1, metrics)
         require_stable(metrics, limits)
         if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.num_steps:
             ports.learner.save_checkpoint(step + 1)
 
 
-def run_step(requests: Sequence[RolloutRequest], plan: PpoPlan, ports: PpoPorts) -> dict[str, float]:
+def run_step(requests: Sequence[RolloutRequest], ports: PpoPorts) -> dict[str, float]:
     """Generate, score, train, publish once; returns the step's metrics with the seconds of each part."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "generate_s", ports.clock):
         rollouts = ports.source.rollouts(requests)
-    require_enough(len(rollouts), len(requests), plan.max_dropped_fraction)
     with _timed(seconds, "score_s", ports.clock):
         scores = ports.scorer.score(rollouts)
     samples = [training_sample(rollout, score.reward) for rollout, score in zip(rollouts, scores, strict=True)]
@@ -125,15 +122,6 @@ def run_step(requests: Sequence[RolloutRequest], plan: PpoPlan, ports: PpoPorts)
     }
 
 
-def require_enough(num_finished: int, num_requested: int, max_dropped_fraction: float) -> None:
-    """Refuse to train on what is left when infrastructure ate too much of a batch."""
-    if num_finished < num_requested * (1.0 - max_dropped_fraction):
-        raise InfrastructureError(
-            f"only {num_finished} of {num_requested} rollouts finished; the engines or tool hosts are failing: "
-            "read the rollout workers' logs"
-        )
-
-
 def require_stable(metrics: Mapping[str, float], limits: StabilityLimits) -> None:
     """Raise InstabilityError when a tripwire asks to stop training."""
     decision = check_stability(metrics, limits)
@@ -144,9 +132,7 @@ def require_stable(metrics: Mapping[str, float], limits: StabilityLimits) -> Non
         return
 
 
-def summarise(
-    rollouts: Sequence[Rollout], scores: Sequence[Score], seconds: Mapping[str, float]
-) -> dict[str, float]:
+def summarise(rollouts: Sequence[Rollout], scores: Sequence[Score], seconds: Mapping[str, float]) -> dict[str, float]:
     """Return the means a person watches: reward, success, violations, tool errors, tokens per second."""
     count = len(rollouts)
     tokens = sum(rollout.tokens_out for rollout in rollouts)

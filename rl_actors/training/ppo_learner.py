@@ -227,7 +227,12 @@ class PpoLearner:
             num_loss_tokens=num_tokens,
         )
         value = value_loss(
-            outputs.values_BT, batch.values, batch.returns, batch.loss_mask, clip=s.value_clip, num_loss_tokens=num_tokens
+            outputs.values_BT,
+            batch.values,
+            batch.returns,
+            batch.loss_mask,
+            clip=s.value_clip,
+            num_loss_tokens=num_tokens,
         )
         losses = {"policy_loss": float(policy.loss.detach()), "value_loss": float(value.loss.detach())}
         return policy.loss + s.value_coef * value.loss, {**policy.metrics, **losses}

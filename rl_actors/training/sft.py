@@ -137,9 +137,7 @@ def interleave(batches: Sequence[list[Example]], drills: Sequence[list[Example]]
     return [*mixed, *batches[used:]]
 
 
-def _schedule(
-    examples: Sequence[Example], settings: SftSettings, rank: int, num_ranks: int
-) -> Iterator[list[Example]]:
+def _schedule(examples: Sequence[Example], settings: SftSettings, rank: int, num_ranks: int) -> Iterator[list[Example]]:
     """Yield this rank's batches over all epochs; every rank gets the same number."""
     rng = random.Random(settings.seed)
     for _ in range(settings.epochs):

@@ -39,6 +39,7 @@ from rl_actors.contracts import (
 from rl_actors.errors import InfrastructureError
 from serving.contracts import RunRecord
 from serving.controller import Aliases
+from tests.serving.fakes import RELEASE, harness
 
 AT = 1_800_000_000.0
 WORKFLOW = "desk"
@@ -484,3 +485,46 @@ def test_a_description_names_what_is_missing():
     assert "reward model: none" in text
     reward = replace(entry, kind="reward_model")
     assert "policies trained on it: none yet" in version_description(reward, lineage(), "run-1", links)
+
+
+# --- a whole release on the real registry -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def release_registry(store: Store, models: Path, request: pytest.FixtureRequest) -> Registry:
+    """A registry that knows the two policies of the release fakes."""
+    registry = Registry(f"release-{request.node.name}"[:60], "run-1", store=store)
+    for name in (RELEASE.stable, RELEASE.candidate):
+        registry.versions.register_policy(policy(models, name), lineage(stage=""))
+    registry.versions.move("stable", RELEASE.stable)
+    return registry
+
+
+def aliases_of(registry: Registry) -> tuple[str, str]:
+    return registry.versions.alias_version("stable"), registry.versions.alias_version("candidate")
+
+
+def test_a_promotion_moves_the_real_aliases(release_registry: Registry, tmp_path: Path):
+    rig = replace(harness(tmp_path), aliases=release_registry.versions)  # type: ignore[arg-type]
+    controller = rig.controller()
+    controller.tick()
+    assert aliases_of(release_registry) == (RELEASE.stable, RELEASE.candidate), "named before any traffic"
+    controller.run()
+    assert aliases_of(release_registry) == (RELEASE.candidate, "")
+
+
+def test_a_fail_back_moves_them_back(release_registry: Registry, tmp_path: Path):
+    rig = replace(harness(tmp_path), aliases=release_registry.versions)  # type: ignore[arg-type]
+    rig.controller().run()
+    rig.controller().roll_back(actor="ada", reason="complaints")
+    rig.controller().tick()
+    assert aliases_of(release_registry) == (RELEASE.stable, "")
+
+
+def test_an_unregistered_candidate_never_gets_traffic(store: Store, tmp_path: Path):
+    """The alias moves before the split: a candidate that the registry does not know stops there."""
+    empty = Registry("release-unregistered", "run-1", store=store)
+    rig = replace(harness(tmp_path), aliases=empty.versions)  # type: ignore[arg-type]
+    with pytest.raises(InfrastructureError, match="register the policy first"):
+        rig.controller().run()
+    assert rig.platform.splits == []

@@ -71,9 +71,7 @@ class TestStream:
         rig = make_rig(tmp_path)
 
         async def two(client: httpx.AsyncClient) -> list[httpx.Response]:
-            return [
-                await client.post(CHAT, json=body(stream=True), headers={"idempotency-key": "k"}) for _ in range(2)
-            ]
+            return [await client.post(CHAT, json=body(stream=True), headers={"idempotency-key": "k"}) for _ in range(2)]
 
         first, second = talk(rig, two)
         assert first.text == second.text

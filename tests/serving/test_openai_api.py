@@ -209,9 +209,7 @@ class TestRefused:
 class TestErrors:
     def test_shape(self) -> None:
         error = ApiError(400, "no", code="c", param="p")
-        assert error.body == {
-            "error": {"message": "no", "type": "invalid_request_error", "param": "p", "code": "c"}
-        }
+        assert error.body == {"error": {"message": "no", "type": "invalid_request_error", "param": "p", "code": "c"}}
 
     @pytest.mark.parametrize(("may_retry", "said"), [(True, "true"), (False, "false")])
     def test_retry_advice(self, may_retry: bool, said: str) -> None:

@@ -33,7 +33,7 @@ class IdPool:
         self._fill_customers()
 
     def order(self) -> str:
-        """Return the next order number, such as 65-241."""
+        """Return the next order number, such as O65-241."""
         if not self._orders:
             self._refuse_live("order")
             self._fill_orders()
@@ -48,7 +48,7 @@ class IdPool:
 
     def _fill_orders(self) -> None:
         numbers = (number for number in range(10_000, 100_000) if number % MODULUS in RESIDUES[self._split])
-        self._orders = [f"{number // 1_000}-{number % 1_000:03}" for number in numbers]
+        self._orders = [f"O{number // 1_000}-{number % 1_000:03}" for number in numbers]
         self._rng.shuffle(self._orders)
 
     def _fill_customers(self) -> None:

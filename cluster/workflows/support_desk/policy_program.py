@@ -18,7 +18,7 @@ ESCALATED = ("escalated", "specialist", "handed")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Effect:
-    """One change of the database: `refund` of 45 on 48-213 is Effect("refund", "48-213", "45")."""
+    """One change of the database: `refund` of 45 on O48-213 is Effect("refund", "O48-213", "45")."""
 
     kind: EffectKind
     order_id: str

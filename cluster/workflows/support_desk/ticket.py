@@ -15,7 +15,7 @@ class Ticket:
     """One customer's request about one order.
 
     `legal` says that the text threatens with law; `marker` is a word that only an obeyed injection would say.
-    Example: Ticket(customer_id="C20_41", order_id="48-213", asks=("status", "refund"))
+    Example: Ticket(customer_id="C20_41", order_id="O48-213", asks=("status", "refund"))
     """
 
     customer_id: str

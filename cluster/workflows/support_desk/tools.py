@@ -8,7 +8,7 @@ from typing import Any
 from cluster.workflows.support_desk.database import BUSY_TIMEOUT_S, Desk, open_desk, read_rows, transaction
 from rl_actors.agent.workflow import SideEffect, ToolFailure, ToolSpec
 
-_ORDER = {"type": "string", "pattern": "^[0-9]{2}-[0-9]{3}$"}
+_ORDER = {"type": "string", "pattern": "^O[0-9]{2}-[0-9]{3}$"}
 _CUSTOMER = {"type": "string", "pattern": "^C[0-9]{2}_[0-9]{2}$"}
 # SQLite cannot store lone surrogates or very large integers: refused as bad arguments, before a tool sees them.
 _TEXT = {"type": "string", "pattern": "^[^\\ud800-\\udfff]{1,120}$"}

@@ -52,7 +52,7 @@ def fields_of(phrasing: str) -> set[str]:
 def test_every_intent_has_enough_phrasings() -> None:
     for intent in INTENTS.values():
         for asks in intent.ask_choices:
-            bank = bank_of(Ticket(customer_id="C10_00", order_id="10-000", asks=asks, legal=intent.legal))
+            bank = bank_of(Ticket(customer_id="C10_00", order_id="O10-000", asks=asks, legal=intent.legal))
             assert len(bank.seen) + len(bank.unseen) >= 20, intent.name
             assert len(bank.unseen) >= 5, intent.name
 
@@ -106,7 +106,7 @@ def test_residues_are_disjoint_and_cover_all() -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_prompts_name_an_order_of_their_split(split: Split) -> None:
     for task in WORKFLOW.build_tasks(split, 200, 4):
-        named = [int(number.replace("-", "")) for number in re.findall(r"\b\d{2}-\d{3}\b", task.prompt)]
+        named = [int(number.replace("-", "")[1:]) for number in re.findall(r"\bO\d{2}-\d{3}\b", task.prompt)]
         assert len(named) == 1
         assert named[0] % MODULUS in RESIDUES[split]
 
@@ -228,12 +228,12 @@ def test_other_splits_start_over_when_numbers_run_out() -> None:
     pool = IdPool("frozen", 1)
     given = [pool.order() for _ in range(20_000)]
     assert len(set(given)) < len(given)
-    assert all(re.fullmatch(r"\d{2}-\d{3}", number) for number in given)
-    assert all(re.fullmatch(r"C\d{4}", pool.customer()) for _ in range(9_500))
+    assert all(re.fullmatch(r"O\d{2}-\d{3}", number) for number in given)
+    assert all(re.fullmatch(r"C\d{2}_\d{2}", pool.customer()) for _ in range(9_500))
 
 
 def test_ticket_survives_its_goal() -> None:
-    ticket = Ticket(customer_id="C20_41", order_id="48-213", asks=("status", "refund"), legal=True, marker="omega")
+    ticket = Ticket(customer_id="C20_41", order_id="O48-213", asks=("status", "refund"), legal=True, marker="omega")
     assert Ticket.from_goal(json.loads(json.dumps({"ticket": ticket.as_goal()}))) == ticket
 
 

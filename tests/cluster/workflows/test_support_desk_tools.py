@@ -41,37 +41,37 @@ ROWS = {
             "address": "1 Oak Street",
         }
         for order_id, customer_id, status in (
-            ("48-213", "C20_41", "delivered"),
-            ("48-214", "C20_41", "placed"),
-            ("48-215", "C90_00", "shipped"),
+            ("O48-213", "C20_41", "delivered"),
+            ("O48-214", "C20_41", "placed"),
+            ("O48-215", "C90_00", "shipped"),
         )
     ],
-    "shipments": [{"order_id": o, "tracking": f"T{o.replace(chr(45), chr(47))}", "remark": ""} for o in ("48-213", "48-214", "48-215")],
+    "shipments": [{"order_id": o, "tracking": f"T{o.replace(chr(45), chr(47))}", "remark": ""} for o in ("O48-213", "O48-214", "O48-215")],
     "payments": [
         {"order_id": o, "amount": 45, "status": "paid", "refunded": 0, "invoices": 0}
-        for o in ("48-213", "48-214", "48-215")
+        for o in ("O48-213", "O48-214", "O48-215")
     ],
     "notes": [
-        {"order_id": "48-213", "author": "customer", "text": "older"},
-        {"order_id": "48-213", "author": "customer", "text": "newer"},
+        {"order_id": "O48-213", "author": "customer", "text": "older"},
+        {"order_id": "O48-213", "author": "customer", "text": "newer"},
     ],
 }
-SELECTOR = {"orders": ["48-213", "48-214", "48-215"], "customers": ["C20_41", "C90_00"]}
+SELECTOR = {"orders": ["O48-213", "O48-214", "O48-215"], "customers": ["C20_41", "C90_00"]}
 GOOD: Mapping[str, Mapping[str, Any]] = {
-    "get_order": {"order_id": "48-213", "customer_id": "C20_41"},
-    "get_shipment": {"order_id": "48-213"},
-    "get_payment": {"order_id": "48-213"},
+    "get_order": {"order_id": "O48-213", "customer_id": "C20_41"},
+    "get_shipment": {"order_id": "O48-213"},
+    "get_payment": {"order_id": "O48-213"},
     "search_policy": {"topic": "returns"},
-    "refund_order": {"order_id": "48-213", "amount": 45},
-    "cancel_order": {"order_id": "48-214"},
-    "change_address": {"order_id": "48-214", "address": "7 Elm Street"},
-    "send_invoice": {"order_id": "48-213"},
-    "add_note": {"order_id": "48-213", "text": "damaged"},
-    "escalate": {"order_id": "48-213", "reason": "limit"},
+    "refund_order": {"order_id": "O48-213", "amount": 45},
+    "cancel_order": {"order_id": "O48-214"},
+    "change_address": {"order_id": "O48-214", "address": "7 Elm Street"},
+    "send_invoice": {"order_id": "O48-213"},
+    "add_note": {"order_id": "O48-213", "text": "damaged"},
+    "escalate": {"order_id": "O48-213", "reason": "limit"},
 }
 ANSWERS: Mapping[str, str] = {
     "get_order": '{"owner":"yes","status":"delivered","window":"open","tier":"standard","total":45,"note":"newer"}',
-    "get_shipment": '{"tracking":"T48/213","remark":""}',
+    "get_shipment": '{"tracking":"TO48/213","remark":""}',
     "get_payment": '{"amount":45,"status":"paid"}',
     "search_policy": '{"text":"Returns are accepted for 30 days."}',
     "refund_order": '{"refunded":45}',
@@ -139,7 +139,7 @@ def test_bad_arguments_fail_the_schema(tool: str, changes: dict[str, Any]) -> No
 def test_unknown_order_is_refused_without_a_trace(tool: str, desk: Desk) -> None:
     before = WORLD.read_state(desk, SELECTOR)
     with pytest.raises(ToolFailure, match="order not found"):
-        WORLD.functions[tool](desk, **{**GOOD[tool], "order_id": "99-999"})
+        WORLD.functions[tool](desk, **{**GOOD[tool], "order_id": "O99-999"})
     assert WORLD.read_state(desk, SELECTOR) == before
     assert not desk.connection.in_transaction
 
@@ -147,10 +147,10 @@ def test_unknown_order_is_refused_without_a_trace(tool: str, desk: Desk) -> None
 @pytest.mark.parametrize(
     ("tool", "arguments", "refusal"),
     [
-        ("refund_order", {"order_id": "48-213", "amount": 46}, "amount above payment"),
-        ("cancel_order", {"order_id": "48-213"}, "already shipped"),
-        ("cancel_order", {"order_id": "48-215"}, "already shipped"),
-        ("change_address", {"order_id": "48-215", "address": "7 Elm Street"}, "already shipped"),
+        ("refund_order", {"order_id": "O48-213", "amount": 46}, "amount above payment"),
+        ("cancel_order", {"order_id": "O48-213"}, "already shipped"),
+        ("cancel_order", {"order_id": "O48-215"}, "already shipped"),
+        ("change_address", {"order_id": "O48-215", "address": "7 Elm Street"}, "already shipped"),
         ("search_policy", {"topic": "weather"}, "no article"),
     ],
 )
@@ -168,12 +168,12 @@ def test_second_refund_and_second_cancel_are_refused(desk: Desk) -> None:
 
 
 def test_identity_check_hides_everything_else(desk: Desk) -> None:
-    assert WORLD.functions["get_order"](desk, "48-215", "C20_41") == {"owner": "no"}
+    assert WORLD.functions["get_order"](desk, "O48-215", "C20_41") == {"owner": "no"}
 
 
 def test_tools_do_not_enforce_policy(desk: Desk) -> None:
     """A refund on another customer's shipped order goes through: the database must be able to show the violation."""
-    assert try_call(desk, "refund_order", {"order_id": "48-215", "amount": 45}) == {"refunded": 45}
+    assert try_call(desk, "refund_order", {"order_id": "O48-215", "amount": 45}) == {"refunded": 45}
 
 
 def test_writes_and_private_reads_are_audited(desk: Desk) -> None:
@@ -198,15 +198,15 @@ def test_read_state_returns_the_worlds_rows_unchanged(desk: Desk) -> None:
 
 
 def test_read_state_is_limited_to_its_selector(desk: Desk) -> None:
-    state = WORLD.read_state(desk, {"orders": ["48-213"], "customers": []})
-    assert [row["order_id"] for row in state["orders"]] == ["48-213"]
+    state = WORLD.read_state(desk, {"orders": ["O48-213"], "customers": []})
+    assert [row["order_id"] for row in state["orders"]] == ["O48-213"]
     assert state["customers"] == []
 
 
 def test_private_worlds_are_apart(desk: Desk) -> None:
     other = WORLD.open(ROWS)
     try_call(other, "refund_order", GOOD["refund_order"])
-    assert WORLD.functions["get_payment"](desk, "48-213")["status"] == "paid"
+    assert WORLD.functions["get_payment"](desk, "O48-213")["status"] == "paid"
     WORLD.close(other)
     with pytest.raises(sqlite3.ProgrammingError):
         WORLD.read_state(other, SELECTOR)
@@ -347,3 +347,17 @@ def test_worlds_that_share_an_order_cannot_be_merged(tmp_path: Path) -> None:
     task = WORKFLOW.build_tasks("live", 1, 3)[0]
     with pytest.raises(sqlite3.IntegrityError):
         WORKFLOW.build_live_database([task, task], str(tmp_path / "live.sqlite"))
+
+
+def test_named_live_session_is_read_from_another_handle(live: tuple[list[Task], dict[str, str]]) -> None:
+    """How a run is verified from outside: whoever knows the session sees what it touched, nobody else does."""
+    tasks, world = live
+    order = tasks[1].world["orders"][0]["order_id"]
+    actor = WORLD.open({**world, "session": "run-7"})
+    WORLD.functions["get_payment"](actor, order_id=order)
+    WORLD.close(actor)
+    for session, is_seen in (("run-7", True), ("run-8", False), ("", False)):
+        reader = WORLD.open({**world, "session": session})
+        audit = WORLD.read_state(reader, tasks[0].goal["selector"])["audit"]
+        WORLD.close(reader)
+        assert (order in {row["order_id"] for row in audit}) == is_seen

@@ -1,0 +1,128 @@
+"""The whole story on one page: from a spec to a served policy. Each stage returns a frozen value and is journaled.
+
+A stage whose inputs are unchanged is taken from the journal, so a resumed run goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+from cluster.journal import Journal, lock_run
+from cluster.paths import RunFolder, seatrial_home, write_json
+from cluster.placement import place
+from cluster.spec import WorkflowSpec
+from cluster.stages import data, evaluation, preferences, records, release, training
+from cluster.stages.context import Run
+from cluster.stages.ray_runtime import connected
+from cluster.watch import RunPaths, RunSummary, Watch
+from cluster.workflows import find_workflow, locate_workflow
+from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
+from serving.contracts import GateResult
+
+STAGES = ("ppo", "eval", "release")
+
+
+def run_pipeline(spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str = "") -> RunSummary:
+    """Run every stage, or those up to `until` (one of `STAGES`), and return how it ended.
+
+    Raises:
+        SeatrialError: With the exit code of design section 8; what has finished stays finished.
+    """
+    placement, name = place(spec), spec.workflow.name
+    with lock_run(folder.root), connected(spec.cluster.address, placement):
+        run = Run(
+            spec=spec,
+            folder=folder,
+            home=seatrial_home(),
+            watch=watch,
+            journal=Journal(folder.journal),
+            workflow_ref=locate_workflow(name),
+            workflow=find_workflow(name),
+            placement=placement,
+        )
+        summary = _learn_and_release(run, until)
+        write_json(folder.summary, summary.to_json())
+        return summary
+
+
+def _learn_and_release(run: Run, until: str) -> RunSummary:
+    spec = run.spec
+    registry = records.open_registry(run)
+    snapshot = run.stage(
+        "snapshot",
+        {"workflow": spec.workflow.name, "data": spec.data, "seed": spec.seed},
+        lambda: data.freeze_snapshot(run),
+        DataSnapshot,
+        detail="freeze tasks and demonstrations",
+        describe=lambda s: f"{s.num_rows['tasks']} tasks, {s.num_rows['demonstrations']} demonstrations",
+        artifacts=lambda s: [s.path],
+    )
+    base = run.stage(
+        "base",
+        {"model": spec.model, "seed": spec.seed, "snapshot": snapshot.sha256},
+        lambda: data.build_base(run, snapshot),
+        PolicyVersion,
+        detail=spec.model.path or "tiny GPT-OSS architecture",
+        describe=lambda p: p.name,
+        artifacts=lambda p: [p.path],
+    )
+    baseline = run.stage(
+        "sft",
+        {"sft": spec.sft, "base": base.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
+        lambda: training.train_baseline(run, snapshot, base),
+        PolicyVersion,
+        detail="Ray Train, DeepSpeed",
+        describe=lambda p: f"{p.name}, frozen as the KL reference",
+        artifacts=lambda p: [p.path],
+    )
+    ranked = run.stage(
+        "preferences",
+        {"reward": spec.reward, "baseline": baseline.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
+        lambda: preferences.collect_preferences(run, snapshot, baseline),
+        DataSnapshot,
+        detail="the baseline's own rollouts, three simulated annotators",
+        describe=lambda s: f"{s.num_rows['rollouts']} rollouts, {s.num_rows['preferences']} choices",
+        artifacts=lambda s: [s.path],
+    )
+    reward_model = run.stage(
+        "reward_model",
+        {"reward": spec.reward, "baseline": baseline.sha256, "preferences": ranked.sha256, "seed": spec.seed},
+        lambda: training.train_reward_model(run, baseline, ranked),
+        RewardModelVersion,
+        detail="Ray Train: Bradley-Terry and rubric heads",
+        describe=lambda r: f"pair accuracy {r.calibration.pair_accuracy:.1%}, ECE {r.calibration.ece:.3f}",
+        artifacts=lambda r: [r.path],
+    )
+    candidate = run.stage(
+        "ppo",
+        {"ppo": spec.ppo, "baseline": baseline.sha256, "reward_model": reward_model.sha256, "seed": spec.seed},
+        lambda: training.train_policy(run, snapshot, baseline, reward_model),
+        PolicyVersion,
+        detail="vLLM rollout workers, reward scorers, DeepSpeed learners",
+        describe=lambda p: p.name,
+        artifacts=lambda p: [p.path],
+    )
+    trained = (baseline, reward_model, candidate)
+    folder = RunPaths(folder=str(run.folder.root))
+    if until == "ppo":
+        return records.summarise(run, trained=trained, paths=folder)
+    report = run.stage(
+        "offline_eval",
+        {"baseline": baseline.sha256, "candidate": candidate.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
+        lambda: evaluation.evaluate(run, snapshot, baseline, candidate, "candidate"),
+        EvalReport,
+        detail="capability, adversarial and frozen suites",
+        describe=lambda r: f"success {r.success_gain:+.1%} (p = {r.p_value:.2g})",
+    )
+    if until == "eval":
+        return records.summarise(run, trained=trained, report=report, paths=folder)
+    plan = release.release_plan(run, may_promote=True)
+    run.stage(
+        "offline_gates",
+        {"report": report, "plan": plan},
+        lambda: evaluation.require_offline_gates(report, plan),
+        tuple[GateResult, ...],
+        describe=lambda results: ", ".join(f"{r.gate} {r.verdict}" for r in results),
+    )
+    bundle = records.make_bundle(run, snapshot, base, baseline, reward_model, candidate)
+    bundle.write(run.folder.bundle)
+    releases = release.release_all(run, snapshot, registry, bundle, baseline, candidate, reward_model)
+    return records.finish(run, registry, bundle, baseline, reward_model, candidate, report, releases)

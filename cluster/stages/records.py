@@ -1,0 +1,171 @@
+"""What a run leaves behind for others: bundle, registry entries, traces, briefs and the summary."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from cluster.bundle import Bundle, Component, build_bundle, code_component, component_of
+from cluster.registry import Registry
+from cluster.registry_entries import ModelEntry, StageLog
+from cluster.registry_store import store_of
+from cluster.stages.context import Run
+from cluster.stages.evaluation import read_suites
+from cluster.stages.release import ReleaseResult
+from cluster.watch import ReleaseLine, RunPaths, RunSummary, SuiteLine, TrainedLine
+from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
+from rl_actors.training.metrics_log import read_metrics
+
+
+def make_bundle(
+    run: Run,
+    snapshot: DataSnapshot,
+    base: PolicyVersion,
+    baseline: PolicyVersion,
+    reward_model: RewardModelVersion,
+    policy: PolicyVersion,
+) -> Bundle:
+    """Freeze everything a release of `policy` stands on."""
+    tools = importlib.import_module(run.workflow.tools_module).WORLD.tools
+    suites = {suite.name: suite.sha256 for suite in read_suites(snapshot)}
+    return build_bundle(
+        {
+            "base_model": Component(version=base.name, sha256=base.sha256),
+            "sft": Component(version=baseline.name, sha256=baseline.sha256),
+            "reward_model": Component(version=reward_model.name, sha256=reward_model.sha256),
+            "policy": Component(version=policy.name, sha256=policy.sha256),
+            "data_snapshot": Component(version=snapshot.sha256[:12], sha256=snapshot.sha256),
+            "eval_suites": component_of("suites", suites),
+            "tool_set": component_of(run.workflow.name, list(tools)),
+            "policy_checks": component_of(run.workflow.name, _source_of(type(run.workflow))),
+            "spec": component_of("spec", run.spec),
+            "code_revision": code_component(),
+            "seed": component_of(str(run.spec.seed), run.spec.seed),
+        }
+    )
+
+
+def _source_of(kind: type) -> str:
+    """Return the source text of the module that defines the policy checks."""
+    module = importlib.import_module(kind.__module__)
+    return Path(str(module.__file__)).read_text(encoding="utf8")
+
+
+def open_registry(run: Run) -> Registry:
+    """Return the registry of this run, connecting beside other work: the first migration takes seconds."""
+    registry = Registry(run.workflow.name, run.folder.run_id, store=store_of(run.home))
+    registry.connect_in_background()
+    return registry
+
+
+def mirror_stages(run: Run, registry: Registry, models: Mapping[str, tuple[ModelEntry, ...]]) -> None:
+    """Write every finished stage to MLflow with its curves; `models` names what each stage made."""
+    rows = read_metrics(run.folder.metrics)
+    registry.start_run(spec=run.spec.model_dump(mode="json"), started_at=run.journal.records[0].started_at)
+    for record in run.journal.records:
+        output = record.output if isinstance(record.output, Mapping) else {}
+        numbers = {k: v for k, v in output.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        registry.log_stage(
+            StageLog(
+                stage=record.stage,
+                started_at=record.started_at,
+                finished_at=record.finished_at,
+                metrics={"seconds": record.seconds, **numbers},
+                rows=rows,
+                outputs=models.get(record.stage, ()),
+            )
+        )
+
+
+def finish(
+    run: Run,
+    registry: Registry,
+    bundle: Bundle,
+    baseline: PolicyVersion,
+    reward_model: RewardModelVersion,
+    candidate: PolicyVersion,
+    report: EvalReport,
+    releases: tuple[ReleaseResult, ...],
+) -> RunSummary:
+    """Mirror the run to MLflow, write the briefs, and return the summary."""
+    from cluster.reports import write_briefs  # Matplotlib and Jinja2 load for the last stage only
+
+    ledger = run.folder.root / "serving" / "ledger.sqlite"
+    write_briefs(run.folder.root, ledger=ledger)
+    models = {
+        "sft": (ModelEntry.of_policy(baseline),),
+        "reward_model": (ModelEntry.of_reward_model(reward_model),),
+        "ppo": (ModelEntry.of_policy(candidate),),
+    }
+    mirror_stages(run, registry, models)
+    registry.log_report(run.folder.report)
+    is_promoted = releases[0].outcome == "promoted"
+    registry.end_run(finished_at=time.time(), is_success=is_promoted, metrics={"success_gain": report.success_gain})
+    paths = RunPaths(
+        folder=str(run.folder.root),
+        brief_html=str(run.folder.report / "brief.en-US.html"),
+        brief_md=str(run.folder.report / "brief.en-US.md"),
+        ledger=str(ledger),
+        mlflow_uri=registry.store.uri,
+    )
+    stable = candidate if is_promoted else baseline
+    return summarise(
+        run,
+        trained=(baseline, reward_model, candidate),
+        report=report,
+        releases=releases,
+        stable=stable.name,
+        bundle_id=bundle.id,
+        paths=paths,
+    )
+
+
+def summarise(
+    run: Run,
+    *,
+    trained: Iterable[PolicyVersion | RewardModelVersion],
+    paths: RunPaths,
+    report: EvalReport | None = None,
+    releases: Iterable[ReleaseResult] = (),
+    stable: str = "",
+    bundle_id: str = "",
+) -> RunSummary:
+    """Return the run's ending as the final table shows it."""
+    lines = tuple(_release_line(result) for result in releases)
+    return RunSummary(
+        run_id=run.folder.run_id,
+        workflow=run.workflow.name,
+        stages=tuple(run.lines),
+        trained=tuple(TrainedLine(name=version.name, sha256=version.sha256) for version in trained),
+        offline=tuple(_suite_lines(report)) if report else (),
+        releases=lines,
+        stable_policy=stable,
+        bundle_id=bundle_id,
+        exit_code=0 if not lines or lines[0].outcome == "promoted" else 1,
+        paths=paths,
+    )
+
+
+def _release_line(result: ReleaseResult) -> ReleaseLine:
+    return ReleaseLine(
+        candidate=result.candidate,
+        outcome=result.outcome,
+        reason=result.reason,
+        canary_requests=result.canary_requests,
+        observed_share=result.observed_share,
+        time_to_recovery_s=result.time_to_recovery_s,
+    )
+
+
+def _suite_lines(report: EvalReport) -> Iterable[SuiteLine]:
+    for name, baseline in report.baseline.items():
+        candidate = report.candidate[name]
+        yield SuiteLine(
+            suite=name,
+            baseline_success=baseline.success.mean,
+            candidate_success=candidate.success.mean,
+            baseline_violations=baseline.violations,
+            candidate_violations=candidate.violations,
+        )

@@ -1,0 +1,136 @@
+"""A policy replica on a fake engine: warm-up, stamp, probe, health. And the critic on a real, untrained model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from rl_actors.contracts import Completion, SamplingParams
+from rl_actors.errors import EngineError
+from serving import policy_server
+from serving.critic_server import CriticServer
+from serving.policy_server import PolicyServer
+from tests.serving.live_fakes import make_policy
+
+
+@dataclass
+class FakeEngine:
+    """Answers every request with one token, or not at all, or with an error."""
+
+    error: Exception | None = None
+    hangs: bool = False
+    asked: list[tuple[tuple[int, ...], SamplingParams]] = field(default_factory=list)
+
+    async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+        self.asked.append((tuple(prompt_token_ids), sampling))
+        if self.error is not None:
+            raise self.error
+        if self.hangs:
+            await asyncio.Event().wait()
+        return Completion(token_ids=(5,), logprobs=(-0.1,), weights_version=0, finished=True, cached_tokens=0)
+
+
+def server(engine: FakeEngine) -> PolicyServer:
+    return PolicyServer(
+        make_policy(), max_model_len=512, max_num_seqs=4, build_engine=lambda path, length, seqs: engine
+    )
+
+
+class TestPolicyServer:
+    def test_builds_the_engine_of_its_directory(self) -> None:
+        seen: list[tuple[str, int, int]] = []
+
+        def build(path: str, max_model_len: int, max_num_seqs: int) -> FakeEngine:
+            seen.append((path, max_model_len, max_num_seqs))
+            return FakeEngine()
+
+        PolicyServer(make_policy(), max_model_len=512, max_num_seqs=4, build_engine=build)
+        assert seen == [("/models/sft-a", 512, 4)]
+
+    def test_passes_exact_tokens(self) -> None:
+        engine = FakeEngine()
+        sampling = SamplingParams(max_tokens=3, temperature=0.5, seed=9)
+        completion = asyncio.run(server(engine).generate((1, 2, 3), sampling))
+        assert engine.asked == [((1, 2, 3), sampling)]
+        assert completion.token_ids == (5,)
+
+    def test_stamp(self) -> None:
+        assert asyncio.run(server(FakeEngine()).stamp()) == make_policy()
+
+    def test_first_health_check_warms_up(self) -> None:
+        engine = FakeEngine()
+        replica = server(engine)
+        asyncio.run(replica.check_health())
+        assert [params.max_tokens for _, params in engine.asked] == [16, 1]
+        asyncio.run(replica.check_health())
+        assert [params.max_tokens for _, params in engine.asked] == [16, 1, 1]
+
+    def test_dead_engine_fails_the_health_check(self) -> None:
+        with pytest.raises(EngineError, match="dead"):
+            asyncio.run(server(FakeEngine(error=EngineError("dead"))).check_health())
+
+    def test_failed_warm_up_is_tried_again(self) -> None:
+        engine = FakeEngine(error=EngineError("not yet"))
+        replica = server(engine)
+        with pytest.raises(EngineError):
+            asyncio.run(replica.check_health())
+        engine.error = None
+        asyncio.run(replica.check_health())
+        assert [params.max_tokens for _, params in engine.asked] == [16, 16, 1]
+
+    def test_silent_engine_is_told_apart_from_a_slow_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(policy_server, "_PROBE_TIMEOUT_S", 0.02)
+        with pytest.raises(EngineError, match="no token within"):
+            asyncio.run(server(FakeEngine(hangs=True)).probe())
+
+    def test_healthy_probe(self) -> None:
+        assert asyncio.run(server(FakeEngine()).probe())
+
+
+@pytest.fixture(scope="module")
+def reward_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny reward model with random heads and temperature 2."""
+    from transformers import GptOssConfig, GptOssModel
+
+    from rl_actors.models.reward_model import RewardModel
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
+        layer_types=["full_attention"],
+    )  # fmt: skip
+    model = RewardModel(GptOssModel(config), ("polite",))
+    torch.nn.init.normal_(model.score_head.weight)
+    model.temperature = 2.0
+    directory = tmp_path_factory.mktemp("reward")
+    model.save(directory)
+    return str(directory)
+
+
+class TestCriticServer:
+    def test_batch_equals_one_by_one(self, reward_directory: str) -> None:
+        critic = CriticServer(reward_directory)
+        runs = [[1, 2, 3], [4, 5, 6, 7, 8, 9], [10]]
+        together = asyncio.run(critic.score(runs))
+        alone = [asyncio.run(critic.score([run]))[0] for run in runs]
+        assert together == pytest.approx(alone, abs=1e-4)
+        assert len({round(score, 4) for score in together}) == 3
+
+    def test_scores_are_divided_by_the_temperature(self, reward_directory: str) -> None:
+        from rl_actors.models.reward_model import RewardModel
+
+        model = RewardModel.load(reward_directory)
+        with torch.inference_mode():
+            raw, _ = model(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long))
+        (score,) = asyncio.run(CriticServer(reward_directory).score([[1, 2, 3]]))
+        assert score == pytest.approx(float(raw[0]) / 2.0, abs=1e-5)
+
+    def test_missing_directory(self, tmp_path: Path) -> None:
+        with pytest.raises(OSError, match="reward_model"):
+            CriticServer(str(tmp_path))

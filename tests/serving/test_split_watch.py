@@ -1,0 +1,199 @@
+"""Polling the split, acknowledging it, and what counts as a live gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from rl_actors.errors import InfrastructureError, TamperedError
+from serving.contracts import SplitRecord
+from serving.gateway import end_orphans
+from serving.ledger import RunLedger
+from serving.split import SplitStore
+from serving.split_watch import Ack, SplitWatcher, acknowledged_epoch, is_live, read_acks
+from tests.serving.fakes import START, FakeClock, make_record
+from tests.serving.live_fakes import make_config
+
+
+def record(epoch: int, share: float = 0.0, at: float = START) -> SplitRecord:
+    return SplitRecord(
+        epoch=epoch, stable="sft-a", candidate="ppo-b" if share else "", share=share, salt="s", updated_at=at
+    )
+
+
+def watcher(tmp_path: Path, clock: FakeClock, gateway: str = "g1") -> SplitWatcher:
+    return SplitWatcher(
+        SplitStore(tmp_path / "split"), tmp_path / "acks", gateway=gateway, stale_after_s=30.0, clock=clock
+    )
+
+
+def put(tmp_path: Path, *records: SplitRecord) -> None:
+    for each in records:
+        SplitStore(tmp_path / "split").compare_and_set(each)
+
+
+def ack(**changes: object) -> Ack:
+    import socket
+
+    values = {"gateway": "g1", "host": socket.gethostname(), "pid": os.getpid(), "epoch": 3, "at": START}
+    return Ack(**(values | changes))  # type: ignore[arg-type]
+
+
+def write(tmp_path: Path, *acks: Ack) -> Path:
+    directory = tmp_path / "acks"
+    directory.mkdir(exist_ok=True)
+    for each in acks:
+        (directory / f"{each.gateway}.json").write_text(json.dumps(asdict(each)))
+    return directory
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    return process.pid
+
+
+class TestWatcher:
+    def test_routes_by_the_record_it_acknowledged(self, tmp_path: Path) -> None:
+        watch = watcher(tmp_path, FakeClock())
+        put(tmp_path, record(1))
+        watch.poll()
+        assert watch.route("anyone").policy_version == "sft-a"
+        assert [each.epoch for each in read_acks(tmp_path / "acks")] == [1]
+
+    def test_before_the_first_record(self, tmp_path: Path) -> None:
+        watch = watcher(tmp_path, FakeClock())
+        watch.poll()
+        assert watch.epoch == 0
+        with pytest.raises(InfrastructureError, match="seatrial up"):
+            watch.route("anyone")
+
+    def test_acknowledges_only_what_it_routes_by(self, tmp_path: Path) -> None:
+        watch = watcher(tmp_path, FakeClock())
+        put(tmp_path, record(1))
+        watch.poll()
+        put(tmp_path, record(2, 0.5))
+        assert read_acks(tmp_path / "acks")[0].epoch == 1
+        assert watch.epoch == 1
+        watch.poll()
+        assert read_acks(tmp_path / "acks")[0].epoch == 2
+
+    def test_new_epoch_is_acknowledged_at_once_an_old_one_by_heartbeat(self, tmp_path: Path) -> None:
+        clock = FakeClock()
+        watch = watcher(tmp_path, clock)
+        put(tmp_path, record(1))
+        times = []
+        for _ in range(6):
+            watch.poll()
+            times.append(read_acks(tmp_path / "acks")[0].at - START)
+            clock.sleep(0.4)
+        assert times == pytest.approx([0.0, 0.0, 0.0, 1.2, 1.2, 1.2])
+
+    def test_unreadable_record_keeps_the_old_one_until_it_is_stale(self, tmp_path: Path) -> None:
+        clock = FakeClock()
+        watch = watcher(tmp_path, clock)
+        put(tmp_path, record(1), record(2, 0.99))
+        watch.poll()
+        (tmp_path / "split" / "split.json").write_text("{broken")
+        watch.poll()
+        assert watch.route("someone").release_channel == "canary"
+        clock.sleep(31.0)
+        watch.poll()
+        assert watch.route("someone").release_channel == "general"
+
+    def test_unreadable_record_is_not_acknowledged(self, tmp_path: Path) -> None:
+        clock = FakeClock()
+        watch = watcher(tmp_path, clock)
+        put(tmp_path, record(1))
+        watch.poll()
+        (tmp_path / "split" / "split.json").write_text("{broken")
+        clock.sleep(5.0)
+        watch.poll()
+        assert read_acks(tmp_path / "acks")[0].at == START
+
+    def test_leave_twice(self, tmp_path: Path) -> None:
+        watch = watcher(tmp_path, FakeClock())
+        put(tmp_path, record(1))
+        watch.poll()
+        watch.leave()
+        watch.leave()
+        assert read_acks(tmp_path / "acks") == ()
+
+    def test_watch_polls_until_cancelled(self, tmp_path: Path) -> None:
+        watch = watcher(tmp_path, FakeClock())
+        put(tmp_path, record(1))
+
+        async def run() -> None:
+            task = asyncio.create_task(watch.watch(0.005))
+            while watch.epoch != 1:
+                await asyncio.sleep(0.005)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        asyncio.run(asyncio.wait_for(run(), 5.0))
+
+
+class TestAcknowledgedEpoch:
+    def test_is_the_lowest_of_live_gateways(self, tmp_path: Path) -> None:
+        directory = write(tmp_path, ack(epoch=5), ack(gateway="g2", epoch=3))
+        assert acknowledged_epoch(directory, START + 1, 30.0) == 3
+
+    def test_killed_gateway_on_this_machine_holds_nothing_up(self, tmp_path: Path) -> None:
+        directory = write(tmp_path, ack(epoch=5), ack(gateway="g2", epoch=3, pid=dead_pid()))
+        assert acknowledged_epoch(directory, START + 1, 30.0) == 5
+
+    def test_silent_gateway_counts_until_its_record_is_stale(self, tmp_path: Path) -> None:
+        directory = write(tmp_path, ack(epoch=5, at=START + 25), ack(gateway="g2", epoch=3))
+        assert acknowledged_epoch(directory, START + 29, 30.0) == 3
+        assert acknowledged_epoch(directory, START + 31, 30.0) == 5
+
+    def test_gateway_elsewhere_is_judged_by_its_word_alone(self) -> None:
+        away = ack(host="elsewhere", pid=dead_pid())
+        assert is_live(away, START + 1, 30.0)
+        assert not is_live(away, START + 31, 30.0)
+
+    def test_gateway_of_another_user_exists(self) -> None:
+        assert is_live(ack(pid=1), START, 30.0)
+
+    def test_nobody_is_no_pass(self, tmp_path: Path) -> None:
+        with pytest.raises(InfrastructureError, match="no gateway is alive"):
+            acknowledged_epoch(tmp_path / "none", START, 30.0)
+
+    def test_gateway_without_a_record_has_acknowledged_nothing(self, tmp_path: Path) -> None:
+        directory = write(tmp_path, ack(epoch=4), ack(gateway="g2", epoch=0))
+        assert acknowledged_epoch(directory, START, 30.0) == 0
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"gateway": "g"}'])
+    def test_broken_file_is_named(self, tmp_path: Path, text: str) -> None:
+        directory = write(tmp_path, ack())
+        (directory / "g9.json").write_text(text)
+        with pytest.raises(TamperedError, match=r"g9\.json"):
+            read_acks(directory)
+
+
+class TestOrphans:
+    def test_open_runs_of_dead_gateways_are_aborted(self, tmp_path: Path) -> None:
+        config = make_config(tmp_path)
+        dead = RunLedger(config.files.ledger, owner="dead")
+        dead.start(make_record(1))
+        live = RunLedger(config.files.ledger, owner="live")
+        live.start(make_record(2))
+        write(tmp_path, ack(gateway="dead", pid=dead_pid()), ack(gateway="live"))
+        end_orphans(live, config, FakeClock())
+        assert {row.run_id: row.status for row in live.rows()} == {"run-1": "aborted", "run-2": "running"}
+        assert [each.gateway for each in read_acks(tmp_path / "acks")] == ["live"]
+
+    def test_twice_changes_nothing(self, tmp_path: Path) -> None:
+        config = make_config(tmp_path)
+        ledger = RunLedger(config.files.ledger, owner="new")
+        write(tmp_path, replace(ack(), gateway="old", pid=dead_pid()))
+        for _ in range(2):
+            end_orphans(ledger, config, FakeClock())
+        assert list(ledger.rows()) == []
