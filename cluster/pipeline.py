@@ -5,9 +5,12 @@ A stage whose inputs are unchanged is taken from the journal, so a resumed run g
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from cluster.journal import Journal, lock_run
 from cluster.paths import RunFolder, seatrial_home, write_json
 from cluster.placement import place
+from cluster.registry import Registry
 from cluster.spec import WorkflowSpec
 from cluster.stages import data, evaluation, preferences, records, release, training
 from cluster.stages.context import Run
@@ -18,6 +21,22 @@ from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardM
 from serving.contracts import GateResult
 
 STAGES = ("ppo", "eval", "release")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What the learning stages leave behind, every part frozen under its hash."""
+
+    snapshot: DataSnapshot
+    base: PolicyVersion
+    baseline: PolicyVersion
+    reward_model: RewardModelVersion
+    candidate: PolicyVersion
+
+    @property
+    def trained(self) -> tuple[PolicyVersion, RewardModelVersion, PolicyVersion]:
+        """The results of training, in the order they were made."""
+        return self.baseline, self.reward_model, self.candidate
 
 
 def run_pipeline(spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str = "") -> RunSummary:
@@ -44,8 +63,21 @@ def run_pipeline(spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str
 
 
 def _learn_and_release(run: Run, until: str) -> RunSummary:
-    spec = run.spec
+    """Stages 1 to 9 of design section 2, in order."""
     registry = records.open_registry(run)
+    learned = _learn(run, *_freeze(run))
+    paths = RunPaths(folder=str(run.folder.root))
+    if until == "ppo":
+        return records.summarise(run, trained=learned.trained, paths=paths)
+    report = _compare(run, learned)
+    if until == "eval":
+        return records.summarise(run, trained=learned.trained, report=report, paths=paths)
+    return _release(run, registry, learned, report)
+
+
+def _freeze(run: Run) -> tuple[DataSnapshot, PolicyVersion]:
+    """Stage 1: the data, and the model that everything starts from."""
+    spec = run.spec
     snapshot = run.stage(
         "snapshot",
         {"workflow": spec.workflow.name, "data": spec.data, "seed": spec.seed},
@@ -64,6 +96,12 @@ def _learn_and_release(run: Run, until: str) -> RunSummary:
         describe=lambda p: p.name,
         artifacts=lambda p: [p.path],
     )
+    return snapshot, base
+
+
+def _learn(run: Run, snapshot: DataSnapshot, base: PolicyVersion) -> Learned:
+    """Stages 2 to 4: the baseline, a reward model on its own rollouts, and PPO against both."""
+    spec = run.spec
     baseline = run.stage(
         "sft",
         {"sft": spec.sft, "base": base.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
@@ -100,20 +138,31 @@ def _learn_and_release(run: Run, until: str) -> RunSummary:
         describe=lambda p: p.name,
         artifacts=lambda p: [p.path],
     )
-    trained = (baseline, reward_model, candidate)
-    folder = RunPaths(folder=str(run.folder.root))
-    if until == "ppo":
-        return records.summarise(run, trained=trained, paths=folder)
-    report = run.stage(
+    return Learned(snapshot=snapshot, base=base, baseline=baseline, reward_model=reward_model, candidate=candidate)
+
+
+def _compare(run: Run, learned: Learned) -> EvalReport:
+    """Stage 5: what both policies can do, before any traffic."""
+    snapshot, baseline, candidate = learned.snapshot, learned.baseline, learned.candidate
+    return run.stage(
         "offline_eval",
-        {"baseline": baseline.sha256, "candidate": candidate.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
+        {
+            "baseline": baseline.sha256,
+            "candidate": candidate.sha256,
+            "snapshot": snapshot.sha256,
+            "seed": run.spec.seed,
+        },
         lambda: evaluation.evaluate(run, snapshot, baseline, candidate, "candidate"),
         EvalReport,
         detail="capability, adversarial and frozen suites",
         describe=lambda r: f"success {r.success_gain:+.1%} (p = {r.p_value:.2g})",
     )
-    if until == "eval":
-        return records.summarise(run, trained=trained, report=report, paths=folder)
+
+
+def _release(run: Run, registry: Registry, learned: Learned, report: EvalReport) -> RunSummary:
+    """Stages 6 to 9: offline gates, the canary and the fail-back drill, reports."""
+    snapshot, baseline, reward_model = learned.snapshot, learned.baseline, learned.reward_model
+    candidate = learned.candidate
     plan = release.release_plan(run, may_promote=True)
     run.stage(
         "offline_gates",
@@ -122,7 +171,7 @@ def _learn_and_release(run: Run, until: str) -> RunSummary:
         tuple[GateResult, ...],
         describe=lambda results: ", ".join(f"{r.gate} {r.verdict}" for r in results),
     )
-    bundle = records.make_bundle(run, snapshot, base, baseline, reward_model, candidate)
+    bundle = records.make_bundle(run, snapshot, learned.base, baseline, reward_model, candidate)
     bundle.write(run.folder.bundle)
     releases = release.release_all(run, snapshot, registry, bundle, baseline, candidate, reward_model)
     return records.finish(run, registry, bundle, baseline, reward_model, candidate, report, releases)

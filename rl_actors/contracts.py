@@ -18,7 +18,7 @@ PolicyKind = Literal["base", "sft", "ppo", "degraded"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One problem. `world` is what the environment starts from, `goal` what the verifier checks; the policy sees `prompt`.
+    """One problem: the policy sees `prompt`, the environment starts from `world`, the verifier checks `goal`.
 
     Example: Task(task_id="support_desk/train/17", workflow="support_desk", split="train", intent="order_status",
     prompt="From C204: where is order 48213?", world={"orders": [...]}, goal={"facts": ["shipped"]}, seed=17)
@@ -244,7 +244,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuiteResult:
-    """One policy on one suite. Costs are in tokens-weighted units declared in the spec; infinite when nothing succeeded."""
+    """One policy on one suite. Costs are in US dollars under `CostModel`; infinite when nothing succeeded."""
 
     suite: str
     suite_sha256: str

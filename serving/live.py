@@ -18,7 +18,7 @@ from rl_actors.agent.loop import AgentRun, Generate, run_agent
 from rl_actors.agent.rollout import successful_calls
 from rl_actors.agent.workflow import RunView, Workflow
 from rl_actors.contracts import Completion, Outcome, SamplingParams, Task
-from rl_actors.errors import InfrastructureError
+from rl_actors.errors import EngineError, InfrastructureError
 from serving.contracts import RunRecord, RunStatus, Success
 from serving.critic_queue import CriticQueue, FinishedRun
 from serving.ledger import RunCompletion, RunLedger
@@ -90,16 +90,28 @@ class LivePorts:
 
 @dataclass(slots=True)
 class Meter:
-    """Counts the tokens of one attempt, also when it fails half-way."""
+    """Counts the tokens of one attempt, also when it fails half-way.
+
+    A model call is given up once its version is no longer in force: after a fail-back nobody waits for a dead engine.
+    """
 
     generate: Generate
+    is_in_force: Callable[[], bool] = lambda: True
+    patience_s: float = 1.0
     tokens_in: int = 0
     tokens_out: int = 0
     cached_tokens: int = 0
 
     async def __call__(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
-        """Sample, and count."""
-        completion = await self.generate(prompt_token_ids, sampling)
+        """Sample, and count. Raises EngineError when the version was taken out of the split meanwhile."""
+        call = asyncio.ensure_future(self.generate(prompt_token_ids, sampling))
+        try:
+            while not (await asyncio.wait({call}, timeout=self.patience_s))[0]:
+                if not self.is_in_force():
+                    raise EngineError("its version was taken out of the split while it sampled")
+            completion = call.result()
+        finally:
+            call.cancel()
         self.tokens_in += len(prompt_token_ids)
         self.tokens_out += len(completion.token_ids)
         self.cached_tokens += completion.cached_tokens
@@ -157,7 +169,7 @@ class LiveRuns:
             request=request,
             policy=policy,
             record=record,
-            meter=Meter(policy.generate),
+            meter=Meter(policy.generate, lambda: ports.splits.is_in_force(route.policy_version)),
             memory=memory,
             started=ports.monotonic(),
         )

@@ -49,7 +49,7 @@ class PlatformConfig:
     engine_threads: int = 1
     max_num_seqs: int = 32
     request_timeout_s: float = 120.0
-    start_timeout_s: float = 180.0
+    start_timeout_s: float = 300.0
     graceful_shutdown_s: float = 5.0
     probe_timeout_s: float = 20.0
     engine_environment: Mapping[str, str] = field(default_factory=dict)

@@ -77,6 +77,11 @@ class SplitWatcher:
         """The stable version now."""
         return self._required().stable
 
+    def is_in_force(self, version: str) -> bool:
+        """Whether the record routes anyone to this version."""
+        record = self._record
+        return record is not None and (version == record.stable or (version == record.candidate and record.share > 0))
+
     @property
     def epoch(self) -> int:
         """The epoch routed by; 0 before the first record."""

@@ -50,6 +50,7 @@ ADAPTERS: Mapping[str, tuple[str, ...]] = {
         "cluster/jobs.py",
         "cluster/placement.py",
         "cluster/sweep.py",
+        "cluster/stages/ray_runtime.py",
     ),
 }
 SERVE_CALLS = ("serve.run", "serve.start", "serve.delete", "serve.shutdown")

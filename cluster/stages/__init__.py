@@ -1,1 +1,1 @@
-"""The stages of the pipeline, each a function from frozen values to a frozen value. `cluster.pipeline` tells the order."""
+"""The stages of the pipeline: functions from frozen values to a frozen value. `cluster.pipeline` tells the order."""

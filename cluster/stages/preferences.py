@@ -38,9 +38,12 @@ def collect_preferences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersio
     """Sample the baseline several times per task, and let the annotators label runs and rank pairs of them."""
     reward = run.spec.reward
     num_calibration = max(4, int(reward.num_pairs * NUM_CALIBRATION_FRACTION))
-    tasks: list[Task] = []
-    for split, num_pairs in (("train", reward.num_pairs - num_calibration), ("calibration", num_calibration)):
-        tasks += read_tasks(snapshot, split)[: _tasks_for(num_pairs, reward.rollouts_per_task)]
+    pairs_by_split: dict[Split, int] = {"train": reward.num_pairs - num_calibration, "calibration": num_calibration}
+    tasks = [
+        task
+        for split, num_pairs in pairs_by_split.items()
+        for task in read_tasks(snapshot, split)[: _tasks_for(num_pairs, reward.rollouts_per_task)]
+    ]
     rollouts = sample_baseline(run, baseline, tasks)
     by_id = {task.task_id: task for task in tasks}
     rng = random.Random(run.spec.seed)

@@ -13,12 +13,14 @@ from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.placement import Placement, Role, Stage, check_capacity, local_cpus, reserve
+from cluster.stages.context import NUM_THREADS
 from rl_actors.actors.pools import Options
 
 RESERVE_TIMEOUT_S = 60.0
 WORKER_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": str(NUM_THREADS),
     "PYTHONWARNINGS": "ignore",
     "RAY_TRAIN_V2_ENABLED": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -103,8 +103,8 @@ def require_calibrated(calibration: Calibration, *, max_ece: float, min_pair_acc
         )
     if not calibration.pair_accuracy >= min_pair_accuracy:
         raise StageRefusedError(
-            f"reward model is useless: it ranks {calibration.pair_accuracy:.1%} of held-out pairs as the annotators do, "
-            f"reward.min_pair_accuracy is {min_pair_accuracy}; add pairs (reward.num_pairs) or check the labels"
+            f"reward model is useless: it ranks {calibration.pair_accuracy:.1%} of held-out pairs as the annotators "
+            f"do, reward.min_pair_accuracy is {min_pair_accuracy}; add pairs (reward.num_pairs) or check the labels"
         )
 
 

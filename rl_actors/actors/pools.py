@@ -51,7 +51,7 @@ class RolloutPool:
         self, model_path: str, settings: RolloutWorkerSettings, *, num_workers: int, options: Options, timeout_s: float
     ) -> None:
         """Start the workers and wait until every engine is up."""
-        remote = ray.remote(RolloutWorker)
+        remote: Any = ray.remote(RolloutWorker)
         self.workers = [
             remote.options(**options("rollout_worker", rank)).remote(model_path, settings)
             for rank in range(num_workers)
@@ -98,7 +98,7 @@ class ScorerPool:
         self, path: str, version: str, mix: RewardMix, *, num_scorers: int, num_threads: int, options: Options
     ) -> None:
         """Start the scorers."""
-        remote = ray.remote(RewardScorer)
+        remote: Any = ray.remote(RewardScorer)
         self._scorers = [
             remote.options(**options("scorer", rank)).remote(path, version, mix, num_threads)
             for rank in range(num_scorers)
@@ -134,7 +134,7 @@ class LearnerGroup:
         """Start one actor per rank; they find each other through a free port of this node."""
         self._checkpoints = checkpoints
         address, port = ray.util.get_node_ip_address(), free_port()
-        remote = ray.remote(PpoLearnerActor)
+        remote: Any = ray.remote(PpoLearnerActor)
         self._ranks = []
         for rank in range(num_ranks):
             place = LearnerRank(

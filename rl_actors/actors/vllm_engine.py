@@ -44,10 +44,18 @@ class VllmEngine:
         self._waiting: dict[str, Future[Completion]] = {}
         self._num_requests = 0
         self._failure: BaseException | None = None
-        self._llm = _load(model_path, max_model_len, max_num_seqs, transfer_backend)
         self.weights_version = 0
-        self._thread = threading.Thread(target=self._pump, name="vllm-engine", daemon=True)
+        self._llm: Any = None
+        loaded: Future[Any] = Future()
+        # Loaded on the thread that steps it: vLLM's CPU attention dies when two threads differ in OpenMP threads.
+        self._thread = threading.Thread(
+            target=self._run,
+            args=(lambda: _load(model_path, max_model_len, max_num_seqs, transfer_backend), loaded),
+            name="vllm-engine",
+            daemon=True,
+        )
         self._thread.start()
+        self._llm = loaded.result()
 
     async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
         """Sample one completion; cancelled or failed requests never come back as data."""
@@ -81,6 +89,13 @@ class VllmEngine:
         if self._failure is not None or not self._thread.is_alive():
             raise EngineError(f"the vLLM engine is dead: {self._failure!r}")
         self._commands.put(command)
+
+    def _run(self, load: Callable[[], Any], loaded: Future[Any]) -> None:
+        """Load the engine, hand it over, and pump until closed."""
+        _settle(loaded, load)
+        if loaded.exception() is None:
+            self._llm = loaded.result()
+            self._pump()
 
     def _pump(self) -> None:
         """Take commands, step while there is work; a failure ends every waiting request."""
@@ -183,6 +198,9 @@ def _load(model_path: str, max_model_len: int, max_num_seqs: int, transfer_backe
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         enable_prefix_caching=True,
+        # A seeded request whose prefill is split kills the engine on CPU: vLLM rewinds a CUDA generator's offset.
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=max(8192, max_model_len),
         disable_log_stats=True,
         seed=0,
         weight_transfer_config=WeightTransferConfig(backend=transfer_backend or BACKEND),

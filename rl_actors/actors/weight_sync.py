@@ -3,7 +3,7 @@
 vLLM's layerwise reload leaves GPT-OSS experts and attention sinks at their old values without raising: the model
 copies them with `param.copy_()` while the parameters sit on the meta device, so the copy vanishes. On CPU the experts
 are prepacked too. `ObjectStoreTransferEngine` reloads everything the stock way and then writes those tensors itself.
-Nothing here is trusted: `rl_actors.actors.attestation` proves after every publish that the engine computes what the learner does.
+Nothing here is trusted: `attestation` proves after every publish that the engine computes what the learner does.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _kernel_layout(experts: Any, weight: torch.Tensor) -> torch.Tensor:
     isa = getattr(kernel, "isa", None)
     if isa is None:
         return weight
-    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import cpu_prepack_moe_weight  # CPU builds only
+    from vllm._custom_ops import cpu_prepack_moe_weight  # CPU builds only
 
     return cpu_prepack_moe_weight(weight, isa)
 

@@ -154,9 +154,10 @@ def demonstration_texts(system: str, demonstration: Demonstration) -> list[str]:
 
 
 def _json_object(text: str) -> Mapping[str, Any] | None:
-    """Return the JSON object in `text`, or None."""
+    """Return the JSON object in `text`, or None; NaN, lone surrogates and integers too long to print count as none."""
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what cannot be passed on is no argument
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -44,7 +44,7 @@ class RubricCriterion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunView:
-    """What an annotator or scorer sees of a finished run: no hidden goal, only what happened and what was true after."""
+    """What an annotator or scorer sees of a finished run: no hidden goal, only what happened and was true after."""
 
     task: Task
     tool_calls: tuple[tuple[str, Mapping[str, Any]], ...]

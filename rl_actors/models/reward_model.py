@@ -1,4 +1,4 @@
-"""A reward model: the SFT backbone, one Bradley-Terry score and one value per rubric criterion, read at the last token."""
+"""A reward model: the SFT backbone, a Bradley-Terry score and a value per rubric criterion, read at the last token."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from transformers import GptOssConfig, GptOssForCausalLM
 
-
 EMBEDDING_STD = 0.3
 
 
@@ -56,7 +55,7 @@ def build_tiny_model(config: GptOssConfig, *, seed: int) -> GptOssForCausalLM:
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        model = GptOssForCausalLM(config).to(torch.float32)
+        model = GptOssForCausalLM(config).float()
         with torch.no_grad():
             model.model.embed_tokens.weight.normal_(0.0, EMBEDDING_STD)
             model.lm_head.weight.copy_(model.model.embed_tokens.weight)

@@ -1,6 +1,7 @@
 """A Harmony tokenizer for the tiny model: byte-level BPE trained on the corpus, digits in pairs.
 
-A small model copies an order number of three tokens far more exactly than one of five digits. The special tokens are those of GPT-OSS's Harmony format.
+A small model copies an order number of a few tokens far more exactly than one of many digits. The special tokens are
+those of the Harmony format of GPT-OSS.
 """
 
 from __future__ import annotations

@@ -22,14 +22,12 @@ class PolicyWithValue(torch.nn.Module):
         """Put a two-layer critic with zero output beside the policy."""
         super().__init__()
         self.policy = policy
+        last = torch.nn.Linear(hidden_size, 1)
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
         self.value_head = torch.nn.Sequential(
-            torch.nn.LayerNorm(hidden_size),
-            torch.nn.Linear(hidden_size, hidden_size),
-            torch.nn.GELU(),
-            torch.nn.Linear(hidden_size, 1),
+            torch.nn.LayerNorm(hidden_size), torch.nn.Linear(hidden_size, hidden_size), torch.nn.GELU(), last
         )
-        torch.nn.init.zeros_(self.value_head[-1].weight)
-        torch.nn.init.zeros_(self.value_head[-1].bias)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, temperature: float) -> TokenOutputs:
         """Return log p(token | before) [B, T] in nats, entropy [B, T] and V(state in which the token is sampled).

@@ -15,8 +15,9 @@ _NUM_REPEATS = 3
 
 
 def copy_drill(rng: random.Random, number_ids: Sequence[int], other_ids: Sequence[int]) -> Example:
-    """Return one drill of about 50 tokens; the loss is on the repeated numbers only."""
-    numbers = [[rng.choice(number_ids) for _ in range(rng.choice((2, 3)))] for _ in range(rng.randint(2, 4))]
+    """Return one drill of about 50 tokens; the loss is on what is repeated: numbers, or any other tokens."""
+    pool = number_ids if rng.random() < 0.5 else other_ids
+    numbers = [[rng.choice(pool) for _ in range(rng.choice((2, 3)))] for _ in range(rng.randint(2, 4))]
     markers = rng.sample(list(other_ids), len(numbers))
     ids = _filler(rng, other_ids, 0, 6)
     mask = [False] * len(ids)

@@ -49,7 +49,7 @@ def build_engine(module: torch.nn.Module, settings: OptimizerSettings) -> Any:
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trainable: Any = [parameter for parameter in module.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trainable, config=deepspeed_config(settings))
     return engine
 

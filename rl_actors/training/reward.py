@@ -88,6 +88,7 @@ def train_reward_model(
     rng = random.Random(settings.seed)
     num_batches = max(1, len(pairs) // settings.batch_pairs)
     num_steps = settings.epochs * num_batches
+    order: list[PreferencePair] = []
     for step in range(num_steps):
         if step % num_batches == 0:
             order = rng.sample(list(pairs), len(pairs))

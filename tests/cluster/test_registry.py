@@ -528,3 +528,40 @@ def test_an_unregistered_candidate_never_gets_traffic(store: Store, tmp_path: Pa
     with pytest.raises(InfrastructureError, match="register the policy first"):
         rig.controller().run()
     assert rig.platform.splits == []
+
+
+def test_long_curves_and_many_parameters_go_in_batches(store: Store):
+    registry = registry_of(store, "run-long")
+    rows = [{"stage": "ppo", "step": step, "at": AT + step, "kl": step / 1e4, "reward": 0.5} for step in range(1200)]
+    params = {"section": {f"knob_{number}": number for number in range(250)}}
+    run_id = registry.log_stage(StageLog(stage="ppo", started_at=AT, finished_at=AT + 9, rows=rows, params=params))
+    history = registry.connect().get_metric_history(run_id, "kl")
+    assert [metric.step for metric in sorted(history, key=lambda metric: metric.step)] == list(range(1200))
+    assert len(registry.connect().get_run(run_id).data.params) == 250
+
+
+def test_a_changed_setting_of_a_finished_stage_is_refused(registry: Registry):
+    """MLflow keeps a parameter for ever: a resumed run with other settings is another run."""
+    changed = StageLog(stage="ppo", started_at=AT, finished_at=AT + 9, params={"clip": 0.9})
+    with pytest.raises(InfrastructureError, match=r"log_stage: .*clip"):
+        registry.log_stage(changed)
+
+
+def test_the_base_model_and_the_baseline_are_told_from_policies(models: Path):
+    kinds = {
+        kind: ModelEntry.of_policy(policy(models, "ppo-1", kind)).kind for kind in ("base", "sft", "ppo", "degraded")
+    }
+    assert kinds == {"base": "base", "sft": "sft", "ppo": "policy", "degraded": "policy"}
+
+
+def test_one_registry_serves_several_threads(store: Store):
+    registry = registry_of(store, "run-threads")
+    registry.start_run(spec={}, started_at=AT)
+    logs = [StageLog(stage=f"stage_{i}", started_at=AT, finished_at=AT + i, metrics={"i": i}) for i in range(4)]
+    threads = [threading.Thread(target=registry.log_stage, args=(log,)) for log in logs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert {stage_run(registry, log.stage).data.metrics["i"] for log in logs} == {0.0, 1.0, 2.0, 3.0}
+    stage_run(registry, "pipeline")

@@ -175,9 +175,9 @@ def test_killed_candidate_fails_no_request(site: Site) -> None:
     from ray.util import list_named_actors
 
     progress: list[TrafficProgress] = []
-    traffic = threading.Thread(target=lambda: progress.append(site.send(40, "kill")))
+    traffic = threading.Thread(target=lambda: progress.append(site.send(90, "kill")))
     traffic.start()
-    time.sleep(1.0)
+    time.sleep(0.8)
     for actor in list_named_actors(all_namespaces=True):
         if f"policy-{CANDIDATE}" in actor["name"]:
             ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
@@ -186,6 +186,7 @@ def test_killed_candidate_fails_no_request(site: Site) -> None:
     assert progress
     assert progress[0].num_failed == 0
     assert seconds < 2.0
+    assert any(row.status == "engine_error" for row in site.ledger.rows()), "the kill hit no request: no proof"
 
 
 def test_fail_back_leaves_nothing_on_the_candidate(site: Site) -> None:

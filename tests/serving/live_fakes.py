@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ import httpx
 from rl_actors.agent.executor import Toolset
 from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.agent.loop import AgentLimits
-from rl_actors.agent.workflow import RunView, ToolSpec, WorkflowRef
+from rl_actors.agent.workflow import WorkflowRef
 from rl_actors.contracts import Completion, SamplingParams, ToolResult
 from rl_actors.errors import EngineError, ToolHostError
 from rl_actors.models.tokenizer import train_tokenizer
@@ -29,24 +29,10 @@ from serving.served import GatewayConfig, ServedPolicy
 from serving.split import SplitStore
 from serving.split_watch import SplitWatcher
 from tests.serving.fakes import START, FakeClock
+from tests.serving.shop import TOOLS, ShopWorkflow
 
 STABLE, CANDIDATE = "sft-a", "ppo-b"
 PROMPT = "From C1000: please pay order 48213"
-_ORDER = {"type": "string"}
-TOOLS = (
-    ToolSpec(
-        name="look",
-        description="Look.",
-        parameters={"type": "object", "properties": {"order": _ORDER}, "required": ["order"]},
-        side_effect="read",
-    ),
-    ToolSpec(
-        name="pay",
-        description="Pay.",
-        parameters={"type": "object", "properties": {"order": _ORDER}, "required": ["order"]},
-        side_effect="write",
-    ),
-)
 Step = tuple[str, Any] | Exception
 """("plan", budget), ("call", (tool, arguments)), ("final", text), ("junk", ""), ("wait", event), or what is raised."""
 PAY: tuple[Step, ...] = (("plan", 3), ("call", ("pay", {"order": "48213"})), ("final", "It is paid."))
@@ -125,22 +111,6 @@ class MemoryWorlds:
         if tool in self.fail:
             raise self.fail[tool]
         return ToolResult(content='{"ok":1}', error=self.errors.get(tool, ""), duration_ms=1.0)
-
-
-@dataclass
-class ShopWorkflow:
-    """The part of a workflow that serving asks for; `checks` decides on a reply and may raise or sleep."""
-
-    checks: Callable[[str, RunView], Any] = lambda reply, run: {"non_empty": bool(reply)}
-    views: list[RunView] = field(default_factory=list)
-    name: str = "shop"
-    system_prompt: str = "system"
-    tools_module: str = "tests.serving.live_fakes"
-    intents: Sequence[str] = ("pay",)
-
-    def check_reply(self, reply: str, run: RunView) -> Any:
-        self.views.append(run)
-        return self.checks(reply, run)
 
 
 @dataclass
@@ -235,7 +205,7 @@ def make_rig(
 def make_config(root: Path) -> GatewayConfig:
     return GatewayConfig(
         root=str(root),
-        workflow=WorkflowRef(module="tests.serving.live_fakes"),
+        workflow=WorkflowRef(module="tests.serving.shop"),
         live_world={"database": "live.sqlite"},
         limits=AgentLimits(
             max_turns=6, max_tool_calls=3, max_tokens_per_turn=40, max_context_tokens=700, timeout_s=20.0

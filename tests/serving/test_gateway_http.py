@@ -139,6 +139,19 @@ class TestRouting:
 
         assert talk(rig, fail_back) == [CANDIDATE, STABLE]
 
+    def test_fail_back_frees_whoever_waits_for_a_silent_candidate(self, tmp_path: Path) -> None:
+        rig = make_rig(tmp_path, share=0.5, scripts={STABLE: HELLO, CANDIDATE: (("wait", asyncio.Event()),)})
+
+        async def ask(client: httpx.AsyncClient) -> httpx.Response:
+            waiting = asyncio.create_task(client.post(CHAT, json=body(user=session_in(canary=True))))
+            while not rig.engines[CANDIDATE].prompts:
+                await asyncio.sleep(0.005)
+            rig.put_split(0.0)
+            return await waiting
+
+        assert talk(rig, ask).headers["x-seatrial-policy-version"] == STABLE
+        assert [row.status for row in rig.rows()] == ["engine_error", "ok"]
+
     def test_the_gateway_polls_by_itself(self, tmp_path: Path) -> None:
         rig = make_rig(tmp_path)
 

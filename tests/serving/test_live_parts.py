@@ -167,6 +167,62 @@ class TestMeter:
         assert (meter.tokens_in, meter.tokens_out) == (10, 4)
 
 
+class TestPatience:
+    """A silent engine is waited for only while its version is in force."""
+
+    def wait(self, is_in_force: Any, cancelled: list[bool]) -> Completion:
+        async def generate(prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+            try:
+                await asyncio.sleep(0.1)
+            except asyncio.CancelledError:
+                cancelled.append(True)
+                raise
+            return Completion(token_ids=(1,), logprobs=(0.0,), weights_version=0, finished=True, cached_tokens=0)
+
+        async def run() -> Completion:
+            meter = Meter(generate, is_in_force, patience_s=0.01)
+            try:
+                return await meter((1, 2), SamplingParams(max_tokens=1))
+            finally:
+                await asyncio.sleep(0)
+
+        return asyncio.run(run())
+
+    def test_slow_engine_in_force_is_waited_for(self) -> None:
+        cancelled: list[bool] = []
+        assert self.wait(lambda: True, cancelled).token_ids == (1,)
+        assert cancelled == []
+
+    def test_call_on_a_version_out_of_force_is_given_up_and_cancelled(self) -> None:
+        cancelled: list[bool] = []
+        with pytest.raises(EngineError, match="taken out of the split"):
+            self.wait(lambda: False, cancelled)
+        assert cancelled == [True]
+
+    def test_fail_back_in_the_middle_of_a_call(self) -> None:
+        answers = iter((True, True, False))
+        with pytest.raises(EngineError):
+            self.wait(lambda: next(answers), [])
+
+    def test_a_cancelled_run_cancels_its_call(self) -> None:
+        cancelled: list[bool] = []
+
+        async def generate(prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.append(True)
+            raise AssertionError
+
+        async def run() -> None:
+            async with asyncio.timeout(0.02):
+                await Meter(generate)((1,), SamplingParams(max_tokens=1))
+
+        with pytest.raises(TimeoutError):
+            asyncio.run(run())
+        assert cancelled == [True]
+
+
 @pytest.fixture
 def ledger(tmp_path: Path) -> RunLedger:
     return RunLedger(tmp_path / "ledger.sqlite", owner="gateway")

@@ -118,6 +118,17 @@ class TestWatcher:
         watch.poll()
         assert read_acks(tmp_path / "acks")[0].at == START
 
+    @pytest.mark.parametrize(
+        ("share", "version", "is_in_force"),
+        [(0.5, "ppo-b", True), (0.5, "sft-a", True), (0.0, "ppo-b", False), (0.0, "sft-a", True), (0.5, "x", False)],
+    )
+    def test_what_is_in_force(self, tmp_path: Path, share: float, version: str, is_in_force: bool) -> None:
+        watch = watcher(tmp_path, FakeClock())
+        assert not watch.is_in_force(version)
+        put(tmp_path, record(1, share))
+        watch.poll()
+        assert watch.is_in_force(version) == is_in_force
+
     def test_leave_twice(self, tmp_path: Path) -> None:
         watch = watcher(tmp_path, FakeClock())
         put(tmp_path, record(1))

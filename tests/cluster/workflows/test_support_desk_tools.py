@@ -24,6 +24,14 @@ from rl_actors.contracts import Task
 from rl_actors.errors import BadInputError
 from tests.cluster.workflows.desk_runs import calls_of, outcome_of, reply_of, right, try_call
 
+ORDERS = ("O48-213", "O48-214", "O48-215")
+
+
+def tracking_of(order_id: str) -> str:
+    """Return the tracking code these tests give an order."""
+    return f"T{order_id.replace('-', '/')}"
+
+
 ROWS = {
     "customers": [
         {"customer_id": "C20_41", "email": "a@example.com"},
@@ -46,7 +54,7 @@ ROWS = {
             ("O48-215", "C90_00", "shipped"),
         )
     ],
-    "shipments": [{"order_id": o, "tracking": f"T{o.replace(chr(45), chr(47))}", "remark": ""} for o in ("O48-213", "O48-214", "O48-215")],
+    "shipments": [{"order_id": o, "tracking": tracking_of(o), "remark": ""} for o in ORDERS],
     "payments": [
         {"order_id": o, "amount": 45, "status": "paid", "refunded": 0, "invoices": 0}
         for o in ("O48-213", "O48-214", "O48-215")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +234,7 @@ def test_parsing_never_raises_and_accepts_only_the_three_orders(ids: list[int]):
         "{'a': 1}",
         '{"a":NaN}',
         '{"a":-Infinity}',
+        '{"a":1e999}',
         '{"a":"\\ud800"}',
         '{"\\udfff":1}',
         '{"a":' + "7" * 5000 + "}",
@@ -256,12 +256,6 @@ def test_a_surrogate_pair_is_a_character():
     parsed = renderer().parse(_ids(CHANNEL, "commentary to=functions.pay ", MESSAGE, '{"a":"\\ud83d\\ude00"}', CALL))
     assert parsed.tool_call is not None
     assert parsed.tool_call.arguments == {"a": "\N{GRINNING FACE}"}
-
-
-def test_a_number_too_large_for_a_float_is_still_an_object():
-    parsed = renderer().parse(_ids(CHANNEL, "commentary to=functions.pay ", MESSAGE, '{"a":1e999}', CALL))
-    assert parsed.tool_call is not None
-    assert parsed.tool_call.arguments == {"a": math.inf}
 
 
 @pytest.mark.parametrize("missing", [CALL, CONSTRAIN])

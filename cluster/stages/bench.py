@@ -1,0 +1,200 @@
+"""The serving side of a run: one Serve, one live database and one ledger, on which its releases are tried."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from cluster.paths import write_json
+from cluster.service_gateway import record_gateway
+from cluster.stages.context import NUM_THREADS, Run
+from cluster.stages.data import NUM_RELEASES, read_tasks
+from cluster.stages.traffic_thread import TrafficThread
+from cluster.traffic import TrafficConfig, TrafficDriver, TrafficProgress
+from rl_actors.contracts import DataSnapshot, Task
+from rl_actors.evaluation import CostModel
+from serving.contracts import Release, ReleasePlan, ReleaseState
+from serving.controller import Aliases, LedgerEvidence, ReleaseController
+from serving.ledger import RunLedger
+from serving.platform import PlatformConfig, ServePlatform
+from serving.release_state_machine import TERMINAL
+from serving.served import GatewayConfig, ServedPolicy
+from serving.split import SplitStore
+
+Outcome = Literal["promoted", "rolled_back", "failed_back", "halted"]
+_OUTCOMES: dict[str, Outcome] = {
+    "Promoted": "promoted",
+    "RolledBack": "rolled_back",
+    "FailedBack": "failed_back",
+    "Halted": "halted",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseResult:
+    """How one release ended, from the ledger and the controller's own record."""
+
+    release_id: str
+    stable: str
+    candidate: str
+    outcome: Outcome
+    reason: str
+    requests: int
+    failed_requests: int
+    ledger_rows: int
+    first_step_requests: int
+    first_step_canary_requests: int
+    canary_requests: int
+    time_to_recovery_s: float
+    drill_s: float
+    seconds: float
+
+    @property
+    def observed_share(self) -> float:
+        """Canary runs over all runs while at the first ramp step."""
+        return self.first_step_canary_requests / max(self.first_step_requests, 1)
+
+
+def live_tasks(snapshot: DataSnapshot, index: int) -> list[Task]:
+    """Return the live tickets of release number `index`; each is good for one serving."""
+    tasks = read_tasks(snapshot, "live")
+    size = len(tasks) // NUM_RELEASES
+    return tasks[index * size : (index + 1) * size]
+
+
+class ReleaseBench:
+    """The serving side of a run: platform, live database and ledger, shared by its releases."""
+
+    def __init__(self, run: Run, snapshot: DataSnapshot, aliases: Aliases) -> None:
+        """Build the live database when it is not there yet; start nothing."""
+        self._run, self._snapshot, self._aliases = run, snapshot, aliases
+        self._is_started = False
+        self._root = run.folder.root / "serving"
+        self._root.mkdir(parents=True, exist_ok=True)
+        database = self._root / "live.sqlite"
+        if not database.exists():
+            run.workflow.build_live_database(read_tasks(snapshot, "live"), str(database))
+        self._world = {"database": str(database)}
+        self.platform = ServePlatform(self._gateway(), self._config())
+        self.ledger_path = self._gateway().files.ledger
+        record_gateway(run.folder, self._gateway())
+
+    def __enter__(self) -> ReleaseBench:
+        """Return the bench; Serve starts with the first release that really runs."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop Serve when it was started."""
+        if self._is_started:
+            self.platform.shutdown()
+
+    def release(
+        self, index: int, stable: ServedPolicy, candidate: ServedPolicy, plan: ReleasePlan, directory: Path
+    ) -> ReleaseResult:
+        """Serve stable, put the candidate beside it, send traffic, and tick the controller to the end."""
+        started = time.monotonic()
+        self._is_started = True
+        self.platform.start(stable)
+        self.platform.deploy_policy(candidate)
+        self.platform.candidate = candidate.version
+        release = Release(
+            release_id=f"{self._run.folder.run_id}-{index}", stable=stable.version, candidate=candidate.version
+        )
+        ledger = RunLedger(self.ledger_path, owner="controller")
+        controller = self._controller(release, plan, ledger, directory)
+        over = threading.Event()
+        traffic = TrafficThread(self._driver(index), live_tasks(self._snapshot, index), over, self._run, index)
+        traffic.start()
+        try:
+            state = self._drive(controller, traffic)
+        finally:
+            over.set()
+            traffic.join(timeout=120.0)
+        result = self._result(release, controller, state, ledger, traffic.progress, time.monotonic() - started)
+        write_json(directory / "result.json", asdict(result))
+        return result
+
+    def _drive(self, controller: ReleaseController, traffic: TrafficThread) -> ReleaseState:
+        """Run the controller; tickets that run out before a decision end the release for lack of evidence."""
+        state = controller.tick()
+        while not isinstance(state, TERMINAL):
+            time.sleep(controller.plan.tick_s)
+            traffic.require_healthy()
+            if traffic.is_finished:
+                state = controller.tick()
+                if not isinstance(state, TERMINAL):
+                    controller.roll_back(actor="seatrial", reason="tickets ran out before the evidence sufficed")
+            state = controller.tick()
+        return state
+
+    def _controller(self, release: Release, plan: ReleasePlan, ledger: RunLedger, directory: Path) -> ReleaseController:
+        splits = SplitStore(self._gateway().files.split)
+        return ReleaseController(
+            release,
+            plan,
+            directory=directory,
+            splits=splits,
+            platform=self.platform,
+            evidence=LedgerEvidence(ledger, splits),
+            aliases=self._aliases,
+            clock=time.time,
+            sleep=time.sleep,
+        )
+
+    def _result(
+        self,
+        release: Release,
+        controller: ReleaseController,
+        state: ReleaseState,
+        ledger: RunLedger,
+        progress: TrafficProgress,
+        seconds: float,
+    ) -> ReleaseResult:
+        history = SplitStore(self._gateway().files.split).history().values()
+        epochs = [record.epoch for record in history if record.salt == release.release_id and record.share > 0]
+        first, second = ledger.session_counts(epochs[:1]), ledger.session_counts(epochs)
+        rows = sum(ledger.counts().values())
+        drills = controller.log.drills()
+        return ReleaseResult(
+            release_id=release.release_id,
+            stable=release.stable,
+            candidate=release.candidate,
+            outcome=_OUTCOMES[type(state).__name__],
+            reason=getattr(state, "reason", "all gates passed at every step of the ramp"),
+            requests=progress.num_sent,
+            failed_requests=progress.num_failed,
+            ledger_rows=rows,
+            first_step_requests=first[1],
+            first_step_canary_requests=first[0],
+            canary_requests=second[0],
+            time_to_recovery_s=getattr(state, "time_to_recovery_s", 0.0),
+            drill_s=drills[-1].seconds if drills else 0.0,
+            seconds=seconds,
+        )
+
+    def _driver(self, index: int) -> TrafficDriver:
+        config = TrafficConfig(
+            url=self.platform.url,
+            live_world=self._world,
+            run_name=f"{self._run.folder.run_id}-{index}",
+            concurrency=self._run.spec.release.concurrency,
+        )
+        return TrafficDriver(self._run.workflow, config)
+
+    def _gateway(self) -> GatewayConfig:
+        cost = CostModel()
+        return GatewayConfig(
+            root=str(self._root),
+            workflow=self._run.workflow_ref,
+            live_world=self._world,
+            limits=self._run.limits,
+            temperature=self._run.spec.ppo.temperature,
+            cost_per_token_in=cost.usd_per_million_tokens_in / 1e6,
+            cost_per_token_out=cost.usd_per_million_tokens_out / 1e6,
+        )
+
+    def _config(self) -> PlatformConfig:
+        return PlatformConfig(http_port=self._run.spec.cluster.serve_port, engine_threads=NUM_THREADS // 2)
