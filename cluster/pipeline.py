@@ -5,8 +5,6 @@ A stage whose inputs are unchanged is taken from the journal, so a resumed run g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from cluster.journal import Journal, lock_run
 from cluster.paths import RunFolder, seatrial_home, write_json
 from cluster.placement import place
@@ -14,6 +12,7 @@ from cluster.registry import Registry
 from cluster.spec import WorkflowSpec
 from cluster.stages import data, evaluation, preferences, records, release, training
 from cluster.stages.context import Run
+from cluster.stages.learned import Learned
 from cluster.stages.ray_runtime import connected
 from cluster.watch import RunPaths, RunSummary, Watch
 from cluster.workflows import find_workflow, locate_workflow
@@ -21,22 +20,6 @@ from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardM
 from serving.contracts import GateResult
 
 STAGES = ("ppo", "eval", "release")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Learned:
-    """What the learning stages leave behind, every part frozen under its hash."""
-
-    snapshot: DataSnapshot
-    base: PolicyVersion
-    baseline: PolicyVersion
-    reward_model: RewardModelVersion
-    candidate: PolicyVersion
-
-    @property
-    def trained(self) -> tuple[PolicyVersion, RewardModelVersion, PolicyVersion]:
-        """The results of training, in the order they were made."""
-        return self.baseline, self.reward_model, self.candidate
 
 
 def run_pipeline(spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str = "") -> RunSummary:
@@ -65,7 +48,7 @@ def run_pipeline(spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str
 def _learn_and_release(run: Run, until: str) -> RunSummary:
     """Stages 1 to 9 of design section 2, in order."""
     registry = records.open_registry(run)
-    learned = _learn(run, *_freeze(run))
+    learned = _learn(run)
     paths = RunPaths(folder=str(run.folder.root))
     if until == "ppo":
         return records.summarise(run, trained=learned.trained, paths=paths)
@@ -75,8 +58,8 @@ def _learn_and_release(run: Run, until: str) -> RunSummary:
     return _release(run, registry, learned, report)
 
 
-def _freeze(run: Run) -> tuple[DataSnapshot, PolicyVersion]:
-    """Stage 1: the data, and the model that everything starts from."""
+def _learn(run: Run) -> Learned:
+    """Stages 1 to 4: frozen data, the baseline, a reward model on its own rollouts, and PPO against both."""
     spec = run.spec
     snapshot = run.stage(
         "snapshot",
@@ -85,7 +68,6 @@ def _freeze(run: Run) -> tuple[DataSnapshot, PolicyVersion]:
         DataSnapshot,
         detail="freeze tasks and demonstrations",
         describe=lambda s: f"{s.num_rows['tasks']} tasks, {s.num_rows['demonstrations']} demonstrations",
-        artifacts=lambda s: [s.path],
     )
     base = run.stage(
         "base",
@@ -94,14 +76,7 @@ def _freeze(run: Run) -> tuple[DataSnapshot, PolicyVersion]:
         PolicyVersion,
         detail=spec.model.path or "tiny GPT-OSS architecture",
         describe=lambda p: p.name,
-        artifacts=lambda p: [p.path],
     )
-    return snapshot, base
-
-
-def _learn(run: Run, snapshot: DataSnapshot, base: PolicyVersion) -> Learned:
-    """Stages 2 to 4: the baseline, a reward model on its own rollouts, and PPO against both."""
-    spec = run.spec
     baseline = run.stage(
         "sft",
         {"sft": spec.sft, "base": base.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
@@ -109,7 +84,6 @@ def _learn(run: Run, snapshot: DataSnapshot, base: PolicyVersion) -> Learned:
         PolicyVersion,
         detail="Ray Train, DeepSpeed",
         describe=lambda p: f"{p.name}, frozen as the KL reference",
-        artifacts=lambda p: [p.path],
     )
     ranked = run.stage(
         "preferences",
@@ -118,7 +92,6 @@ def _learn(run: Run, snapshot: DataSnapshot, base: PolicyVersion) -> Learned:
         DataSnapshot,
         detail="the baseline's own rollouts, three simulated annotators",
         describe=lambda s: f"{s.num_rows['rollouts']} rollouts, {s.num_rows['preferences']} choices",
-        artifacts=lambda s: [s.path],
     )
     reward_model = run.stage(
         "reward_model",
@@ -127,7 +100,6 @@ def _learn(run: Run, snapshot: DataSnapshot, base: PolicyVersion) -> Learned:
         RewardModelVersion,
         detail="Ray Train: Bradley-Terry and rubric heads",
         describe=lambda r: f"pair accuracy {r.calibration.pair_accuracy:.1%}, ECE {r.calibration.ece:.3f}",
-        artifacts=lambda r: [r.path],
     )
     candidate = run.stage(
         "ppo",
@@ -136,22 +108,16 @@ def _learn(run: Run, snapshot: DataSnapshot, base: PolicyVersion) -> Learned:
         PolicyVersion,
         detail="vLLM rollout workers, reward scorers, DeepSpeed learners",
         describe=lambda p: p.name,
-        artifacts=lambda p: [p.path],
     )
     return Learned(snapshot=snapshot, base=base, baseline=baseline, reward_model=reward_model, candidate=candidate)
 
 
 def _compare(run: Run, learned: Learned) -> EvalReport:
     """Stage 5: what both policies can do, before any traffic."""
-    snapshot, baseline, candidate = learned.snapshot, learned.baseline, learned.candidate
+    spec, snapshot, baseline, candidate = run.spec, learned.snapshot, learned.baseline, learned.candidate
     return run.stage(
         "offline_eval",
-        {
-            "baseline": baseline.sha256,
-            "candidate": candidate.sha256,
-            "snapshot": snapshot.sha256,
-            "seed": run.spec.seed,
-        },
+        {"baseline": baseline.sha256, "candidate": candidate.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
         lambda: evaluation.evaluate(run, snapshot, baseline, candidate, "candidate"),
         EvalReport,
         detail="capability, adversarial and frozen suites",

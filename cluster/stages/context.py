@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.hashing import sha256_directory, sha256_json
-from cluster.journal import Journal, no_artifacts
+from cluster.journal import Journal
 from cluster.paths import RunFolder
 from cluster.placement import Placement
 from cluster.spec import WorkflowSpec
@@ -25,6 +25,12 @@ from rl_actors.training.metrics_log import read_metrics
 Value = TypeVar("Value")
 NUM_THREADS = 2  # learners and engines take turns, so each may use the cores of a small machine
 _POLL_S = 0.5
+
+
+def left_at_path(output: object) -> tuple[str, ...]:
+    """Return the directory a version or snapshot lies in; a report has none."""
+    path = getattr(output, "path", "")
+    return (path,) if path else ()
 
 
 @dataclass(slots=True)
@@ -50,7 +56,7 @@ class Run:
         *,
         detail: str = "",
         describe: Callable[[Value], str] = str,
-        artifacts: Callable[[Value], Iterable[Path | str]] = no_artifacts,
+        artifacts: Callable[[Value], Iterable[Path | str]] = left_at_path,
     ) -> Value:
         """Run a stage, or take its recorded output when it has finished for equal inputs; tell whoever watches."""
         self.watch.stage_started(name, detail)

@@ -89,7 +89,6 @@ def release_all(
         PolicyVersion,
         detail="a really bad checkpoint for the fail-back drill",
         describe=lambda p: p.name,
-        artifacts=lambda p: [p.path],
     )
     bundles = {p.name: replace_policy(bundle, p) for p in (baseline, candidate, degraded)}
     register_policies(registry, snapshot, reward_model, [(p, bundles[p.name]) for p in (baseline, candidate, degraded)])

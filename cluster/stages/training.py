@@ -98,8 +98,9 @@ def require_calibrated(calibration: Calibration, *, max_ece: float, min_pair_acc
     """Refuse a miscalibrated or useless reward model: PPO would climb its errors."""
     if not calibration.ece <= max_ece:
         raise StageRefusedError(
-            f"reward model is miscalibrated: expected calibration error {calibration.ece:.3f} on {calibration.num_pairs} "
-            f"held-out pairs, reward.max_ece is {max_ece}; add calibration pairs or fewer epochs"
+            f"reward model is miscalibrated: expected calibration error {calibration.ece:.3f} on "
+            f"{calibration.num_pairs} held-out pairs, reward.max_ece is {max_ece}; "
+            "add calibration pairs or fewer epochs"
         )
     if not calibration.pair_accuracy >= min_pair_accuracy:
         raise StageRefusedError(

@@ -12,6 +12,7 @@ from rl_actors.agent.loop import AgentLimits, AgentRun, Generate, run_agent
 from rl_actors.agent.tool_client import ToolHostPool
 from rl_actors.agent.workflow import RunView, Workflow
 from rl_actors.contracts import Rollout, SamplingParams, Task, TrainingSample
+from rl_actors.errors import BadInputError, EngineError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +46,9 @@ async def run_rollout(request: RolloutRequest, ports: RolloutPorts, *, temperatu
     """Attempt the task once and verify the outcome from the final state of its world.
 
     Raises:
-        EngineError: The engine failed; drop and re-issue.
+        EngineError: The engine failed, or said nothing within the time limit; drop and re-issue.
         ToolHostError: The tool host died; likewise.
+        BadInputError: The task's prompt leaves no room for a turn.
     """
     started = ports.clock()
     task = request.task
@@ -62,8 +64,19 @@ async def run_rollout(request: RolloutRequest, ports: RolloutPorts, *, temperatu
             sampling=sampling,
             limits=ports.limits,
         )
+        _require_turn(run, ports.limits, task)
         state = await world.read_state(task.goal["selector"])
     return _rollout(request, ports, run, executor, state, (ports.clock() - started) * 1000.0)
+
+
+def _require_turn(run: AgentRun, limits: AgentLimits, task: Task) -> None:
+    """Refuse an attempt in which nothing was sampled: there is nothing to score or to train on."""
+    if run.turns:
+        return
+    if run.status == "timeout":
+        raise EngineError(f"task {task.task_id}: no turn within {limits.timeout_s} s")
+    remedy = f"the prompt of task {task.task_id} alone fills it; raise it or shorten the prompt"
+    raise BadInputError("max_context_tokens", limits.max_context_tokens, remedy)
 
 
 def _rollout(

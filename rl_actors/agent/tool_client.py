@@ -101,11 +101,14 @@ class ToolHostProcess:
         self._process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     async def _read(self) -> None:
+        """Settle replies until the output ends, or until a line is too long or no JSON: then nothing after it counts."""
         assert self._process.stdout is not None
         try:
-            while line := await self._process.stdout.readline():
-                self._settle(json.loads(line))
+            with suppress(ValueError):
+                while line := await self._process.stdout.readline():
+                    self._settle(json.loads(line))
         finally:
+            self.kill()
             for reply in self._owed.values():
                 if not reply.done():
                     reply.set_exception(ToolHostError("tool host died before it answered"))

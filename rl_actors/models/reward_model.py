@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, PreTrainedModel
 
+from rl_actors.errors import BadDataError
+
 _CONFIG, _HEADS = "reward_model.json", "heads.safetensors"
 
 
@@ -52,13 +54,18 @@ class RewardModel(torch.nn.Module):
 
     @classmethod
     def load(cls, directory: str | Path) -> RewardModel:
-        """Read what `save` wrote, in float32, in evaluation mode."""
+        """Read what `save` wrote, in float32, in evaluation mode.
+
+        Raises:
+            BadDataError: A head is missing: it would score 0 and nobody would see why.
+        """
         path = Path(directory)
         config: dict[str, Any] = json.loads((path / _CONFIG).read_text(encoding="utf8"))
         backbone = cast(PreTrainedModel, AutoModel.from_pretrained(path, dtype=torch.float32))
         model = cls(backbone, config["criteria"])
-        heads = load_file(path / _HEADS)
-        model.load_state_dict(heads, strict=False)
+        missing = model.load_state_dict(load_file(path / _HEADS), strict=False).missing_keys
+        if lost := [name for name in missing if not name.startswith("backbone.")]:
+            raise BadDataError("reward model", str(path), f"{_HEADS} lacks {', '.join(lost)}; train it again")
         model.temperature = float(config["temperature"])
         return model.eval()
 

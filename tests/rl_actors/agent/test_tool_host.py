@@ -18,7 +18,7 @@ from tests.rl_actors.agent.strange_world import StrangeWorld
 class SmallWorld(StrangeWorld):
     """The same, with a tool that fails for want of memory and tight limits."""
 
-    tools = tuple(replace(tool, timeout_s=0.05, max_output_chars=12) for tool in StrangeWorld.tools)
+    tools = tuple(replace(tool, timeout_s=0.05, max_output_chars=16) for tool in StrangeWorld.tools)
 
     def starve(self, **_: Any) -> None:
         raise MemoryError
@@ -63,7 +63,7 @@ def test_a_tool_within_its_limit_is_not_stopped(host: ToolHost):
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize(("size", "error"), [(10, ""), (11, "output_too_large"), (10_000, "output_too_large")])
+@pytest.mark.parametrize(("size", "error"), [(14, ""), (15, "output_too_large"), (10_000, "output_too_large")])
 def test_output_is_limited_with_its_quotes(host: ToolHost, size: int, error: str):
     value, found = observation(call(host, "big", size=size))
     assert found == error
