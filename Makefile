@@ -8,7 +8,7 @@ STAMP := .venv/.installed-$(EXTRA)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check fast format lock clean env
+.PHONY: demo test check lint format lock clean env
 
 demo: $(STAMP)  ## data -> SFT -> reward model -> PPO -> tests -> canary -> promoted policy, on this machine
 	$(BIN)/seatrial run support_desk
@@ -16,12 +16,14 @@ demo: $(STAMP)  ## data -> SFT -> reward model -> PPO -> tests -> canary -> prom
 test: $(STAMP)  ## everything that needs no GPU: unit, Ray and engine tests
 	$(BIN)/python -m pytest -q
 
-check: $(STAMP)  ## lint, types, import contracts, fast tests
+check: lint  ## lint, types, import contracts, fast tests
+	$(BIN)/python -m pytest -q -m "not ray and not engine and not slow"
+
+lint: $(STAMP)  ## ruff, pyright, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not ray and not engine and not slow"
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -17,7 +17,7 @@ from cluster.stages.ray_runtime import connected
 from cluster.watch import RunPaths, RunSummary, Watch
 from cluster.workflows import find_workflow, locate_workflow
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
-from serving.contracts import GateResult
+from serving.contracts import GateResult, ReleasePlan
 
 STAGES = ("ppo", "eval", "release")
 
@@ -47,6 +47,7 @@ def run_pipeline(spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str
 
 def _learn_and_release(run: Run, until: str) -> RunSummary:
     """Stages 1 to 9 of design section 2, in order."""
+    plan = release.release_plan(run, may_promote=True)  # first: rules that cannot be are refused before any training
     registry = records.open_registry(run)
     learned = _learn(run)
     paths = RunPaths(folder=str(run.folder.root))
@@ -55,7 +56,7 @@ def _learn_and_release(run: Run, until: str) -> RunSummary:
     report = _compare(run, learned)
     if until == "eval":
         return records.summarise(run, trained=learned.trained, report=report, paths=paths)
-    return _release(run, registry, learned, report)
+    return _release(run, registry, learned, report, plan)
 
 
 def _learn(run: Run) -> Learned:
@@ -125,11 +126,10 @@ def _compare(run: Run, learned: Learned) -> EvalReport:
     )
 
 
-def _release(run: Run, registry: Registry, learned: Learned, report: EvalReport) -> RunSummary:
+def _release(run: Run, registry: Registry, learned: Learned, report: EvalReport, plan: ReleasePlan) -> RunSummary:
     """Stages 6 to 9: offline gates, the canary and the fail-back drill, reports."""
     snapshot, baseline, reward_model = learned.snapshot, learned.baseline, learned.reward_model
     candidate = learned.candidate
-    plan = release.release_plan(run, may_promote=True)
     run.stage(
         "offline_gates",
         {"report": report, "plan": plan},

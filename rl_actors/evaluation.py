@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.algorithms.statistics import mcnemar_p_value, wilson_interval
 from rl_actors.contracts import EvalReport, Rollout, SuiteResult, Task
-from rl_actors.errors import InfrastructureError
+from rl_actors.errors import InfrastructureError, TamperedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,8 @@ def suite_result(suite: Suite, policy: str, rollouts: Sequence[Rollout], cost_mo
     Raises:
         InfrastructureError: A rollout is missing: a suite is whole or it is not reported.
     """
-    if len(rollouts) != len(suite.tasks):
-        missing = sorted({task.task_id for task in suite.tasks} - {rollout.task_id for rollout in rollouts})
+    missing = sorted({task.task_id for task in suite.tasks} - {rollout.task_id for rollout in rollouts})
+    if missing or len(rollouts) != len(suite.tasks):
         raise InfrastructureError(
             f"suite {suite.name}: {len(missing)} tasks lost to infrastructure, first {missing[:3]}"
         )
@@ -91,7 +91,12 @@ def suite_result(suite: Suite, policy: str, rollouts: Sequence[Rollout], cost_mo
 
 
 def compare(baseline: Mapping[str, SuiteResult], candidate: Mapping[str, SuiteResult], capability: str) -> EvalReport:
-    """Pair both policies task by task on the capability suite; p is McNemar's, one-sided for "candidate better"."""
+    """Pair both policies task by task on the capability suite; p is McNemar's, one-sided for "candidate better".
+
+    Raises:
+        TamperedError: The two did not run the very same suites.
+    """
+    _require_same_suites(baseline, candidate)
     before, after = baseline[capability].success_by_task, candidate[capability].success_by_task
     task_ids = sorted(before)
     pairs = [before[task_id] for task_id in task_ids], [after[task_id] for task_id in task_ids]
@@ -101,6 +106,13 @@ def compare(baseline: Mapping[str, SuiteResult], candidate: Mapping[str, SuiteRe
         success_gain=candidate[capability].success.mean - baseline[capability].success.mean,
         p_value=mcnemar_p_value(*pairs, alternative="candidate_better"),
     )
+
+
+def _require_same_suites(baseline: Mapping[str, SuiteResult], candidate: Mapping[str, SuiteResult]) -> None:
+    """Refuse to compare where a suite is missing or was edited in between: equal task ids prove nothing."""
+    hashes = [{name: result.suite_sha256 for name, result in side.items()} for side in (baseline, candidate)]
+    if different := sorted(name for name, _ in hashes[0].items() ^ hashes[1].items()):
+        raise TamperedError(f"baseline and candidate ran different suites: {different}; evaluate both again")
 
 
 def _by_intent(rollouts: Sequence[Rollout]) -> dict[str, list[bool]]:

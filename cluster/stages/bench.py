@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ from cluster.stages.traffic_thread import TrafficThread
 from cluster.traffic import TrafficConfig, TrafficDriver, TrafficProgress
 from rl_actors.contracts import DataSnapshot, Task
 from rl_actors.evaluation import CostModel
-from serving.contracts import Release, ReleasePlan, ReleaseState
+from serving.contracts import Canary, Release, ReleasePlan, ReleaseState
 from serving.controller import Aliases, LedgerEvidence, ReleaseController
 from serving.ledger import RunLedger
 from serving.platform import PlatformConfig, ServePlatform
@@ -76,11 +77,18 @@ class ReleaseBench:
         self._root.mkdir(parents=True, exist_ok=True)
         database = self._root / "live.sqlite"
         if not database.exists():
-            run.workflow.build_live_database(read_tasks(snapshot, "live"), str(database))
+            self._build_world(database)
         self._world = {"database": str(database)}
         self.platform = ServePlatform(self._gateway(), self._config())
         self.ledger_path = self._gateway().files.ledger
         record_gateway(run.folder, self._gateway())
+
+    def _build_world(self, database: Path) -> None:
+        """Build it apart and move it into place: what a killed attempt left must not pass for the whole."""
+        scratch = self._run.fresh("serving/live.tmp")
+        self._run.workflow.build_live_database(read_tasks(self._snapshot, "live"), str(scratch / database.name))
+        (scratch / database.name).rename(database)
+        scratch.rmdir()
 
     def __enter__(self) -> ReleaseBench:
         """Return the bench; Serve starts with the first release that really runs."""
@@ -103,17 +111,17 @@ class ReleaseBench:
         release = Release(
             release_id=f"{self._run.folder.run_id}-{index}", stable=stable.version, candidate=candidate.version
         )
-        ledger = RunLedger(self.ledger_path, owner="controller")
-        controller = self._controller(release, plan, ledger, directory)
         over = threading.Event()
         traffic = TrafficThread(self._driver(index), live_tasks(self._snapshot, index), over, self._run, index)
-        traffic.start()
-        try:
-            state = self._drive(controller, traffic)
-        finally:
-            over.set()
-            traffic.join(timeout=120.0)
-        result = self._result(release, controller, state, ledger, traffic.progress, time.monotonic() - started)
+        with closing(RunLedger(self.ledger_path, owner="controller")) as ledger:
+            controller = self._controller(release, plan, ledger, directory)
+            traffic.start()
+            try:
+                state = self._drive(controller, traffic)
+            finally:
+                over.set()
+                traffic.join(timeout=120.0)
+            result = self._result(release, controller, state, ledger, traffic.progress, time.monotonic() - started)
         write_json(directory / "result.json", asdict(result))
         return result
 
@@ -122,10 +130,12 @@ class ReleaseBench:
         state = controller.tick()
         while not isinstance(state, TERMINAL):
             time.sleep(controller.plan.tick_s)
+            # Asked in this order: a driver that breaks in between must not look like one that ran out of tickets.
+            has_run_out = traffic.is_finished
             traffic.require_healthy()
-            if traffic.is_finished:
+            if has_run_out:
                 state = controller.tick()
-                if not isinstance(state, TERMINAL):
+                if isinstance(state, Canary):
                     controller.roll_back(actor="seatrial", reason="tickets ran out before the evidence sufficed")
             state = controller.tick()
         return state

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cluster.bundle import Bundle, Component, build_bundle, code_component, component_of
+from cluster.hashing import sha256_file
 from cluster.registry import Registry
 from cluster.registry_entries import ModelEntry, StageLog
 from cluster.registry_store import store_of
@@ -39,7 +40,7 @@ def make_bundle(
             "data_snapshot": Component(version=snapshot.sha256[:12], sha256=snapshot.sha256),
             "eval_suites": component_of("suites", suites),
             "tool_set": component_of(run.workflow.name, list(tools)),
-            "policy_checks": component_of(run.workflow.name, _source_of(type(run.workflow))),
+            "policy_checks": component_of(run.workflow.name, _sources_of(run.workflow_ref.module)),
             "spec": component_of("spec", run.spec),
             "code_revision": code_component(),
             "seed": component_of(str(run.spec.seed), run.spec.seed),
@@ -47,10 +48,10 @@ def make_bundle(
     )
 
 
-def _source_of(kind: type) -> str:
-    """Return the source text of the module that defines the policy checks."""
-    module = importlib.import_module(kind.__module__)
-    return Path(str(module.__file__)).read_text(encoding="utf8")
+def _sources_of(package: str) -> Mapping[str, str]:
+    """Return the hash of every module of a workflow: its policy checks lie in any of them, tools included."""
+    folder = Path(str(importlib.import_module(package).__file__)).parent
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*.py"))}
 
 
 def open_registry(run: Run) -> Registry:

@@ -36,7 +36,7 @@ def release_plan(run: Run, *, may_promote: bool) -> ReleasePlan:
         gates=tuple(release.gates),
         alpha=release.alpha,
         full_samples=2 * release.min_canary_requests,
-        min_samples=min(50, release.min_canary_requests),
+        min_samples=max(2, min(50, release.min_canary_requests)),  # one sample has no spread
         may_promote=may_promote,
         tick_s=1.0,
         seed=run.spec.seed,

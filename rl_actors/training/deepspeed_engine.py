@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +44,17 @@ def deepspeed_config(settings: OptimizerSettings) -> dict[str, Any]:
     }
 
 
-def build_engine(module: torch.nn.Module, settings: OptimizerSettings) -> Any:
-    """Return a DeepSpeed engine over `module`; torch.distributed must be initialised or initialisable from env."""
+def build_engine(
+    module: torch.nn.Module, settings: OptimizerSettings, groups: Sequence[Mapping[str, Any]] | None = None
+) -> Any:
+    """Return a DeepSpeed engine over `module`; torch.distributed must be initialised or initialisable from env.
+
+    `groups` are parameter groups with learning rates of their own; without them every trainable parameter is one group.
+    """
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
-    trainable: Any = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trainable: Any = list(groups) if groups else [p for p in module.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=module, model_parameters=trainable, config=deepspeed_config(settings))
     return engine
 

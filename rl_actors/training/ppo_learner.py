@@ -40,7 +40,7 @@ class PpoSettings:
     seed: int
     value_coef: float = 0.5
     value_clip: float = 0.5
-    critic_learning_rate_factor: float = 1.0
+    critic_learning_rate_factor: float = 10.0
     zero_stage: int = 0
 
 
@@ -74,7 +74,12 @@ class PpoLearner:
         optimizer = OptimizerSettings(
             learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm, zero_stage=settings.zero_stage
         )
-        self._engine = build_engine(self._module, optimizer)
+        critic_rate = settings.learning_rate * settings.critic_learning_rate_factor
+        groups = [
+            {"params": list(self._module.policy.parameters()), "lr": settings.learning_rate},
+            {"params": list(self._module.value_head.parameters()), "lr": critic_rate},
+        ]
+        self._engine = build_engine(self._module, optimizer, groups)
         self._reference.to(self._engine.device)
         self._rng = random.Random(settings.seed)
         self.weights_version = 0
@@ -111,11 +116,11 @@ class PpoLearner:
     def save_checkpoint(self, directory: str) -> None:
         """Write everything `load_checkpoint` needs to continue."""
         state = {"weights_version": self.weights_version, "rng": self._rng.getstate(), "torch": torch.get_rng_state()}
-        self._engine.save_checkpoint(directory, tag="latest", client_state=state)
+        self._engine.save_checkpoint(directory, tag=_TAG, client_state=state)
 
     def load_checkpoint(self, directory: str) -> None:
         """Restore weights, optimizer, critic and random state."""
-        _, state = self._engine.load_checkpoint(directory, tag="latest")
+        _, state = self._engine.load_checkpoint(directory, tag=_TAG)
         self.weights_version = state["weights_version"]
         self._rng.setstate(_as_tuple(state["rng"]))
         torch.set_rng_state(state["torch"])
@@ -238,6 +243,7 @@ class PpoLearner:
         return policy.loss + s.value_coef * value.loss, {**policy.metrics, **losses}
 
 
+_TAG = "state"  # DeepSpeed itself writes a file called "latest" beside it
 _FLAT = ("advantages", "returns", "values")
 
 
@@ -272,4 +278,4 @@ def _as_tuple(value: Any) -> Any:
 
 def checkpoint_exists(directory: str) -> bool:
     """Return True when a complete checkpoint lies there."""
-    return (Path(directory) / "latest").is_dir()
+    return (Path(directory) / _TAG).is_dir()

@@ -19,6 +19,7 @@ from rl_actors.algorithms.calibration import (
     rubric_loss,
 )
 from rl_actors.contracts import Calibration
+from rl_actors.errors import BadDataError
 from rl_actors.models.reward_model import RewardModel
 from rl_actors.training.deepspeed_engine import OptimizerSettings, accumulate_and_step, build_engine
 
@@ -125,6 +126,9 @@ def calibrate(model: RewardModel, pairs: Sequence[PreferencePair], *, batch_pair
     """Fit the temperature on half of the pairs and measure on the other half, split by task id; sets it on `model`.
 
     A pair counts once per direction, so that the order in which runs were shown carries no information.
+
+    Raises:
+        BadDataError: A half has no pair that the annotators decided.
     """
     task_ids = sorted({pair.task_id for pair in pairs})
     fit_ids = set(task_ids[::2])
@@ -151,6 +155,9 @@ def _margins(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
     """Return raw margins [N], majority labels [N] (ties dropped) and mean absolute error per criterion."""
     decided = [pair for pair in pairs if pair.preference != 0.5]
+    if not decided:
+        remedy = "calibration needs decided pairs of two tasks or more; add calibration pairs"
+        raise BadDataError("reward.num_pairs", len(pairs), remedy)
     device = next(model.parameters()).device
     margins: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []

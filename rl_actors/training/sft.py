@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from rl_actors.errors import BadInputError
 from rl_actors.training.deepspeed_engine import OptimizerSettings, accumulate_and_step, build_engine, set_learning_rate
 
 
@@ -32,6 +33,11 @@ class Example:
 
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse arrays of different length."""
+        if len(self.token_ids) != len(self.loss_mask):
+            raise ValueError(f"{len(self.token_ids)} tokens but a loss mask of {len(self.loss_mask)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +81,14 @@ def pad(examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor
 
 
 def cross_entropy(model: Any, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
-    """Return the mean negative log likelihood over loss tokens, in nats (scalar)."""
+    """Return the mean negative log likelihood over loss tokens, in nats (scalar); 0 without a loss token."""
     ids, attention, mask = pad(examples, device)
     logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
     targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+    total = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return total / mask[:, 1:].sum().clamp(min=1)
 
 
 def learning_rate_at(step: int, num_steps: int, settings: SftSettings) -> float:
@@ -104,14 +113,23 @@ def train_sft(
     """Train `model` in place. Each rank takes every `num_ranks`-th batch; `report` is called after every step.
 
     `drills` are extra batches, interleaved one by one with the first batches of demonstrations.
+
+    Raises:
+        BadInputError: The examples do not fill one batch per rank: nothing would be trained.
     """
+    plain = list(_schedule(examples, settings, rank, num_ranks))
+    if not any(plain):
+        remedy = (
+            f"{len(examples)} examples do not fill a batch for each of {num_ranks} learners; lower it or add examples"
+        )
+        raise BadInputError("sft.batch_tokens", settings.batch_tokens, remedy)
     engine = build_engine(
         model,
         OptimizerSettings(
             learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm, zero_stage=settings.zero_stage
         ),
     )
-    schedule = interleave(list(_schedule(examples, settings, rank, num_ranks)), drills)
+    schedule = interleave(plain, drills)
     for step, batch in enumerate(schedule):
         rate = learning_rate_at(step, len(schedule), settings)
         set_learning_rate(engine, rate)

@@ -60,6 +60,13 @@ class Site:
             time.sleep(0.01)
         return time.monotonic() - started
 
+    def wait_for_rows(self, prefix: str, count: int) -> None:
+        """Wait until the ledger holds so many runs whose request id starts like this."""
+        deadline = time.monotonic() + 60.0
+        while sum(row.request_id.startswith(prefix) for row in self.ledger.rows()) < count:
+            assert time.monotonic() < deadline, "no traffic"
+            time.sleep(0.05)
+
     def send(self, count: int, name: str) -> TrafficProgress:
         config = TrafficConfig(url=self.platform.url, live_world=self.config.live_world, run_name=name, concurrency=6)
         self.num_sent += count
@@ -106,7 +113,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         stale_after_s=600.0,
     )
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    platform = ServePlatform(config, PlatformConfig(http_port=18_431, start_timeout_s=150.0))
+    platform = ServePlatform(config, PlatformConfig(http_port=18_431, start_timeout_s=240.0))
     try:
         first = policy(STABLE, save_model(home / STABLE, 1))
         platform.start(first, policy(CANDIDATE, save_model(home / CANDIDATE, 2)))
@@ -177,10 +184,11 @@ def test_killed_candidate_fails_no_request(site: Site) -> None:
     progress: list[TrafficProgress] = []
     traffic = threading.Thread(target=lambda: progress.append(site.send(90, "kill")))
     traffic.start()
-    time.sleep(0.8)
+    site.wait_for_rows("kill.", 15)
     for actor in list_named_actors(all_namespaces=True):
         if f"policy-{CANDIDATE}" in actor["name"]:
             ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]), no_restart=True)
+    site.wait_for_rows("kill.", 30)
     seconds = site.put_split(0.0)
     traffic.join(timeout=120.0)
     assert progress

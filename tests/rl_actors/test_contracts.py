@@ -53,7 +53,11 @@ def test_a_rollout_counts_tokens_over_all_model_calls():
 
 
 def test_a_rollout_names_every_weights_version_that_sampled_it():
-    turns = (make_turn((1,), (2,), version=4), make_turn((1, 2), (3,), version=3), make_turn((1, 2, 3), (4,), version=4))
+    turns = (
+        make_turn((1,), (2,), version=4),
+        make_turn((1, 2), (3,), version=3),
+        make_turn((1, 2, 3), (4,), version=4),
+    )
     assert make_rollout(turns=turns).weights_versions == (3, 4)
     assert make_rollout(turns=()).weights_versions == ()
 

@@ -85,7 +85,22 @@ def whereabouts(handle: dict[str, Any]) -> dict[str, Any]:
     return {"pid": os.getpid(), "session": os.getsid(0), "folder": str(Path.cwd())}
 
 
-_FUNCTIONS = (echo, refuse, sleep, spin, hang, eat, big, no_json, crash, die, shout, environment, descriptors, whereabouts)
+_FUNCTIONS = (
+    echo,
+    refuse,
+    sleep,
+    spin,
+    hang,
+    eat,
+    big,
+    no_json,
+    crash,
+    die,
+    shout,
+    environment,
+    descriptors,
+    whereabouts,
+)
 
 
 class StrangeWorld:

@@ -151,7 +151,13 @@ def test_no_plan_can_raise_the_hard_cap(greedy: int):
 
 def test_a_replan_is_counted_and_replaces_the_budget():
     one = executor()
-    assert errors(one, planned(1), tool("look"), tool("look"), planned(3), tool("look")) == ["", "", "over_budget", "", ""]
+    assert errors(one, planned(1), tool("look"), tool("look"), planned(3), tool("look")) == [
+        "",
+        "",
+        "over_budget",
+        "",
+        "",
+    ]
     assert one.num_replans == 1
 
 

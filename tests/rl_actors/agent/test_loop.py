@@ -78,7 +78,9 @@ def test_an_answer_at_once_needs_no_plan():
     assert (run.status, run.reply, len(run.turns)) == ("ok", "Hello.", 1)
 
 
-@pytest.mark.parametrize("cut", [final("It is open.")[:-1], LOOK[:-1], [], START[:3]], ids=["final", "call", "no", "junk"])
+@pytest.mark.parametrize(
+    "cut", [final("It is open.")[:-1], LOOK[:-1], [], START[:3]], ids=["final", "call", "no", "junk"]
+)
 def test_a_completion_that_ran_out_of_tokens_is_truncated(cut: list[int]):
     run, _ = attempt([plan(2), cut])
     assert (run.status, run.reply) == ("truncated", "")

@@ -262,7 +262,13 @@ def test_a_host_ends_when_its_input_ends():
     """A worker that is killed cannot kill its hosts: the closed pipe must."""
     ping = '{"id":1,"op":"ping"}\n'
     done = subprocess.run(
-        host_command(MODULE), input=ping, capture_output=True, text=True, env=host_environment(), timeout=60, check=False
+        host_command(MODULE),
+        input=ping,
+        capture_output=True,
+        text=True,
+        env=host_environment(),
+        timeout=60,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, '{"id":1,"value":"pong"}\n'), done.stderr
 

@@ -22,7 +22,7 @@ from rl_actors.contracts import Rollout
 from tests.rl_actors.fakes import LIMITS, ScriptedEngine, Step, call, final, plan, renderer
 
 NAME = "parcel_counter"
-PACKAGE = '''
+PACKAGE = """
 from __future__ import annotations
 
 from rl_actors.contracts import Demonstration, DemonstrationTurn, Outcome, Task
@@ -54,8 +54,8 @@ class ParcelCounter:
 
 
 WORKFLOW = ParcelCounter()
-'''
-TOOLS = '''
+"""
+TOOLS = """
 from __future__ import annotations
 
 from rl_actors.agent.workflow import ToolFailure, ToolSpec
@@ -85,7 +85,7 @@ class Counter:
 
 
 WORLD = Counter()
-'''
+"""
 
 
 @pytest.fixture
@@ -152,9 +152,13 @@ def test_without_the_environment_there_is_no_such_workflow(folder: Path):
 
 def test_a_reference_loads_in_a_process_that_knows_nothing(folder: Path):
     reference = pickle.dumps(locate_workflow(NAME))
-    code = f"import pickle; w = pickle.loads({reference!r}).load(); print(w.name, w.build_tasks('train', 1, 0)[0].prompt)"
+    code = (
+        f"import pickle; w = pickle.loads({reference!r}).load(); print(w.name, w.build_tasks('train', 1, 0)[0].prompt)"
+    )
     environ = {name: value for name, value in os.environ.items() if name != PATH_VARIABLE}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout == "parcel_counter shelf 0\n"
 
 

