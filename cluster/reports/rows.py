@@ -178,10 +178,12 @@ def _intents(report: EvalReport) -> tuple[IntentRow, ...]:
 
 
 def _learning(path: Path) -> tuple[LearningPoint, ...]:
+    rows = (row for row in read_metrics(path, "ppo") if "success" in row and "step" in row)
+    # A resumed run repeats the steps after its last checkpoint: the later row is the one that counts.
+    by_step = {int(row["step"]): row for row in rows}
     return tuple(
-        LearningPoint(step=int(row["step"]), success=float(row["success"]), kl=_first(row, "kl_to_reference", "kl"))
-        for row in read_metrics(path, "ppo")
-        if "success" in row and "step" in row
+        LearningPoint(step=step, success=float(row["success"]), kl=_first(row, "kl_to_reference", "kl"))
+        for step, row in sorted(by_step.items())
     )
 
 

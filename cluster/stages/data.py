@@ -52,7 +52,7 @@ def build_base(run: Run, snapshot: DataSnapshot) -> PolicyVersion:
     """Return the base model with a Harmony tokenizer: the tiny GPT-OSS, or the model the spec names."""
     directory = run.fresh("models/base")
     if run.spec.model.path:
-        _adopt_model(run.spec.model.path, str(directory))
+        _adopt_model(run.spec.model.path, str(directory), run.spec.seed)
     else:
         _build_tiny(run, snapshot, str(directory))
     return run.policy("base", "base", directory, "")
@@ -78,8 +78,9 @@ def _build_tiny(run: Run, snapshot: DataSnapshot, directory: str) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _adopt_model(path: str, directory: str) -> None:
-    """Copy a Hugging Face causal LM, adding the Harmony tokens its tokenizer lacks."""
+def _adopt_model(path: str, directory: str, seed: int) -> None:
+    """Copy a Hugging Face causal LM, adding the Harmony tokens its tokenizer lacks with embeddings drawn by `seed`."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rl_actors.models.tokenizer import HARMONY_TOKENS
@@ -88,7 +89,9 @@ def _adopt_model(path: str, directory: str) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(path)
     missing = [token for token in HARMONY_TOKENS if token not in tokenizer.get_vocab()]
     if missing:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing})
-        model.resize_token_embeddings(len(tokenizer))
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

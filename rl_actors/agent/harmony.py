@@ -122,7 +122,7 @@ class HarmonyRenderer:
         return [self._id[START], *body, self._id[END]]
 
     def _encode(self, text: str) -> list[int]:
-        # Said on every call: transformers resets the tokenizer's own switch, and `<|end|>` in a ticket would be a token.
+        # Said on every call: transformers resets the tokenizer's own switch, and a ticket's `<|end|>` would be a token.
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 

@@ -101,7 +101,7 @@ class ToolHostProcess:
         self._process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     async def _read(self) -> None:
-        """Settle replies until the output ends, or until a line is too long or no JSON: then nothing after it counts."""
+        """Settle replies until the output ends, or a line is too long or no JSON: then nothing after it counts."""
         assert self._process.stdout is not None
         try:
             with suppress(ValueError):

@@ -123,7 +123,7 @@ def test_a_missing_rollout_is_never_a_smaller_suite(lost: int):
 
 def test_a_task_attempted_twice_does_not_stand_in_for_one_that_was_lost():
     rollouts = attempts(GOOD, GOOD, GOOD, WRONG)
-    with pytest.raises(InfrastructureError, match="1 tasks lost.*desk/held_out/3"):
+    with pytest.raises(InfrastructureError, match=r"1 tasks lost.*desk/held_out/3"):
         suite_result(SUITE, "sft", [*rollouts[:3], rollouts[0]], COST)
 
 

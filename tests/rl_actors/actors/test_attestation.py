@@ -41,7 +41,8 @@ def test_no_probe_token_proves_nothing(nothing: list[list[float]]):
 
 
 @pytest.mark.parametrize(
-    ("engine", "learner"), [([[-1.0]], [[-1.0], [-1.0]]), ([[-1.0]], [[-1.0, -2.0]]), ([[-1.0], [-2.0]], [[-1.0, -2.0]])]
+    ("engine", "learner"),
+    [([[-1.0]], [[-1.0], [-1.0]]), ([[-1.0]], [[-1.0, -2.0]]), ([[-1.0], [-2.0]], [[-1.0, -2.0]])],
 )
 def test_different_shapes_never_pass(engine: list[list[float]], learner: list[list[float]]):
     """A sequence that one side cut short must not pass on the tokens that are left."""

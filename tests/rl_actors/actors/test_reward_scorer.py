@@ -86,7 +86,9 @@ def test_scores_come_back_in_order_whatever_the_length(directory: Path):
             raw, rubric = model(ids, attention)
         critic = 1.0 / (1.0 + math.exp(-float(raw) / 2.0))
         assert score.critic_score == pytest.approx(critic, rel=1e-4)
-        assert score.rubric == pytest.approx(dict(zip(("correct", "polite"), rubric[0].tolist(), strict=True)), rel=1e-3)
+        assert score.rubric == pytest.approx(
+            dict(zip(("correct", "polite"), rubric[0].tolist(), strict=True)), rel=1e-3
+        )
         assert score.outcome_reward == MIX.outcome_reward(rollout)
         assert score.reward == pytest.approx(0.75 * score.outcome_reward + 0.25 * critic, rel=1e-4)
         assert score.reward_model_version == "rm-a"
@@ -94,7 +96,9 @@ def test_scores_come_back_in_order_whatever_the_length(directory: Path):
 
 def test_the_size_of_a_batch_changes_no_score(directory: Path):
     whole = RewardScorer(str(directory), "rm-a", MIX).score(rollouts())
-    for one, other in zip(whole, RewardScorer(str(directory), "rm-a", MIX, batch_size=2).score(rollouts()), strict=True):
+    for one, other in zip(
+        whole, RewardScorer(str(directory), "rm-a", MIX, batch_size=2).score(rollouts()), strict=True
+    ):
         assert one.reward == pytest.approx(other.reward, rel=1e-4)
 
 

@@ -111,7 +111,8 @@ def test_the_exact_layout_of_a_call():
 def test_the_exact_layout_of_a_prompt():
     ids = renderer().prompt("Be brief.", [("user", "hi"), ("developer", "no")])
     assert renderer().decode(ids) == (
-        f"{START}system{MESSAGE}Be brief.{END}{START}user{MESSAGE}hi{END}{START}developer{MESSAGE}no{END}{START}assistant"
+        f"{START}system{MESSAGE}Be brief.{END}{START}user{MESSAGE}hi{END}"
+        f"{START}developer{MESSAGE}no{END}{START}assistant"
     )
     assert renderer().decode(renderer().prompt("", [])) == f"{START}assistant"
 
@@ -219,9 +220,9 @@ def test_a_message_that_loses_or_doubles_a_special_token_is_no_longer_what_it_wa
 @given(ids=st.lists(st.integers(0, 329), max_size=24))
 def test_parsing_never_raises_and_accepts_only_the_three_orders(ids: list[int]):
     parsed = renderer().parse(ids)
-    orders = {"final": [[CHANNEL, MESSAGE, RETURN]]}
-    orders |= dict.fromkeys(["plan", "tool"], [[CHANNEL, CONSTRAIN, MESSAGE, CALL], [CHANNEL, MESSAGE, CALL]])
-    assert parsed.kind == "malformed" or special(ids) in orders[parsed.kind]
+    calls = [[CHANNEL, CONSTRAIN, MESSAGE, CALL], [CHANNEL, MESSAGE, CALL]]
+    orders = [[CHANNEL, MESSAGE, RETURN]] if parsed.kind == "final" else calls
+    assert parsed.kind == "malformed" or special(ids) in orders
     assert (parsed.tool_call is None) == (parsed.kind in {"malformed", "final"})
 
 

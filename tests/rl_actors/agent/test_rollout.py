@@ -201,7 +201,7 @@ def test_a_world_that_cannot_be_opened_asks_no_engine():
 def test_an_engine_that_never_says_anything_is_infrastructure():
     """A rollout without a single turn holds nothing to score or train on; it is dropped and re-issued."""
     site = Site([None], limits=replace(LIMITS, timeout_s=0.1))
-    with pytest.raises(EngineError, match="no turn within 0.1 s"):
+    with pytest.raises(EngineError, match=r"no turn within 0\.1 s"):
         site.run()
 
 

@@ -39,7 +39,8 @@ class ParcelCounter:
     def build_tasks(self, split, count, seed):
         return [
             Task(
-                task_id=f"{self.name}/{split}/{i}", workflow=self.name, split=split, intent="count", prompt=f"shelf {i}",
+                task_id=f"{self.name}/{split}/{i}", workflow=self.name, split=split, intent="count",
+                prompt=f"shelf {i}",
                 world={"shelf": i, "parcels": i + 2}, goal={"selector": {}, "parcels": i + 2}, seed=seed,
             )
             for i in range(count)

@@ -68,7 +68,7 @@ def test_the_norm_is_the_one_before_clipping(process_group: None, zero_stage: in
 
 @real
 def test_a_non_finite_gradient_is_reported_as_such(process_group: None):
-    module, engine = engine_over()
+    _, engine = engine_over()
     norm = accumulate_and_step(engine, [ROWS], lambda rows: (engine(rows) * math.nan).sum())
     assert not math.isfinite(norm)
 

@@ -12,7 +12,7 @@ from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
 from rl_actors.errors import AttestationError, InfrastructureError, InstabilityError
-from rl_actors.training.ppo import PpoPlan, PpoPorts, require_stable, requests_for_step, run_ppo, run_step, summarise
+from rl_actors.training.ppo import PpoPlan, PpoPorts, requests_for_step, require_stable, run_ppo, run_step, summarise
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_score, make_task
 
 PLAN = PpoPlan(num_steps=3, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=2, seed=4)

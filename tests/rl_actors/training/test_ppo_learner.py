@@ -237,12 +237,12 @@ def test_a_batch_is_split_into_at_most_so_many_steps(
 @slow
 def test_what_a_tool_said_is_never_learned(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
     """The engine's numbers on tokens the policy did not sample are junk and must not matter."""
-    junk = [
-        replace(
-            one, rollout_logprobs=tuple(x if own else 99.0 for x, own in zip(one.rollout_logprobs, one.loss_mask, strict=True))
-        )
-        for one in batch
-    ]  # fmt: skip
+
+    def with_junk(one: TrainingSample) -> TrainingSample:
+        pairs = zip(one.rollout_logprobs, one.loss_mask, strict=True)
+        return replace(one, rollout_logprobs=tuple(x if own else 99.0 for x, own in pairs))
+
+    junk = [with_junk(one) for one in batch]
     clean, dirty = learner(tiny_dir), learner(tiny_dir)
     assert clean.update(batch).metrics == pytest.approx(dirty.update(junk).metrics)
     assert clean.probe_logprobs(PROBES) == dirty.probe_logprobs(PROBES)

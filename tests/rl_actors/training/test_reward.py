@@ -176,7 +176,9 @@ def test_ranks_share_a_batch(tiny_dir: Path, process_group: None):
     counts = []
     for rank in range(2):
         seen: list[RewardProgress] = []
-        train_reward_model(reward_model(tiny_dir), learnable_pairs(8, seed=1), plan, seen.append, rank=rank, num_ranks=2)
+        train_reward_model(
+            reward_model(tiny_dir), learnable_pairs(8, seed=1), plan, seen.append, rank=rank, num_ranks=2
+        )
         counts.append(len(seen))
     assert counts == [2, 2]
 

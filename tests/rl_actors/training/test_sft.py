@@ -208,5 +208,5 @@ def test_ranks_take_the_same_number_of_batches(tiny_dir: Path, process_group: No
 @pytest.mark.parametrize(("examples", "num_ranks"), [(DATA[:1], 2), ([], 1)])
 def test_examples_that_fill_no_batch_are_refused_before_anything_starts(examples: list[Example], num_ranks: int):
     """Else the run would end at once and hand the untrained model on."""
-    with pytest.raises(BadInputError, match="sft.batch_tokens"):
+    with pytest.raises(BadInputError, match=r"sft\.batch_tokens"):
         train_sft(torch.nn.Linear(1, 1), examples, SETTINGS, lambda progress: None, num_ranks=num_ranks)

@@ -1,0 +1,289 @@
+"""Groups of actors: what a dead, slow or lying actor becomes, and which checkpoints count."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rl_actors.actors import pools
+from rl_actors.actors.pools import (
+    AttestedSync,
+    LearnerGroup,
+    RolloutPool,
+    ScorerPool,
+    complete_checkpoints,
+    free_port,
+    require_enough,
+    wait_for,
+)
+from rl_actors.errors import AttestationError, BadInputError, InfrastructureError
+from tests.rl_actors.actors.fake_actors import FakeLearner, FakeScorer, FakeWorker, Troubled
+
+needs_ray = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+PROBES = [[1, 2, 3], [4, 5]]
+
+
+# --- without Ray ----------------------------------------------------------------------------------
+
+
+def test_only_complete_checkpoints_count_oldest_first(tmp_path: Path):
+    for name in ("step_000010", "step_000002", "step_000007.tmp", "stepping", "other"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_000002", "step_000010"]
+
+
+def test_without_checkpoints_there_are_none(tmp_path: Path):
+    assert complete_checkpoints(tmp_path) == []
+    assert complete_checkpoints(tmp_path / "never made") == []
+
+
+def test_a_free_port_can_be_taken():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", free_port()))
+        port = taken.getsockname()[1]
+        assert 1024 <= port < 65536
+        assert free_port() != port
+
+
+def batch(num_dropped: int) -> Any:
+    names = tuple(f"r{number}" for number in range(num_dropped))
+    return SimpleNamespace(dropped=names, first_error="engine gone" if names else "")
+
+
+@pytest.mark.parametrize(("dropped", "requested"), [((0, 0), 8), ((2, 0), 8), ((1, 1), 8), ((0,), 1)])
+def test_up_to_a_quarter_may_be_lost(dropped: tuple[int, ...], requested: int):
+    require_enough([object()] * requested, [batch(count) for count in dropped])  # type: ignore[arg-type, list-item]
+
+
+@pytest.mark.parametrize(("dropped", "requested"), [((3, 0), 8), ((0, 3), 8), ((2, 1), 8), ((1,), 1), ((8,), 8)])
+def test_more_is_refused_with_the_first_cause(dropped: tuple[int, ...], requested: int):
+    with pytest.raises(InfrastructureError, match=r"rollouts were lost twice, the first \(r0\) to: engine gone"):
+        require_enough([object()] * requested, [batch(count) for count in dropped])  # type: ignore[arg-type, list-item]
+
+
+# --- with a small local Ray -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[Any]:
+    """A Ray of our own, never one that happens to run on this machine."""
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+    yield ray
+    ray.shutdown()
+
+
+def options(role: str, rank: int) -> dict[str, Any]:
+    return {"num_cpus": 0.1, "max_concurrency": 4} if role == "rollout_worker" else {"num_cpus": 0.1}
+
+
+@pytest.fixture(scope="module")
+def troubled(local_ray: Any) -> Any:
+    return local_ray.remote(Troubled).options(num_cpus=0.1).remote()
+
+
+class TestWaitFor:
+    """Everything that can happen to a remote call becomes a result or one error of our tree."""
+
+    pytestmark = needs_ray
+
+    def test_results_come_back_in_order(self, local_ray: Any, troubled: Any):
+        references = [local_ray.put(1), troubled.well.remote(), local_ray.put(3)]
+        assert wait_for(references, timeout_s=60, what="actors") == [1, "well", 3]
+
+    def test_a_slow_actor_is_an_infrastructure_error(self, local_ray: Any):
+        slow = local_ray.remote(Troubled).options(num_cpus=0.1).remote()
+        wait_for([slow.well.remote()], timeout_s=60, what="slow ones")
+        with pytest.raises(InfrastructureError, match="slow ones did not answer within 0 s"):
+            wait_for([slow.sleep.remote(30)], timeout_s=0.3, what="slow ones")
+        local_ray.kill(slow)
+
+    def test_a_dead_actor_is_an_infrastructure_error(self, local_ray: Any):
+        dead = local_ray.remote(Troubled).options(num_cpus=0.1).remote()
+        call = dead.sleep.remote(30)
+        local_ray.kill(dead)
+        with pytest.raises(InfrastructureError, match="learners died"):
+            wait_for([call], timeout_s=60, what="learners")
+
+    def test_an_error_of_our_own_tree_passes_through_unchanged(self, troubled: Any):
+        with pytest.raises(AttestationError, match=r"^worker 3 is stale$"):
+            wait_for([troubled.stale.remote()], timeout_s=60, what="actors")
+
+    def test_its_parts_survive_the_way(self, troubled: Any):
+        with pytest.raises(BadInputError) as caught:
+            wait_for([troubled.bad_input.remote()], timeout_s=60, what="actors")
+        assert (caught.value.field, caught.value.value, caught.value.exit_code) == ("ppo.epochs", 0, 2)
+
+    def test_a_defect_in_an_actor_is_an_infrastructure_error_with_its_cause(self, troubled: Any):
+        with pytest.raises(InfrastructureError, match=r"actors failed: .*ZeroDivisionError"):
+            wait_for([troubled.defect.remote()], timeout_s=60, what="actors")
+
+
+def request(number: int, *, group: int, is_lost: bool = False) -> Any:
+    return SimpleNamespace(rollout_id=f"r{number}", group_id=group, is_lost=is_lost)
+
+
+@pytest.fixture(scope="module")
+def pool(local_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RolloutPool]:
+    """Two fake workers. Closing them leaves a file behind: the graceful way was taken."""
+    farewell = tmp_path_factory.mktemp("farewell") / "closed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pools, "RolloutWorker", FakeWorker)
+        settings: Any = str(farewell)
+        made = RolloutPool("model", settings, num_workers=2, options=options, timeout_s=60)
+    yield made
+    made.close()
+    assert farewell.exists()
+    assert made.workers == []
+
+
+class TestRolloutPool:
+    """Requests are shared by group, results come back in order."""
+
+    pytestmark = needs_ray
+
+    def test_groups_stay_together_and_the_order_is_kept(self, pool: RolloutPool):
+        requests = [request(number, group=number // 2) for number in range(8)]
+        rollouts: list[Any] = pool.rollouts(requests)
+        assert [rollout.rollout_id for rollout in rollouts] == [f"r{number}" for number in range(8)]
+        makers = [rollout.made_by for rollout in rollouts]
+        assert len(set(makers)) == 2
+        assert all(makers[index] == makers[index + 1] for index in range(0, 8, 2))
+
+    def test_a_lost_one_is_left_out_and_counted(self, pool: RolloutPool):
+        before = pool.num_reissued
+        requests = [request(number, group=number, is_lost=number == 2) for number in range(4)]
+        assert [rollout.rollout_id for rollout in pool.rollouts(requests)] == ["r0", "r1", "r3"]
+        assert pool.num_reissued == before + 1
+
+    def test_too_many_lost_ones_are_an_error(self, pool: RolloutPool):
+        requests = [request(number, group=number, is_lost=number < 2) for number in range(4)]
+        with pytest.raises(InfrastructureError, match="2 of 4 rollouts were lost twice"):
+            pool.rollouts(requests)
+
+    def test_a_worker_without_a_share_is_not_asked(self, pool: RolloutPool):
+        rollouts: list[Any] = pool.rollouts([request(0, group=1), request(1, group=3)], 0.5)
+        assert len({rollout.made_by for rollout in rollouts}) == 1
+        assert {rollout.temperature for rollout in rollouts} == {0.5}
+
+
+class TestAttestedSync:
+    """Published is not believed: proved, resynced once, or refused."""
+
+    pytestmark = needs_ray
+
+    def sync(self, local_ray: Any, pool: RolloutPool, *per_worker: list[float], skew: int = 0) -> AttestedSync:
+        for worker, gaps in zip(pool.workers, per_worker, strict=True):
+            local_ray.get(worker.configure.remote(gaps, skew))
+        learners: Any = SimpleNamespace(
+            weights=lambda: {"w": 1}, probe=lambda probes: [[-1.0 for _ in row[1:]] for row in probes]
+        )
+        return AttestedSync(learners, pool, PROBES, tolerance=0.01)
+
+    def published(self, local_ray: Any, pool: RolloutPool) -> list[int]:
+        return local_ray.get([worker.times_published.remote() for worker in pool.workers])
+
+    def test_the_largest_gap_of_any_worker_is_reported(self, local_ray: Any, pool: RolloutPool):
+        one = self.sync(local_ray, pool, [0.001], [0.004])
+        assert one.publish(5) == pytest.approx(0.004)
+        assert (one.num_resyncs, self.published(local_ray, pool)) == (0, [1, 1])
+
+    def test_a_worker_that_fails_is_resynced_and_only_that_one(self, local_ray: Any, pool: RolloutPool):
+        one = self.sync(local_ray, pool, [0.5, 0.002], [0.001])
+        assert one.publish(5) == pytest.approx(0.002)
+        assert (one.num_resyncs, self.published(local_ray, pool)) == (1, [2, 1])
+
+    @pytest.mark.parametrize("gap", [0.5, float("nan"), float("-inf")])
+    def test_a_worker_that_fails_twice_is_refused(self, local_ray: Any, pool: RolloutPool, gap: float):
+        one = self.sync(local_ray, pool, [0.0], [gap, gap])
+        with pytest.raises(AttestationError, match="rollout worker 1 does not serve weights version 5"):
+            one.publish(5)
+
+    def test_the_right_numbers_under_the_wrong_version_are_refused(self, local_ray: Any, pool: RolloutPool):
+        one = self.sync(local_ray, pool, [0.0], [0.0], skew=1)
+        with pytest.raises(AttestationError, match=r"weights versions \[6, 6\], published was 5"):
+            one.publish(5)
+
+
+class TestScorerPool:
+    """Shared out and put back in order."""
+
+    pytestmark = needs_ray
+
+    def test_scores_are_in_the_order_of_rollouts(self, local_ray: Any, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(pools, "RewardScorer", FakeScorer)
+        mix: Any = None
+        scorers = ScorerPool("path", "rm-a", mix, num_scorers=2, num_threads=1, options=options)
+        rollouts: Any = [SimpleNamespace(rollout_id=f"r{number}") for number in range(5)]
+        scores: list[Any] = scorers.score(rollouts)
+        assert [score.rollout_id for score in scores] == [f"r{number}" for number in range(5)]
+        assert len({score.made_by for score in scores}) == 2
+        assert scorers.score([]) == []
+        scorers.close()
+
+
+class TestLearnerGroup:
+    """Ranks act as one; a checkpoint is complete or absent."""
+
+    pytestmark = needs_ray
+
+    @pytest.fixture(scope="class")
+    def group(self, local_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LearnerGroup]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pools, "PpoLearnerActor", FakeLearner)
+            patch.setattr(pools, "LearnerRank", lambda **place: place)
+            settings: Any = None
+            made = LearnerGroup(
+                "policy", "reference", settings, num_ranks=2, num_threads=1, options=options,
+                checkpoints=tmp_path_factory.mktemp("checkpoints"),
+            )  # fmt: skip
+        yield made
+        made.close()
+
+    def jump_to(self, local_ray: Any, group: LearnerGroup, version: int) -> None:
+        local_ray.get([rank.jump_to.remote(version) for rank in group._ranks])
+
+    def names(self, group: LearnerGroup) -> list[str]:
+        return sorted(path.name for path in group._checkpoints.iterdir())
+
+    def test_ranks_share_the_samples_and_the_first_reports(self, group: LearnerGroup):
+        samples: Any = list(range(8))
+        update = group.update(samples)
+        assert update.metrics == {"num": 4, "rank": 0}
+        assert group.weights() == {"version": 1}
+        assert group.probe(PROBES) == [[-1.0, -1.0], [-1.0]]
+
+    def test_without_a_checkpoint_a_run_starts_at_zero(self, group: LearnerGroup):
+        assert group.load_newest_checkpoint() == 0
+
+    def test_the_newest_two_are_kept_and_the_newest_is_loaded(self, local_ray: Any, group: LearnerGroup):
+        for version in (2, 4, 10):
+            self.jump_to(local_ray, group, version)
+            group.save_checkpoint(version)
+        assert self.names(group) == ["step_000004", "step_000010"]
+        self.jump_to(local_ray, group, 77)
+        assert group.load_newest_checkpoint() == 10
+        assert local_ray.get(group._ranks[1].load_checkpoint.remote(str(group._checkpoints / "step_000010"))) == 10
+
+    def test_saving_again_replaces(self, local_ray: Any, group: LearnerGroup):
+        self.jump_to(local_ray, group, 11)
+        group.save_checkpoint(10)
+        assert (group._checkpoints / "step_000010" / "rank0").read_text() == "11"
+
+    def test_a_checkpoint_that_was_cut_off_is_not_one(self, local_ray: Any, group: LearnerGroup):
+        self.jump_to(local_ray, group, 99)
+        with pytest.raises(InfrastructureError, match="disk full"):
+            group.save_checkpoint(12)
+        (group._checkpoints / "step_000012.tmp").mkdir(exist_ok=True)
+        assert group.load_newest_checkpoint() == 11
+        assert "step_000012" not in self.names(group)
+
+    def test_a_policy_is_written_by_every_rank(self, group: LearnerGroup, tmp_path: Path):
+        group.save_policy(str(tmp_path))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["policy0", "policy1"]

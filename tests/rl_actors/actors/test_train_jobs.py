@@ -1,0 +1,176 @@
+"""What a Ray Train worker does, run here without Ray, and what becomes of a job that fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rl_actors.actors import train_jobs
+from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources, run_reward_job, run_sft_job
+from rl_actors.contracts import Calibration
+from rl_actors.errors import InfrastructureError
+from rl_actors.models.reward_model import RewardModel, read_temperature
+from rl_actors.training.metrics_log import read_metrics
+from rl_actors.training.reward import PreferencePair, RewardSettings
+from rl_actors.training.sft import Example, SftSettings
+
+torch.set_num_threads(1)
+RESOURCES = TrainResources(num_workers=1, num_threads=1, gpus_per_worker=0.0, storage="/nowhere")
+
+
+class Context:
+    """Ray Train's word on where this worker stands."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def get_world_rank(self) -> int:
+        return self.rank
+
+    def get_world_size(self) -> int:
+        return 2
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(train_jobs, "get_context", lambda: Context(rank))
+
+
+def sft_job(base: Path, folder: Path) -> SftJob:
+    ids = [tuple(range(20 + 10 * number, 28 + 10 * number)) for number in range(4)]
+    return SftJob(
+        base=str(base),
+        output=str(folder / "sft"),
+        metrics=str(folder / "metrics.jsonl"),
+        examples=tuple(Example(token_ids=one, loss_mask=(False,) * 4 + (True,) * 4) for one in ids),
+        settings=SftSettings(epochs=2, learning_rate=1e-2, batch_tokens=16, max_grad_norm=1.0, seed=0),
+    )
+
+
+def pairs(count: int, seed: int) -> tuple[PreferencePair, ...]:
+    rng = random.Random(seed)
+    made = []
+    for number in range(count):
+        body = tuple(rng.randrange(100, 300) for _ in range(5))
+        rubric = {"correct": 1.0}
+        made.append(
+            PreferencePair(
+                task_id=f"t{number}", first=(*body, 60), second=(*body, 61), preference=1.0, first_rubric=rubric,
+                second_rubric={"correct": 0.0},
+            )
+        )  # fmt: skip
+    return tuple(made)
+
+
+def reward_job(base: Path, folder: Path) -> RewardJob:
+    return RewardJob(
+        backbone=str(base),
+        output=str(folder / "reward"),
+        metrics=str(folder / "metrics.jsonl"),
+        criteria=("correct",),
+        pairs=pairs(8, 1),
+        calibration_pairs=pairs(6, 2),
+        settings=RewardSettings(epochs=2, learning_rate=5e-3, batch_pairs=4, seed=0),
+    )
+
+
+@pytest.mark.slow
+def test_an_sft_worker_writes_a_policy_and_its_curve(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process_group: None
+):
+    as_rank(monkeypatch, 0)
+    job = sft_job(tiny_dir, tmp_path)
+    train_jobs._sft_worker({"job": job, "num_threads": 1})
+    rows = read_metrics(job.metrics, "sft")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    trained: Any = AutoModelForCausalLM.from_pretrained(job.output, dtype=torch.float32)
+    base: Any = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    assert not torch.equal(trained.lm_head.weight, base.lm_head.weight)
+
+
+@pytest.mark.slow
+def test_a_reward_worker_writes_model_and_calibration(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process_group: None
+):
+    as_rank(monkeypatch, 0)
+    job = reward_job(tiny_dir, tmp_path)
+    train_jobs._reward_worker({"job": job, "num_threads": 1})
+    calibration = Calibration(**json.loads((tmp_path / "reward" / "calibration.json").read_text()))
+    assert calibration.num_pairs == 3
+    assert set(calibration.criterion_mae) == {"correct"}
+    assert read_temperature(job.output) == calibration.temperature == RewardModel.load(job.output).temperature
+    assert [row["step"] for row in read_metrics(job.metrics, "reward_model")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worker", ["_sft_worker", "_reward_worker"])
+def test_only_the_first_rank_writes(
+    worker: str, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, process_group: None
+):
+    as_rank(monkeypatch, 1)
+    job = sft_job(tiny_dir, tmp_path) if worker == "_sft_worker" else reward_job(tiny_dir, tmp_path)
+    getattr(train_jobs, worker)({"job": job, "num_threads": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+class FakeTrainer:
+    """Ray Train's trainer; `fit` runs the worker here, or fails."""
+
+    error: Exception | None = None
+    seen: list[dict[str, Any]]
+
+    def __init__(self, worker: Any, **settings: Any) -> None:
+        self.seen.append(settings | {"worker": worker})
+
+    def fit(self) -> None:
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch) -> type[FakeTrainer]:
+    kind = type("Trainer", (FakeTrainer,), {"seen": []})
+    monkeypatch.setattr(train_jobs, "TorchTrainer", kind)
+    return kind
+
+
+def test_a_job_asks_for_what_the_spec_gives(trainer: type[FakeTrainer], tiny_dir: Path, tmp_path: Path):
+    job = sft_job(tiny_dir, tmp_path)
+    run_sft_job(job, TrainResources(num_workers=3, num_threads=2, gpus_per_worker=0.5, storage=str(tmp_path)))
+    (seen,) = trainer.seen
+    assert seen["train_loop_config"] == {"job": job, "num_threads": 2}
+    scaling = seen["scaling_config"]
+    assert (scaling.num_workers, scaling.use_gpu, scaling.resources_per_worker) == (3, True, {"CPU": 1.0, "GPU": 0.5})
+    assert seen["run_config"].storage_path == str(tmp_path)
+
+
+def test_without_gpus_none_are_asked_for(trainer: type[FakeTrainer], tiny_dir: Path, tmp_path: Path):
+    run_reward_job(reward_job(tiny_dir, tmp_path), RESOURCES)
+    scaling = trainer.seen[0]["scaling_config"]
+    assert (scaling.use_gpu, scaling.resources_per_worker) == (False, {"CPU": 1.0})
+
+
+@pytest.mark.parametrize("error", [RuntimeError("worker died"), TimeoutError("no nodes")])
+def test_a_failed_job_is_an_infrastructure_error_with_its_cause(
+    trainer: type[FakeTrainer], tiny_dir: Path, tmp_path: Path, error: Exception
+):
+    trainer.error = error
+    with pytest.raises(InfrastructureError, match=f"the sft job failed on Ray Train: {error}"):
+        run_sft_job(sft_job(tiny_dir, tmp_path), RESOURCES)
+
+
+def test_a_calibration_file_reads_back(tmp_path: Path):
+    calibration = Calibration(
+        num_pairs=3, pair_accuracy=0.5, ece=0.1, brier=0.2, temperature=1.5, criterion_mae={"correct": 0.25}
+    )
+    train_jobs.write_calibration(str(tmp_path), asdict(calibration))
+    assert Calibration(**json.loads((tmp_path / "calibration.json").read_text())) == calibration
