@@ -123,30 +123,30 @@ def pair_loss(
 
 @torch.no_grad()
 def calibrate(model: RewardModel, pairs: Sequence[PreferencePair], *, batch_pairs: int = 64) -> Calibration:
-    """Fit the temperature on half of the pairs and measure on the other half, split by task id; sets it on `model`.
+    """Cross-fit: fit the temperature on one half, measure on the other, both ways; then fit on all and set it.
 
-    A pair counts once per direction, so that the order in which runs were shown carries no information.
-
-    Raises:
-        BadDataError: A half has no pair that the annotators decided.
+    Halves are split by task id. A pair counts once per direction, so that the order in which runs were shown carries
+    no information.
     """
     task_ids = sorted({pair.task_id for pair in pairs})
-    fit_ids = set(task_ids[::2])
-    fitted = [pair for pair in pairs if pair.task_id in fit_ids]
-    measured = [pair for pair in pairs if pair.task_id not in fit_ids]
-    margin, label, _ = _margins(model, fitted, batch_pairs)
-    model.temperature = fit_temperature(margin, label)
-    margin, label, criterion_mae = _margins(model, measured, batch_pairs)
-    probability = torch.sigmoid(margin / model.temperature)
-    both = torch.cat([probability, 1.0 - probability])
-    outcomes = torch.cat([label, 1.0 - label])
+    first_half = set(task_ids[::2])
+    halves = (
+        [pair for pair in pairs if pair.task_id in first_half],
+        [pair for pair in pairs if pair.task_id not in first_half],
+    )
+    measured = [_margins(model, half, batch_pairs) for half in halves]
+    temperatures = [fit_temperature(margin, label) for margin, label, _ in measured]
+    scaled = [m / t for (m, _, _), t in zip(measured, reversed(temperatures), strict=True)]
+    probability, label = torch.sigmoid(torch.cat(scaled)), torch.cat([part[1] for part in measured])
+    model.temperature = fit_temperature(torch.cat([part[0] for part in measured]), label)
+    both, outcomes = torch.cat([probability, 1.0 - probability]), torch.cat([label, 1.0 - label])
     return Calibration(
-        num_pairs=len(measured),
+        num_pairs=label.numel(),
         pair_accuracy=float(((probability > 0.5) == (label > 0.5)).float().mean()),
         ece=float(expected_calibration_error(both, outcomes, num_bins=NUM_BINS)),
         brier=float(brier_score(both, outcomes)),
         temperature=model.temperature,
-        criterion_mae=criterion_mae,
+        criterion_mae={name: (measured[0][2][name] + measured[1][2][name]) / 2.0 for name in model.criteria},
     )
 
 

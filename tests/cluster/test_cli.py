@@ -231,7 +231,7 @@ def test_every_command_of_the_design_is_there_and_takes_json():
 def test_plan_prints_tables_or_json():
     assert "One PPO step" in seatrial("plan", "support_desk").stdout
     plan = json.loads(seatrial("plan", "support_desk", "--json").stdout)["plan"]
-    assert plan["batch"]["rollouts_per_step"] == 192
+    assert plan["batch"]["rollouts_per_step"] == load_spec("support_desk").ppo.rollouts_per_step
     assert plan["total_minutes"] > 0
 
 
@@ -365,7 +365,7 @@ def test_a_resume_with_another_spec_names_what_differs(home: Path, pipeline: Sim
     result = seatrial("run", "support_desk", "--resume", "r1", "--set", "seed=9", "--json")
     answer = json.loads(result.stdout)
     assert result.exit_code == 2
-    assert "ppo.num_steps (was 4, now 40)" in answer["remedy"]
+    assert f"ppo.num_steps (was 4, now {load_spec('support_desk').ppo.num_steps})" in answer["remedy"]
     assert "seed (was 0, now 9)" in answer["remedy"]
     assert "sft" not in answer["remedy"]
     assert not pipeline.calls

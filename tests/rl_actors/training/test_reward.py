@@ -200,17 +200,21 @@ class Marks(RewardModel):
 
 
 def test_calibration_splits_by_task_and_never_measures_where_it_fits():
-    """Tasks 0, 2, .. fit and 1, 3, .. measure. The fitted half is always right, the measured half always wrong."""
+    """Even tasks are always right, odd ones always wrong, and each half is measured with the other's temperature.
+
+    Even: cooled to 0.505 by the wrong half, so 0.495 off. Odd: heated to 1 by the right half, so 1 off. Fitted on
+    themselves the even ones would be 0 off.
+    """
     pairs = [pair(index, 1.0 if index % 2 == 0 else 0.0) for index in range(10) for _ in range(2)]
     calibration = calibrate(Marks({GOOD_WORD: 1.0, BAD_WORD: 0.0}), pairs)
-    assert calibration.num_pairs == 10
-    assert calibration.pair_accuracy == 0.0, "measured on the other half, or this would be 0.5 or 1"
-    assert calibration.temperature == pytest.approx(0.02, rel=0.01), "fitted on a half without an error"
+    assert calibration.num_pairs == 20
+    assert calibration.pair_accuracy == 0.5
+    assert calibration.ece == pytest.approx((0.495 + 1.0) / 2.0, abs=0.01)
 
 
 def test_the_two_runs_of_a_task_stay_on_one_side():
     pairs = [pair(index, 1.0) for index in range(2) for _ in range(5)]
-    assert calibrate(Marks({GOOD_WORD: 1.0, BAD_WORD: 0.0}), pairs).num_pairs == 5
+    assert calibrate(Marks({GOOD_WORD: 1.0, BAD_WORD: 0.0}), pairs).num_pairs == 10
 
 
 def test_a_model_that_is_too_sure_is_cooled_down():
