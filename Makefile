@@ -8,13 +8,16 @@ STAMP := .venv/.installed-$(EXTRA)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check lint format lock clean env
+.PHONY: demo test test-serve check lint format lock clean env
 
 demo: $(STAMP)  ## data -> SFT -> reward model -> PPO -> tests -> canary -> promoted policy, on this machine
 	$(BIN)/seatrial run support_desk
 
 test: $(STAMP)  ## everything that needs no GPU: unit, Ray and engine tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore tests/integration
+
+test-serve: $(STAMP)  ## gateway and two engines on real Ray Serve, fail-back under load; wants an otherwise idle machine
+	$(BIN)/python -m pytest -q tests/integration
 
 check: lint  ## lint, types, import contracts, fast tests
 	$(BIN)/python -m pytest -q -m "not ray and not engine and not slow"

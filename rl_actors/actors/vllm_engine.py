@@ -126,7 +126,7 @@ class VllmEngine:
         request_id = str(self._num_requests)
         try:
             self._llm.llm_engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, _vllm_params(sampling))
-        except ValueError as error:  # vLLM refuses this one request (too long); the engine itself is well
+        except Exception as error:  # noqa: BLE001 - vLLM refuses this one request; whoever waits must hear of it
             done.set_exception(EngineError(f"request refused: {error}"))
             return
         self._waiting[request_id] = done

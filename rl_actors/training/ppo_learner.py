@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from rl_actors.algorithms.advantages import gae_advantages, token_rewards, whiten
+from rl_actors.algorithms.advantages import gae_advantages, group_advantages, token_rewards, whiten
 from rl_actors.algorithms.correction import rollout_correction
 from rl_actors.algorithms.kl import kl_estimate
 from rl_actors.algorithms.losses import explained_variance, merge_metrics, policy_loss, token_share, value_loss
@@ -86,7 +86,8 @@ class PpoLearner:
 
     def update(self, samples: Sequence[TrainingSample]) -> LearnerUpdate:
         """Take one PPO update on a batch of rollouts and return the new weights version with its metrics."""
-        batches = [self._tensors(group) for group in microbatches(samples, self._settings.microbatch_tokens)]
+        centred = against_group(samples)
+        batches = [self._tensors(group) for group in microbatches(centred, self._settings.microbatch_tokens)]
         metrics = self._old_pass(batches)
         metrics |= self._fill_advantages(batches)
         metrics |= self._epochs(batches)
@@ -245,6 +246,22 @@ class PpoLearner:
 
 _TAG = "state"  # DeepSpeed itself writes a file called "latest" beside it
 _FLAT = ("advantages", "returns", "values")
+
+
+def against_group(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+    """Return the samples with each reward less the mean of the other attempts at its task (arXiv 2402.14740 eq. 8).
+
+    A baseline that the sampled tokens do not enter leaves the gradient unbiased. Tasks differ far more than attempts at
+    one task do, and the critic alone has not learned that after a few dozen steps. A single attempt keeps its reward.
+    """
+    rewards = torch.tensor([sample.reward for sample in samples])
+    groups = torch.tensor([sample.group_id for sample in samples])
+    centred = group_advantages(rewards, groups, kind="rloo")
+    is_alone = [int((groups == sample.group_id).sum()) == 1 for sample in samples]
+    return [
+        sample if alone else replace(sample, reward=float(value))
+        for sample, value, alone in zip(samples, centred, is_alone, strict=True)
+    ]
 
 
 def microbatches(samples: Sequence[TrainingSample], max_tokens: int) -> list[list[TrainingSample]]:

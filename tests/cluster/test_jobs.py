@@ -172,7 +172,9 @@ def test_a_real_job_server_runs_what_was_shipped():
         "import cluster.jobs as j, cluster.spec as s; "
         f"print('ran', s.load_spec({SPEC_FILE!r}).seed, str(j.PROJECT_ROOT) != {str(PROJECT_ROOT)!r})"
     )
-    context = ray.init(num_cpus=1, num_gpus=0, include_dashboard=True, dashboard_port=0, log_to_driver=False)
+    context = ray.init(
+        address="local", num_cpus=1, num_gpus=0, include_dashboard=True, dashboard_port=0, log_to_driver=False
+    )
     try:
         client = connect(f"http://{context.dashboard_url}")
         spec_text = spec_to_yaml(override(load_spec("support_desk"), ["seed=41"]))

@@ -81,7 +81,7 @@ def test_ray_reserves_what_fits_and_a_wait_is_bounded():
     import ray
     from ray.util.placement_group import remove_placement_group
 
-    ray.init(num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=3, num_gpus=0, include_dashboard=False, log_to_driver=False)
     try:
         group = reserve(placed(), "ppo", timeout_s=30)
         assert group.bundle_count == 3

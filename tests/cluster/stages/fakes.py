@@ -12,6 +12,7 @@ from typing import Any
 from cluster.journal import Journal
 from cluster.paths import RunFolder
 from cluster.placement import place
+from cluster.registry_entries import StageLog
 from cluster.spec import load_spec, override
 from cluster.stages.bench import ReleaseResult
 from cluster.stages.context import Run
@@ -242,3 +243,55 @@ class Places:
             yield lambda role, rank: {"place": (role, rank)}
         finally:
             self.open -= 1
+
+
+# --- registry ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeVersions:
+    """Registered versions, in order, with what they were said to stand on."""
+
+    registered: list[tuple[str, str, Any]] = field(default_factory=list)
+    named: dict[str, str] = field(default_factory=dict)
+
+    def register_reward_model(self, model: RewardModelVersion, lineage: Any) -> str:
+        self.registered.append(("reward", model.name, lineage))
+        return "4"
+
+    def register_policy(self, policy: PolicyVersion, lineage: Any) -> str:
+        self.registered.append(("policy", policy.name, lineage))
+        return "1"
+
+    def move(self, alias: str, version: str) -> None:
+        self.named[alias] = version
+
+    def clear(self, alias: str) -> None:
+        self.named.pop(alias, None)
+
+
+@dataclass
+class FakeRegistry:
+    """An MLflow that only remembers."""
+
+    versions: FakeVersions = field(default_factory=FakeVersions)
+    runs: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    stages: list[StageLog] = field(default_factory=list)
+
+    @property
+    def store(self) -> Any:
+        return type("Store", (), {"uri": "sqlite:///mlflow.db"})
+
+    def start_run(self, **values: Any) -> str:
+        self.runs.append(("start", values))
+        return "1"
+
+    def end_run(self, **values: Any) -> None:
+        self.runs.append(("end", values))
+
+    def log_stage(self, log: StageLog) -> str:
+        self.stages.append(log)
+        return "1"
+
+    def log_report(self, directory: Path) -> None:
+        self.runs.append(("report", {"directory": directory}))

@@ -105,7 +105,7 @@ def test_a_reward_worker_writes_model_and_calibration(
     job = reward_job(tiny_dir, tmp_path)
     train_jobs._reward_worker({"job": job, "num_threads": 1})
     calibration = Calibration(**json.loads((tmp_path / "reward" / "calibration.json").read_text()))
-    assert calibration.num_pairs == 3
+    assert calibration.num_pairs == 6
     assert set(calibration.criterion_mae) == {"correct"}
     assert read_temperature(job.output) == calibration.temperature == RewardModel.load(job.output).temperature
     assert [row["step"] for row in read_metrics(job.metrics, "reward_model")] == [1, 2, 3, 4]

@@ -138,7 +138,7 @@ def test_the_loss_falls(trained: tuple[RewardModel, list[RewardProgress]]):
 def test_it_ranks_pairs_it_never_saw_and_is_calibrated_on_them(trained: tuple[RewardModel, list[RewardProgress]]):
     model, _ = trained
     calibration = calibrate(model, learnable_pairs(40, seed=9))
-    assert calibration.num_pairs == 20
+    assert calibration.num_pairs == 40
     assert calibration.pair_accuracy > 0.9
     assert calibration.ece < 0.2
     assert calibration.brier < 0.15
