@@ -126,5 +126,6 @@ def replace_policy(bundle: Bundle, policy: PolicyVersion) -> Bundle:
 def describe_release(result: ReleaseResult) -> str:
     """Return one line for the person who watches."""
     counts = f"{result.canary_requests} canary of {result.requests} requests, {result.failed_requests} failed"
-    recovery = f", recovered in {result.time_to_recovery_s:.2f} s" if result.outcome != "promoted" else ""
+    has_recovered = result.outcome in {"rolled_back", "failed_back"}  # after a halt nobody has acknowledged anything
+    recovery = f", recovered in {result.time_to_recovery_s:.2f} s" if has_recovered else ""
     return f"{result.outcome.replace('_', ' ')}{recovery} ({counts})"

@@ -160,7 +160,7 @@ def test_every_policy_has_a_bundle_of_its_own_that_differs_in_nothing_else():
             {"outcome": "rolled_back", "time_to_recovery_s": 0.517, "failed_requests": 2},
             "rolled back, recovered in 0.52 s (90 canary of 400 requests, 2 failed)",
         ),
-        ({"outcome": "halted"}, "halted, recovered in 0.00 s (90 canary of 400 requests, 0 failed)"),
+        ({"outcome": "halted"}, "halted (90 canary of 400 requests, 0 failed)"),
     ],
 )
 def test_a_release_is_told_in_one_line(changes: dict[str, Any], line: str):
