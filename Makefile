@@ -14,13 +14,14 @@ demo: $(STAMP)  ## data -> SFT -> reward model -> PPO -> tests -> canary -> prom
 	$(BIN)/seatrial run support_desk
 
 test: $(STAMP)  ## everything that needs no GPU: unit, Ray and engine tests
-	$(BIN)/python -m pytest -q --ignore tests/integration
+	$(BIN)/python -m pytest -q -m "not idle" --ignore tests/integration
 
 test-serve: $(STAMP)  ## gateway and two engines on real Ray Serve, fail-back under load; wants an otherwise idle machine
+	$(BIN)/python -m pytest -q -m idle
 	$(BIN)/python -m pytest -q tests/integration
 
 check: lint  ## lint, types, import contracts, fast tests
-	$(BIN)/python -m pytest -q -m "not ray and not engine and not slow"
+	$(BIN)/python -m pytest -q -m "not ray and not engine and not slow and not idle"
 
 lint: $(STAMP)  ## ruff, pyright, import contracts
 	$(BIN)/ruff check .

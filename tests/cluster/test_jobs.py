@@ -163,7 +163,7 @@ def test_no_job_server_is_named_with_its_address():
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.idle
 def test_a_real_job_server_runs_what_was_shipped():
     """The job finds the shipped packages and spec, not this checkout; a failing one is reported as failed."""
     import ray
