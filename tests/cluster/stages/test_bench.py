@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -467,7 +466,10 @@ def test_a_bench_that_released_nothing_stops_nothing(rig: Rig):
     assert rig.serve.acts == []
 
 
-def test_the_ledger_is_closed_after_a_release(rig: Rig, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("failure", [None, RuntimeError("gone")])
+def test_the_ledger_is_closed_however_a_release_ends(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, failure: Exception | None
+):
     closed: list[str] = []
 
     class Watched(RunLedger):
@@ -476,12 +478,7 @@ def test_the_ledger_is_closed_after_a_release(rig: Rig, monkeypatch: pytest.Monk
             super().close()
 
     monkeypatch.setattr(bench_module, "RunLedger", Watched)
-    rig.users.num_tickets = 3
-    rig.release()
-    rig.users.failure = RuntimeError("gone")
-    shutil.rmtree(rig.directory)
-    (rig.run.folder.root / "serving" / "split").rename(rig.run.folder.root / "old_split")
-    (rig.run.folder.root / "serving" / "ledger.sqlite").unlink()
-    with pytest.raises(InfrastructureError):
+    rig.users.num_tickets, rig.users.failure = 3, failure
+    with suppress(InfrastructureError):
         rig.release()
-    assert closed == ["controller", "controller"]
+    assert closed == ["controller"]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rl_actors.contracts import TrainingSample
 from rl_actors.models.value_head import token_logprobs_and_entropy
-from rl_actors.training.ppo_learner import PpoLearner, PpoSettings, checkpoint_exists, microbatches
+from rl_actors.training.ppo_learner import PpoLearner, PpoSettings, against_group, checkpoint_exists, microbatches
 
 torch.set_num_threads(1)
 slow = pytest.mark.slow
@@ -319,6 +319,37 @@ def test_an_earlier_state_can_be_put_back(tiny_dir: Path, batch: list[TrainingSa
     assert one.probe_logprobs(PROBES) != before
     one.restore_state(good)
     assert one.probe_logprobs(PROBES) == before
+
+
+# --- rewards against the group --------------------------------------------------------------------
+
+
+def grouped(*rewards_by_group: list[float]) -> list[TrainingSample]:
+    """One sample per reward; groups are interleaved as workers hand them back."""
+    pairs = [(group, reward) for group, rewards in enumerate(rewards_by_group) for reward in rewards]
+    made = [replace(sample(n, 8, reward), group_id=group) for n, (group, reward) in enumerate(pairs)]
+    return made[::2] + made[1::2]
+
+
+def test_a_reward_is_measured_against_the_other_attempts_at_its_task():
+    found = {one.rollout_id: one.reward for one in against_group(grouped([1.0, 0.0, 0.0], [5.0, 4.0]))}
+    assert found == {"r0": 1.0, "r1": -0.5, "r2": -0.5, "r3": 1.0, "r4": -1.0}
+
+
+@pytest.mark.parametrize("rewards", [[0.0, 0.0, 0.0], [1.0, 1.0]])
+def test_a_task_that_always_ends_the_same_teaches_nothing(rewards: list[float]):
+    assert {one.reward for one in against_group(grouped(rewards))} == {0.0}
+
+
+def test_a_single_attempt_keeps_its_reward():
+    assert [one.reward for one in against_group(grouped([0.75]))] == [0.75]
+
+
+def test_nothing_but_the_reward_is_touched_and_the_order_is_kept():
+    samples = grouped([1.0, 0.0], [0.5, 0.25, 0.0])
+    centred = against_group(samples)
+    assert [replace(one, reward=0.0) for one in centred] == [replace(one, reward=0.0) for one in samples]
+    assert sum(one.reward for one in centred) == pytest.approx(0.0)
 
 
 # --- microbatches ---------------------------------------------------------------------------------

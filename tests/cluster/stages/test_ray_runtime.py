@@ -1,0 +1,260 @@
+"""Connecting to Ray: a local one that is ours alone, a cluster when one is named; and where each actor goes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import ray
+
+from cluster.placement import Placement, place
+from cluster.spec import load_spec, override
+from cluster.stages import ray_runtime
+from cluster.stages.ray_runtime import WORKER_ENVIRONMENT, connected, placed, worker_environment
+from rl_actors.errors import BadInputError, InfrastructureError
+
+GPU = ("cluster.gpus_per_learner=1", "cluster.gpus_per_rollout_worker=2", "ppo.num_rollout_workers=2")
+
+
+def placement_of(*settings: str) -> Placement:
+    return place(override(load_spec("support_desk"), list(settings)))
+
+
+# --- environment ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("settings", "accelerator"), [((), "cpu"), (GPU, "cuda"), (GPU[:1], "cuda")])
+def test_workers_are_told_which_accelerator_they_have(settings: tuple[str, ...], accelerator: str):
+    environment = worker_environment(placement_of(*settings))
+    assert environment["DS_ACCELERATOR"] == accelerator
+    assert {**environment, "DS_ACCELERATOR": "cpu"} == WORKER_ENVIRONMENT
+
+
+def test_workers_never_reach_for_the_hub():
+    assert worker_environment(placement_of())["HF_HUB_OFFLINE"] == "1"
+
+
+def test_asking_twice_does_not_change_the_defaults():
+    worker_environment(placement_of(*GPU))
+    assert worker_environment(placement_of())["DS_ACCELERATOR"] == "cpu"
+
+
+# --- connecting, on a Ray that only remembers -------------------------------------------------------------------------
+
+
+@dataclass
+class FakeRay:
+    """What `connected` asks of Ray."""
+
+    resources: dict[str, float]
+    is_up: bool = False
+    inits: list[dict[str, Any]] = field(default_factory=list)
+    num_shutdowns: int = 0
+
+    def is_initialized(self) -> bool:
+        return self.is_up
+
+    def init(self, **options: Any) -> None:
+        assert not self.is_up
+        self.inits.append(options)
+        self.is_up = True
+
+    def cluster_resources(self) -> dict[str, float]:
+        assert self.is_up
+        return self.resources
+
+    def shutdown(self) -> None:
+        self.num_shutdowns += 1
+        self.is_up = False
+
+
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    fake = FakeRay({"CPU": 8.0})
+    monkeypatch.setattr(ray_runtime, "ray", fake)
+    return fake
+
+
+def test_without_an_address_a_local_ray_is_started_and_no_other_is_joined(fake_ray: FakeRay):
+    with connected("", placement_of()):
+        assert fake_ray.is_up
+    (options,) = fake_ray.inits
+    assert options["address"] == "local"
+    assert options["include_dashboard"] is False
+    assert options["runtime_env"] == {"env_vars": worker_environment(placement_of())}
+    assert (fake_ray.is_up, fake_ray.num_shutdowns) == (False, 1)
+
+
+def test_a_small_machine_gets_enough_logical_cpus(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray_runtime.os, "cpu_count", lambda: 2)
+    with connected("", placement_of()):
+        pass
+    assert fake_ray.inits[0]["num_cpus"] == 3
+
+
+@pytest.mark.parametrize(
+    ("address", "environ", "joined"),
+    [
+        ("ray://head:10001", None, "ray://head:10001"),
+        ("", "10.0.0.1:6379", "10.0.0.1:6379"),
+        ("ray://head:10001", "10.0.0.1:6379", "ray://head:10001"),
+    ],
+)
+def test_a_named_cluster_is_joined_and_not_resized(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, address: str, environ: str | None, joined: str
+):
+    if environ:
+        monkeypatch.setenv("RAY_ADDRESS", environ)
+    with connected(address, placement_of()):
+        pass
+    (options,) = fake_ray.inits
+    assert options["address"] == joined
+    assert "num_cpus" not in options
+    assert "object_store_memory" not in options
+    assert options["runtime_env"]["env_vars"]["HF_HUB_OFFLINE"] == "1"
+
+
+def test_a_ray_that_is_up_already_is_used_and_left_running(fake_ray: FakeRay):
+    fake_ray.is_up = True
+    with connected("", placement_of()):
+        pass
+    assert (fake_ray.inits, fake_ray.num_shutdowns, fake_ray.is_up) == ([], 0, True)
+
+
+def test_a_spec_that_can_never_be_placed_is_refused_and_ray_ends(fake_ray: FakeRay):
+    ran = []
+    with pytest.raises(BadInputError, match="the cluster has 0"), connected("", placement_of(*GPU)):
+        ran.append(True)
+    assert (ran, fake_ray.is_up) == ([], False)
+
+
+def test_a_run_that_fails_still_ends_its_ray(fake_ray: FakeRay):
+    with pytest.raises(InfrastructureError, match="disk"), connected("", placement_of()):
+        raise InfrastructureError("disk full")
+    assert not fake_ray.is_up
+
+
+# --- placing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Groups:
+    """Placement groups that are only names."""
+
+    reserved: list[tuple[str, float]] = field(default_factory=list)
+    removed: list[object] = field(default_factory=list)
+    refusal: Exception | None = None
+
+    def reserve(self, _placement: Placement, stage: str, *, timeout_s: float) -> str:
+        if self.refusal is not None:
+            raise self.refusal
+        self.reserved.append((stage, timeout_s))
+        return f"group of {stage}"
+
+
+@pytest.fixture
+def groups(monkeypatch: pytest.MonkeyPatch) -> Groups:
+    fake = Groups()
+    monkeypatch.setattr(ray_runtime, "reserve", fake.reserve)
+    monkeypatch.setattr(ray_runtime, "remove_placement_group", fake.removed.append)
+    return fake
+
+
+def test_every_actor_goes_to_its_own_bundle_with_what_it_reserved(groups: Groups):
+    placement = placement_of(*GPU)
+    with placed(placement, "ppo") as options:
+        found = [options(bundle.role, bundle.rank) for bundle in placement.bundles("ppo")]
+    strategies = [given["scheduling_strategy"] for given in found]
+    assert [strategy.placement_group_bundle_index for strategy in strategies] == list(range(4))
+    assert {strategy.placement_group for strategy in strategies} == {"group of ppo"}
+    assert [(given["num_cpus"], given["num_gpus"]) for given in found] == [
+        (1.0, 1.0), (1.0, 2.0), (1.0, 2.0), (1.0, 0.0),
+    ]  # fmt: skip
+
+
+def test_bundles_are_given_back_when_the_stage_ends_and_when_it_fails(groups: Groups):
+    with placed(placement_of(), "sft"):
+        assert groups.removed == []
+    assert groups.removed == ["group of sft"]
+    with pytest.raises(InfrastructureError), placed(placement_of(), "ppo"):
+        raise InfrastructureError("worker died")
+    assert groups.removed == ["group of sft", "group of ppo"]
+
+
+def test_nothing_is_given_back_that_was_never_reserved(groups: Groups):
+    groups.refusal = InfrastructureError("waited 60 s")
+    with pytest.raises(InfrastructureError, match="waited"), placed(placement_of(), "ppo"):
+        pass
+    assert groups.removed == []
+
+
+def test_a_wait_for_places_is_bounded(groups: Groups):
+    with placed(placement_of(), "ppo"):
+        pass
+    assert groups.reserved == [("ppo", ray_runtime.RESERVE_TIMEOUT_S)]
+
+
+@pytest.mark.parametrize(("role", "rank"), [("scorer", 1), ("learner", 1), ("cook", 0)])
+def test_an_actor_the_stage_has_no_place_for_is_refused(groups: Groups, role: str, rank: int):
+    with placed(placement_of(), "ppo") as options, pytest.raises(KeyError, match=role):
+        options(role, rank)
+
+
+# --- a real Ray -------------------------------------------------------------------------------------------------------
+
+_NEIGHBOUR = """
+import ray, sys
+context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+                   object_store_memory=100 << 20)
+print(context.address_info["gcs_address"], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def neighbour() -> Iterator[str]:
+    """Somebody else's Ray on this machine: the one that a plain `ray.init()` would join."""
+    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", _NEIGHBOUR]
+    with subprocess.Popen(
+        command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.communicate("", timeout=60)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_local_ray_is_our_own_starts_and_stops_beside_another(neighbour: str):
+    assert neighbour
+    placement = placement_of()
+    with connected("", placement):
+        assert ray.is_initialized()
+        assert ray.get_runtime_context().gcs_address != neighbour
+        assert len(ray.nodes()) == 1
+        with connected("", placement):
+            assert ray.is_initialized()
+        assert ray.is_initialized()
+        seen = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote(), timeout=120)
+        assert {name: seen[name] for name in WORKER_ENVIRONMENT} == worker_environment(placement)
+        with placed(placement, "offline_eval") as options:
+            free = ray.available_resources()["CPU"]
+            actor: Any = ray.remote(_Where).options(**options("rollout_worker", 0)).remote()
+            assert ray.get(actor.group.remote(), timeout=120)
+        assert free == ray.cluster_resources()["CPU"] - 1
+    assert not ray.is_initialized()
+
+
+class _Where:
+    """An actor that says whether it runs inside a placement group."""
+
+    def group(self) -> str:
+        group = ray.util.get_current_placement_group()
+        return group.id.hex() if group else ""
