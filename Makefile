@@ -14,7 +14,8 @@ demo: $(STAMP)  ## data -> SFT -> reward model -> PPO -> tests -> canary -> prom
 	$(BIN)/seatrial run support_desk
 
 test: $(STAMP)  ## everything that needs no GPU: unit, Ray and engine tests
-	$(BIN)/python -m pytest -q -m "not idle and not engine" --ignore tests/integration
+	$(BIN)/python -m pytest -q -m "not idle and not engine" --ignore tests/integration --ignore tests/rl_actors/training
+	$(BIN)/python -m pytest -q -m "not idle and not engine" tests/rl_actors/training  # apart: one process group each
 	$(BIN)/python -m pytest -q -m engine --ignore tests/integration  # apart: vLLM takes the process group
 
 test-serve: $(STAMP)  ## gateway and two engines on real Ray Serve, fail-back under load; wants an otherwise idle machine
