@@ -11,13 +11,12 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from rl_actors.actors.attestation import attestation_gap, require_attested
 from rl_actors.actors.ppo_learner import LearnerRank, PpoLearnerActor
 from rl_actors.actors.reward_scorer import RewardMix, RewardScorer
 from rl_actors.actors.rollout_worker import RolloutBatch, RolloutWorker, RolloutWorkerSettings
 from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
-from rl_actors.errors import AttestationError, InfrastructureError, SeatrialError
+from rl_actors.errors import InfrastructureError, SeatrialError
 from rl_actors.training.ppo_learner import PpoSettings
 
 START_TIMEOUT_S = 300.0
@@ -51,16 +50,26 @@ class RolloutPool:
         self, model_path: str, settings: RolloutWorkerSettings, *, num_workers: int, options: Options, timeout_s: float
     ) -> None:
         """Start the workers and wait until every engine is up."""
-        remote: Any = ray.remote(RolloutWorker)
-        self.workers = [
-            remote.options(**options("rollout_worker", rank)).remote(model_path, settings)
-            for rank in range(num_workers)
-        ]
+        self._model_path, self._settings, self._options = model_path, settings, options
+        self.workers = [self._start(rank) for rank in range(num_workers)]
         self._timeout_s = timeout_s
         self.num_reissued = 0
-        wait_for([worker.ready.remote() for worker in self.workers], timeout_s=START_TIMEOUT_S, what="rollout workers")
+        self._await(self.workers)
 
-    def rollouts(self, requests: Sequence[RolloutRequest], temperature: float = 1.0) -> list[Rollout]:
+    def restart(self, rank: int) -> None:
+        """Replace a worker whose engine broke by a new one; it serves the weights it was loaded with, no others."""
+        close_actors([self.workers[rank]])
+        self.workers[rank] = self._start(rank)
+        self._await([self.workers[rank]])
+
+    def _start(self, rank: int) -> Any:
+        remote: Any = ray.remote(RolloutWorker)
+        return remote.options(**self._options("rollout_worker", rank)).remote(self._model_path, self._settings)
+
+    def _await(self, workers: Sequence[Any]) -> None:
+        wait_for([worker.ready.remote() for worker in workers], timeout_s=START_TIMEOUT_S, what="rollout workers")
+
+    def rollouts(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout]:
         """Attempt all requests; the result is ordered by request, with dropped ones left out."""
         count = len(self.workers)
         shares = [[r for r in requests if r.group_id % count == index] for index in range(count)]
@@ -144,9 +153,9 @@ class LearnerGroup:
             self._ranks.append(actor)
 
     def update(self, samples: Sequence[TrainingSample]) -> LearnerUpdate:
-        """Update on all ranks; each gets an equal share and reports the metrics of the whole batch."""
-        count = len(self._ranks)
-        calls = [actor.update.remote(list(samples[rank::count])) for rank, actor in enumerate(self._ranks)]
+        """Update on all ranks; each gets whole groups of about equal size and reports metrics of the whole batch."""
+        shares = share_by_group(samples, len(self._ranks))
+        calls = [actor.update.remote(share) for actor, share in zip(self._ranks, shares, strict=True)]
         return wait_for(calls, timeout_s=3600.0, what="learners")[0]
 
     def probe(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -186,50 +195,30 @@ class LearnerGroup:
         return wait_for(calls, timeout_s=START_TIMEOUT_S, what="learners")[0]
 
 
-class AttestedSync:
-    """Publishes weights to every worker and proves that each serves them; one that fails is resynced once."""
+def share_by_group(samples: Sequence[TrainingSample], num_shares: int) -> list[list[TrainingSample]]:
+    """Deal whole groups to ranks, largest first, each to the rank with the fewest tokens so far.
 
-    def __init__(
-        self, learners: LearnerGroup, pool: RolloutPool, probes: Sequence[Sequence[int]], *, tolerance: float
-    ) -> None:
-        """Hold both sides and the probe sequences."""
-        self._learners, self._pool, self._probes, self._tolerance = learners, pool, probes, tolerance
-        self.num_resyncs = 0
+    Attempts at one task are each other's baseline, so they must not be split.
 
-    def publish(self, weights_version: int) -> float:
-        """Publish and attest; returns the largest gap of any worker.
+    Raises:
+        InfrastructureError: Fewer groups than ranks: a rank would have nothing to do while the others wait for it.
+    """
+    groups: dict[int, list[TrainingSample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.group_id, []).append(sample)
+    if len(groups) < num_shares:
+        raise InfrastructureError(f"{len(groups)} groups of rollouts came back for {num_shares} learners; see the log")
+    shares: list[list[TrainingSample]] = [[] for _ in range(num_shares)]
+    sizes = [0] * num_shares
+    for _, group in sorted(groups.items(), key=lambda item: (-_num_tokens(item[1]), item[0])):
+        rank = sizes.index(min(sizes))
+        shares[rank] += group
+        sizes[rank] += _num_tokens(group)
+    return shares
 
-        Raises:
-            AttestationError: A worker failed twice: it is quarantined and nothing it makes is used.
-        """
-        weights, expected = self._learners.weights(), self._learners.probe(self._probes)
-        self._send(self._pool.workers, weights, weights_version)
-        gaps = self._gaps(expected, weights_version)
-        failed = [worker for worker, gap in zip(self._pool.workers, gaps, strict=True) if not gap <= self._tolerance]
-        if failed:
-            self.num_resyncs += len(failed)
-            self._send(failed, weights, weights_version)
-            gaps = self._gaps(expected, weights_version)
-        self._require(gaps, weights_version)
-        return max(gaps)
 
-    def _send(self, workers: Sequence[Any], weights: Any, weights_version: int) -> None:
-        calls = [worker.publish.remote(weights, weights_version) for worker in workers]
-        wait_for(calls, timeout_s=START_TIMEOUT_S, what="rollout workers")
-
-    def _gaps(self, expected: list[list[float]], weights_version: int) -> list[float]:
-        calls = [worker.probe.remote(self._probes) for worker in self._pool.workers]
-        answers = wait_for(calls, timeout_s=START_TIMEOUT_S, what="rollout workers")
-        wrong = [version for version, _ in answers if version != weights_version]
-        if wrong:
-            raise AttestationError(f"workers serve weights versions {wrong}, published was {weights_version}")
-        return [attestation_gap(logprobs, expected) for _, logprobs in answers]
-
-    def _require(self, gaps: Sequence[float], weights_version: int) -> None:
-        for index, gap in enumerate(gaps):
-            require_attested(
-                gap, tolerance=self._tolerance, worker=f"rollout worker {index}", weights_version=weights_version
-            )
+def _num_tokens(samples: Sequence[TrainingSample]) -> int:
+    return sum(len(sample.token_ids) for sample in samples)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

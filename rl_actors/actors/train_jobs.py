@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from ray.train import RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer
-from transformers import AutoModel, AutoModelForCausalLM
 
 from rl_actors.errors import InfrastructureError
+from rl_actors.models.experts import load_backbone, load_causal_lm
 from rl_actors.models.reward_model import RewardModel
 from rl_actors.training.metrics_log import MetricsLog
 from rl_actors.training.reward import PreferencePair, RewardProgress, RewardSettings, calibrate, train_reward_model
@@ -100,7 +100,7 @@ def _prepare_worker(num_threads: int) -> tuple[int, int]:
 def _sft_worker(config: dict[str, Any]) -> None:
     job: SftJob = config["job"]
     rank, num_ranks = _prepare_worker(config["num_threads"])
-    model: Any = AutoModelForCausalLM.from_pretrained(job.base, dtype=torch.float32)
+    model = load_causal_lm(job.base)
     log = MetricsLog(job.metrics, "sft")
 
     def report(progress: SftProgress) -> None:
@@ -116,8 +116,7 @@ def _reward_worker(config: dict[str, Any]) -> None:
     job: RewardJob = config["job"]
     rank, num_ranks = _prepare_worker(config["num_threads"])
     torch.manual_seed(job.settings.seed)
-    backbone: Any = AutoModel.from_pretrained(job.backbone, dtype=torch.float32)
-    model = RewardModel(backbone, job.criteria)
+    model = RewardModel(load_backbone(job.backbone), job.criteria)
     log = MetricsLog(job.metrics, "reward_model")
 
     def report(progress: RewardProgress) -> None:

@@ -12,10 +12,13 @@ import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from rl_actors.actors.checkpoint_tensors import checkpoint_shapes, require_complete
 from rl_actors.contracts import Completion, SamplingParams
 from rl_actors.errors import EngineError
 
@@ -29,6 +32,14 @@ _ENGINE_ENVIRONMENT = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """Something to do on the engine's thread, and whoever waits for it: run it or fail it, never forget it."""
+
+    run: Callable[[], None]
+    done: Future[Any]
+
+
 class VllmEngine:
     """A vLLM engine on its own thread.
 
@@ -40,11 +51,13 @@ class VllmEngine:
         self, model_path: str, *, max_model_len: int, max_num_seqs: int = 64, transfer_backend: str | None = None
     ) -> None:
         """Load the model and start the thread; returns when the engine can generate."""
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._waiting: dict[str, Future[Completion]] = {}
         self._num_requests = 0
         self._failure: BaseException | None = None
+        self._has_ended, self._ending = False, threading.Lock()
         self.weights_version = 0
+        self._shapes = checkpoint_shapes(model_path)
         self._llm: Any = None
         loaded: Future[Any] = Future()
         # Loaded on the thread that steps it: vLLM's CPU attention dies when two threads differ in OpenMP threads.
@@ -58,54 +71,70 @@ class VllmEngine:
         self._llm = loaded.result()
 
     async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
-        """Sample one completion; cancelled or failed requests never come back as data."""
+        """Sample one completion; failed requests never come back as data, cancelled ones leave the engine."""
         done: Future[Completion] = Future()
-        self._submit(lambda: self._add_request(tuple(prompt_token_ids), sampling, done))
-        return await asyncio.wrap_future(done)
+        self._submit(_Command(lambda: self._add_request(tuple(prompt_token_ids), sampling, done), done))
+        try:
+            return await asyncio.wrap_future(done)
+        except asyncio.CancelledError:
+            with suppress(EngineError):
+                self._submit(_Command(lambda: self._abort_request(done), Future()))
+            raise
 
     def call(self, function: Callable[[], Any], timeout_s: float = 120.0) -> Any:
         """Run `function` on the engine thread between two steps and return its result."""
         done: Future[Any] = Future()
-        self._submit(lambda: _settle(done, function))
+        self._submit(_Command(lambda: _settle(done, function), done))
         try:
             return done.result(timeout_s)
         except TimeoutError:
             raise EngineError(f"the vLLM engine did not answer within {timeout_s:.0f} s") from None
 
     def publish(self, weights: Mapping[str, torch.Tensor], weights_version: int) -> None:
-        """Load new weights and drop the prefix cache. Call only with no request in flight."""
+        """Load new weights and drop the prefix cache. Call only with no request in flight.
+
+        Raises:
+            AttestationError: A tensor is missing or has another shape; the engine goes on with the weights it has.
+            EngineError: Requests are in flight; or loading broke half-way, and the engine has ended.
+        """
         self.call(lambda: self._publish(weights, weights_version))
 
     def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Return log p(token t | tokens before it) for t = 1.. of each sequence, as this engine computes it."""
+        """Return log p(token t | tokens before it) for t = 1.. of each sequence, as this engine computes it.
+
+        Raises:
+            EngineError: Requests are in flight: the probe would take their output for its own.
+        """
         return self.call(lambda: self._probe(sequences))
 
     def close(self) -> None:
-        """Stop the thread; idempotent."""
+        """Stop the thread; idempotent. Whoever still waits is told."""
         self._commands.put(None)
         self._thread.join(timeout=10.0)
 
-    def _submit(self, command: Callable[[], None]) -> None:
-        if self._failure is not None or not self._thread.is_alive():
-            raise EngineError(f"the vLLM engine is dead: {self._failure!r}")
-        self._commands.put(command)
+    def _submit(self, command: _Command) -> None:
+        with self._ending:
+            if self._has_ended:
+                raise EngineError(f"the vLLM engine is dead: {self._failure!r}")
+            self._commands.put(command)
 
     def _run(self, load: Callable[[], Any], loaded: Future[Any]) -> None:
-        """Load the engine, hand it over, and pump until closed."""
+        """Load the engine, hand it over, and pump until closed; a failure ends everyone who waits."""
         _settle(loaded, load)
-        if loaded.exception() is None:
-            self._llm = loaded.result()
-            self._pump()
-
-    def _pump(self) -> None:
-        """Take commands, step while there is work; a failure ends every waiting request."""
+        self._failure = loaded.exception()
         try:
-            while self._take_commands():
-                if self._waiting:
-                    self._step()
+            if self._failure is None:
+                self._llm = loaded.result()
+                self._pump()
         except BaseException as error:  # noqa: BLE001 - the thread's last word must reach every waiter
             self._failure = error
-            self._fail_waiting(error)
+        self._end(self._failure or EngineError("the vLLM engine was closed"))
+
+    def _pump(self) -> None:
+        """Take commands, step while there is work, until closed or broken."""
+        while self._take_commands() and self._failure is None:
+            if self._waiting:
+                self._step()
 
     def _take_commands(self) -> bool:
         """Run every queued command; block when idle. Returns False when asked to stop."""
@@ -116,12 +145,25 @@ class VllmEngine:
             except queue.Empty:
                 return True
             if command is None:
-                self._fail_waiting(EngineError("the vLLM engine was closed"))
                 return False
-            command()
+            command.run()
             block = False
 
+    def _end(self, error: BaseException) -> None:
+        """Refuse what comes later, and fail what waits: in the engine, and in the queue behind the closing mark."""
+        with self._ending:
+            self._has_ended = True
+        waiting, self._waiting = list(self._waiting.values()), {}
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None and command.done.set_running_or_notify_cancel():
+                waiting.append(command.done)
+        for done in waiting:
+            done.set_exception(EngineError(f"the vLLM engine stopped: {error!r}"))
+
     def _add_request(self, prompt: tuple[int, ...], sampling: SamplingParams, done: Future[Completion]) -> None:
+        if not done.set_running_or_notify_cancel():
+            return  # given up before its turn; from here on it can no longer be cancelled, only aborted
         self._num_requests += 1
         request_id = str(self._num_requests)
         try:
@@ -131,12 +173,16 @@ class VllmEngine:
             return
         self._waiting[request_id] = done
 
+    def _abort_request(self, done: Future[Completion]) -> None:
+        """Take a request nobody waits for out of the engine: its slot belongs to others."""
+        for request_id in [name for name, future in self._waiting.items() if future is done]:
+            self._llm.llm_engine.abort_request([request_id])
+            del self._waiting[request_id]
+
     def _step(self) -> None:
         for output in self._llm.llm_engine.step():
-            if output.finished:
-                done = self._waiting.pop(output.request_id)
-                if not done.cancelled():
-                    done.set_result(self._completion(output))
+            if output.finished and output.request_id in self._waiting:
+                self._waiting.pop(output.request_id).set_result(self._completion(output))
 
     def _completion(self, output: Any) -> Completion:
         sampled = output.outputs[0]
@@ -150,31 +196,36 @@ class VllmEngine:
         )
 
     def _publish(self, weights: Mapping[str, torch.Tensor], weights_version: int) -> None:
-        if self._waiting:
-            raise EngineError(f"{len(self._waiting)} requests in flight: publish weights between rollouts only")
-        self._llm.start_weight_update()
-        self._llm.update_weights({"update_info": {"named_tensors": weights}})
-        self._llm.finish_weight_update(weight_version=str(weights_version))
-        self._llm.llm_engine.reset_prefix_cache()
+        self._require_idle("publish weights")
+        require_complete(weights, self._shapes)
+        try:
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": {"named_tensors": weights}})
+            self._llm.finish_weight_update(weight_version=str(weights_version))
+            self._llm.llm_engine.reset_prefix_cache()
+        except Exception as error:
+            self._failure = error  # half old, half new: nothing this engine says can be believed any more
+            raise EngineError(f"weights version {weights_version} broke the engine half-way: {error!r}") from error
         self.weights_version = weights_version
 
     def _probe(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         from vllm import SamplingParams as VllmSamplingParams
 
+        self._require_idle("probe")
         params = VllmSamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return [_prompt_logprobs(output) for output in outputs]
 
-    def _fail_waiting(self, error: BaseException) -> None:
-        waiting, self._waiting = self._waiting, {}
-        for done in waiting.values():
-            if not done.done():
-                done.set_exception(EngineError(f"the vLLM engine stopped: {error!r}"))
+    def _require_idle(self, what: str) -> None:
+        if self._waiting:
+            raise EngineError(f"{len(self._waiting)} requests in flight: {what} between rollouts only")
 
 
 def _settle(done: Future[Any], function: Callable[[], Any]) -> None:
     """Run a command; what it raises belongs to its caller, not to the engine thread."""
+    if not done.set_running_or_notify_cancel():
+        return
     try:
         done.set_result(function())
     except Exception as error:  # noqa: BLE001 - re-raised in the caller's thread
@@ -202,6 +253,7 @@ def _load(model_path: str, max_model_len: int, max_num_seqs: int, transfer_backe
         enable_chunked_prefill=False,
         max_num_batched_tokens=max(8192, max_model_len),
         disable_log_stats=True,
+        logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
         seed=0,
         weight_transfer_config=WeightTransferConfig(backend=transfer_backend or BACKEND),
     )

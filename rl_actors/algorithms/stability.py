@@ -44,7 +44,7 @@ class StabilityLimits:
     max_kl: float | None = 0.1
     max_ratio: float | None = 50.0
     max_clip_fraction: float | None = 0.5
-    min_entropy: float | None = 0.005
+    min_entropy: float | None = 0.0005  # dialogues from templates start at 0.02 and rightly end near 0.005
     min_explained_variance: float | None = None
     max_reward_outcome_divergence: float | None = 1.0
     max_consecutive_skips: int = 3

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rl_actors.errors import BadDataError
+from rl_actors.models.experts import load_backbone
 
 _CONFIG, _HEADS = "reward_model.json", "heads.safetensors"
 
@@ -61,8 +62,7 @@ class RewardModel(torch.nn.Module):
         """
         path = Path(directory)
         config: dict[str, Any] = json.loads((path / _CONFIG).read_text(encoding="utf8"))
-        backbone = cast(PreTrainedModel, AutoModel.from_pretrained(path, dtype=torch.float32))
-        model = cls(backbone, config["criteria"])
+        model = cls(load_backbone(path), config["criteria"])
         missing = model.load_state_dict(load_file(path / _HEADS), strict=False).missing_keys
         if lost := [name for name in missing if not name.startswith("backbone.")]:
             raise BadDataError("reward model", str(path), f"{_HEADS} lacks {', '.join(lost)}; train it again")

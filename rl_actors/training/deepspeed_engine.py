@@ -59,26 +59,43 @@ def build_engine(
     return engine
 
 
-def accumulate_and_step(engine: Any, microbatches: Iterable[Any], loss_of: Callable[[Any], torch.Tensor]) -> float:
-    """Sum the losses of all microbatches, step once, and return the gradient norm before clipping.
+def accumulate(engine: Any, microbatches: Iterable[Any], loss_of: Callable[[Any], torch.Tensor]) -> float:
+    """Sum the gradients of all microbatches and return their global norm before clipping; nothing is stepped yet.
 
     `loss_of` must already divide by the *global* number of loss tokens and multiply by the number of ranks, because
-    DeepSpeed averages gradients over ranks.
+    DeepSpeed averages gradients over ranks. Follow with `engine.step()`, or with `discard`.
     """
     batches = list(microbatches)
     for index, microbatch in enumerate(batches):
         engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
         engine.backward(loss_of(microbatch))
-    norm = _plain_grad_norm(engine)
+    return _gradient_norm(engine)
+
+
+def accumulate_and_step(engine: Any, microbatches: Iterable[Any], loss_of: Callable[[Any], torch.Tensor]) -> float:
+    """Take one optimizer step and return the gradient norm before clipping; see `accumulate`."""
+    norm = accumulate(engine, microbatches, loss_of)
     engine.step()
-    return norm if norm is not None else float(engine.get_global_grad_norm())
+    return norm
 
 
-def _plain_grad_norm(engine: Any) -> float | None:
-    """Return the norm over all parameters without ZeRO, where DeepSpeed keeps none; None when it does."""
+def discard(engine: Any) -> None:
+    """Drop accumulated gradients without a step, as DeepSpeed itself does after an overflow."""
+    engine.zero_grad()
+    engine.optimizer.zero_grad()
+    if hasattr(engine.optimizer, "averaged_gradients"):  # ZeRO keeps its own copy
+        engine.optimizer.averaged_gradients = {}
+
+
+def _gradient_norm(engine: Any) -> float:
+    """Return the norm over all parameters, at any ZeRO stage."""
+    from deepspeed.utils import safe_get_full_grad
+
+    parameters = [p for p in engine.module.parameters() if p.requires_grad]
     if engine.zero_optimization_stage() > 0:
-        return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        gradients = [gradient for p in parameters if (gradient := safe_get_full_grad(p)) is not None]
+    else:
+        gradients = [p.grad for p in parameters if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))
 
 

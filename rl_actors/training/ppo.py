@@ -9,16 +9,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rl_actors.agent.rollout import RolloutRequest, training_sample
-from rl_actors.algorithms.stability import Continue, StabilityLimits, StopTraining, check_stability
+from rl_actors.algorithms.stability import (
+    RestoreLastGood,
+    SkipUpdate,
+    StabilityLimits,
+    StopTraining,
+    check_stability,
+)
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, Task, TrainingSample
-from rl_actors.errors import InstabilityError
+from rl_actors.errors import AttestationError, InstabilityError
 
 
 class RolloutSource(Protocol):
     """Attempts requests; what infrastructure broke is missing from the result, never a zero-reward sample."""
 
-    def rollouts(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
-        """Return the finished rollouts."""
+    def rollouts(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout]:
+        """Return the finished rollouts, sampled at `temperature`."""
         ...
 
 
@@ -59,6 +65,7 @@ class PpoPlan:
     rollouts_per_task: int
     checkpoint_every: int
     seed: int
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,21 +97,27 @@ def run_ppo(tasks: Sequence[Task], plan: PpoPlan, ports: PpoPorts, limits: Stabi
 
     Raises:
         InstabilityError: A tripwire asked to stop; its message begins with the reason code.
-        AttestationError: An engine does not serve what was published.
+        AttestationError: An engine does not serve what was published, or a rollout was made by other weights.
     """
     for step in range(start, plan.num_steps):
-        metrics = run_step(requests_for_step(tasks, plan, step), ports)
+        metrics = run_step(requests_for_step(tasks, plan, step), ports, step, plan.temperature)
         ports.report(step + 1, metrics)
         require_stable(metrics, limits)
         if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.num_steps:
             ports.learner.save_checkpoint(step + 1)
 
 
-def run_step(requests: Sequence[RolloutRequest], ports: PpoPorts) -> dict[str, float]:
-    """Generate, score, train, publish once; returns the step's metrics with the seconds of each part."""
+def run_step(
+    requests: Sequence[RolloutRequest], ports: PpoPorts, weights_version: int, temperature: float
+) -> dict[str, float]:
+    """Generate, score, train, publish once; returns the step's metrics with the seconds of each part.
+
+    `weights_version` is the attested version that the engines serve now.
+    """
     seconds: dict[str, float] = {}
     with _timed(seconds, "generate_s", ports.clock):
-        rollouts = ports.source.rollouts(requests)
+        rollouts = ports.source.rollouts(requests, temperature)
+    require_attested_rollouts(rollouts, weights_version)
     with _timed(seconds, "score_s", ports.clock):
         scores = ports.scorer.score(rollouts)
     samples = [training_sample(rollout, score.reward) for rollout, score in zip(rollouts, scores, strict=True)]
@@ -122,14 +135,34 @@ def run_step(requests: Sequence[RolloutRequest], ports: PpoPorts) -> dict[str, f
     }
 
 
+def require_attested_rollouts(rollouts: Sequence[Rollout], weights_version: int) -> None:
+    """Reject a batch of which any token was sampled by other weights than those attested.
+
+    Raises:
+        AttestationError: Names the first such rollout and its version.
+    """
+    for rollout in rollouts:
+        for turn in rollout.turns:
+            found = turn.completion.weights_version
+            if found != weights_version:
+                raise AttestationError(
+                    f"rollout {rollout.rollout_id} was sampled by weights version {found}, attested is "
+                    f"{weights_version}; the batch is rejected"
+                )
+
+
 def require_stable(metrics: Mapping[str, float], limits: StabilityLimits) -> None:
-    """Raise InstabilityError when a tripwire asks to stop training."""
+    """Stop training when a step's own metrics say so: non-finite, collapsed, or optimising the wrong thing.
+
+    Skipping a minibatch and ending an update early were decided in the learner, before anything was applied.
+
+    Raises:
+        InstabilityError: Its message begins with the reason code.
+    """
     decision = check_stability(metrics, limits)
-    if isinstance(decision, StopTraining):
-        raise InstabilityError(f"{decision.reason_code}: {decision.trips}")
-    if not isinstance(decision, Continue):
-        # Softer actions (skip, restore) belong inside the update; here they are only worth a name in the log.
-        return
+    is_non_finite = isinstance(decision, SkipUpdate) and decision.reason_code == "non_finite"
+    if is_non_finite or isinstance(decision, StopTraining | RestoreLastGood):
+        raise InstabilityError(f"{decision}; the newest checkpoint holds the last good state")
 
 
 def summarise(rollouts: Sequence[Rollout], scores: Sequence[Score], seconds: Mapping[str, float]) -> dict[str, float]:

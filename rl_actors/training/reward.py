@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +52,7 @@ class RewardSettings:
     seed: int
     max_grad_norm: float = 1.0
     rubric_weight: float = 0.5
+    microbatch_tokens: int = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +97,40 @@ def train_reward_model(
             order = rng.sample(list(pairs), len(pairs))
         start = (step % num_batches) * settings.batch_pairs
         batch = order[start : start + settings.batch_pairs][rank::num_ranks]
-        loss, accuracy = pair_loss(engine, batch, model.criteria, settings.rubric_weight, engine.device)
-        accumulate_and_step(engine, [loss], lambda value: value)
-        report(RewardProgress(step=step + 1, num_steps=num_steps, loss=float(loss.detach()), pair_accuracy=accuracy))
+        loss, accuracy = _step(engine, batch, model.criteria, settings)
+        report(RewardProgress(step=step + 1, num_steps=num_steps, loss=loss, pair_accuracy=accuracy))
+
+
+def _step(
+    engine: Any, batch: Sequence[PreferencePair], criteria: Sequence[str], settings: RewardSettings
+) -> tuple[float, float]:
+    """Take one optimizer step in microbatches of similar length; returns loss and pair accuracy of the whole batch."""
+    losses, correct, num_decided = [], 0.0, 0
+
+    def loss_of(part: Sequence[PreferencePair]) -> torch.Tensor:
+        nonlocal correct, num_decided
+        loss, accuracy = pair_loss(engine, part, criteria, settings.rubric_weight, engine.device)
+        decided = sum(pair.preference != 0.5 for pair in part)
+        correct, num_decided = correct + accuracy * decided, num_decided + decided
+        losses.append(float(loss.detach()) * len(part) / len(batch))
+        return loss * (len(part) / len(batch))  # both losses are means over pairs, and every pair has all its labels
+
+    accumulate_and_step(engine, pair_microbatches(batch, settings.microbatch_tokens), loss_of)
+    return sum(losses), correct / num_decided if num_decided else 0.5
+
+
+def pair_microbatches(pairs: Sequence[PreferencePair], max_tokens: int) -> list[list[PreferencePair]]:
+    """Group pairs of similar length so that a padded group holds at most `max_tokens` tokens, one pair at the least."""
+    groups: list[list[PreferencePair]] = [[]]
+    for pair in sorted(pairs, key=_pair_length):
+        if groups[-1] and 2 * (len(groups[-1]) + 1) * _pair_length(pair) > max_tokens:
+            groups.append([])
+        groups[-1].append(pair)
+    return groups
+
+
+def _pair_length(pair: PreferencePair) -> int:
+    return max(len(pair.first), len(pair.second))
 
 
 def pair_loss(

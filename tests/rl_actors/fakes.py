@@ -160,9 +160,13 @@ def make_rollout(
     tool_calls: int = 2,
     tool_errors: int = 0,
     duration_ms: float = 10.0,
+    weights_version: int = 0,
 ) -> Rollout:
     """A rollout of two turns: prompt 10 11, sampled 12 13, observed 14, sampled 15 16 7."""
-    chain = (make_turn((10, 11), (12, 13)), make_turn((10, 11, 12, 13, 14), (15, 16, 7), logprob=-2.0))
+    chain = (
+        make_turn((10, 11), (12, 13), version=weights_version),
+        make_turn((10, 11, 12, 13, 14), (15, 16, 7), version=weights_version, logprob=-2.0),
+    )
     return Rollout(
         rollout_id=rollout_id,
         task_id=task_id,

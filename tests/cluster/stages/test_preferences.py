@@ -133,9 +133,10 @@ def test_never_a_pair_of_two_tasks(run: Run, snapshot: DataSnapshot, monkeypatch
 
 
 def test_equal_runs_give_no_pair(run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
-    frozen, _ = collect(run, snapshot, monkeypatch)
+    frozen, _ = collect(run, snapshot, monkeypatch, Sampler(tokens=(10, 10, 11)))
     tokens = {row["rollout_id"]: row["token_ids"] for row in rows(frozen, "rollouts")}
     pairs = {(row["first_rollout_id"], row["second_rollout_id"]) for row in rows(frozen, "preferences")}
+    assert pairs
     assert all(tokens[first] != tokens[second] for first, second in pairs)
 
 

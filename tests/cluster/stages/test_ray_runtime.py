@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -207,26 +210,28 @@ def test_an_actor_the_stage_has_no_place_for_is_refused(groups: Groups, role: st
 
 # --- a real Ray -------------------------------------------------------------------------------------------------------
 
-_NEIGHBOUR = """
-import ray, sys
-context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-                   object_store_memory=100 << 20)
-print(context.address_info["gcs_address"], flush=True)
-sys.stdin.read()
-"""
-
 
 @pytest.fixture
-def neighbour() -> Iterator[str]:
-    """Somebody else's Ray on this machine: the one that a plain `ray.init()` would join."""
-    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", _NEIGHBOUR]
-    with subprocess.Popen(
-        command, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.communicate("", timeout=60)
+def neighbour(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Somebody else's cluster on this machine: the one that a plain `ray.init()` would find and join."""
+    # Below /tmp and short: Ray's sockets lie there. Of its own, so that nobody beside this test finds the cluster.
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as directory:
+        monkeypatch.setenv("RAY_TMPDIR", directory)
+        options = ("--port=0", "--num-cpus=1", "--include-dashboard=false", "--object-store-memory=100000000")
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", *options]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with subprocess.Popen(command, **quiet) as process:  # type: ignore[call-overload]
+            yield wait_for_text(Path(directory) / "ray" / "ray_current_cluster")
+            process.terminate()
+            process.wait(60)
+
+
+def wait_for_text(path: Path, seconds: float = 120.0) -> str:
+    deadline = time.monotonic() + seconds
+    while not (path.exists() and path.read_text().strip()):
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.1)
+    return path.read_text().strip()
 
 
 @pytest.mark.ray
@@ -245,10 +250,10 @@ def test_a_local_ray_is_our_own_starts_and_stops_beside_another(neighbour: str):
         seen = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote(), timeout=120)
         assert {name: seen[name] for name in WORKER_ENVIRONMENT} == worker_environment(placement)
         with placed(placement, "offline_eval") as options:
-            free = ray.available_resources()["CPU"]
             actor: Any = ray.remote(_Where).options(**options("rollout_worker", 0)).remote()
             assert ray.get(actor.group.remote(), timeout=120)
-        assert free == ray.cluster_resources()["CPU"] - 1
+        removed = {row["state"] for row in ray.util.placement_group_table().values()}
+        assert removed == {"REMOVED"}
     assert not ray.is_initialized()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rl_actors.errors import AttestationError, BadInputError
+from rl_actors.errors import AttestationError, BadInputError, EngineError
 
 
 class FakeWorker:
@@ -18,6 +18,7 @@ class FakeWorker:
         self.settings, self.version, self.shift, self.published = settings, 0, 0.0, 0
         self.gaps: list[float] = []
         self.skew = 0
+        self.breaks = False
 
     async def ready(self) -> str:
         return "ready"
@@ -36,7 +37,12 @@ class FakeWorker:
             first_error="engine gone" if lost else "",
         )
 
+    async def break_next_publish(self) -> None:
+        self.breaks = True
+
     async def publish(self, weights: Any, weights_version: int) -> None:
+        if self.breaks:
+            raise EngineError("weights version 7 broke the engine half-way")
         self.version = weights_version + self.skew
         self.published += 1
         self.shift = self.gaps.pop(0) if self.gaps else 0.0

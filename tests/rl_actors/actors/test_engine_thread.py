@@ -10,11 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from rl_actors.actors import vllm_engine
 from rl_actors.actors.vllm_engine import VllmEngine
 from rl_actors.contracts import Completion, SamplingParams
-from rl_actors.errors import EngineError
+from rl_actors.errors import AttestationError, EngineError
 
 SAMPLING = SamplingParams(max_tokens=3, seed=5)
 WAIT_S = 20.0
@@ -30,6 +31,7 @@ class FakeLlm:
         self.prompts: dict[str, list[int]] = {}
         self.error: BaseException | None = None
         self.calls: list[Any] = []
+        self.aborted: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
         self.thread_names: set[str] = set()
@@ -38,6 +40,11 @@ class FakeLlm:
         if len(prompt["prompt_token_ids"]) > 10:
             raise ValueError("longer than the maximum model length of 10")
         self.left[request_id], self.prompts[request_id] = self.rounds, prompt["prompt_token_ids"]
+
+    def abort_request(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
+        for request_id in request_ids:
+            del self.left[request_id]
 
     def step(self) -> list[Any]:
         self.thread_names.add(threading.current_thread().name)
@@ -180,6 +187,38 @@ def test_a_cancelled_request_disturbs_no_other(start: Any):
 
     assert asyncio.run(ask()).token_ids == (1, 6)
     assert generate(engine, [7, 1])[0].token_ids == (1, 7)
+    assert llm.aborted == ["1"], "nobody waits for it: it must not keep its slot"
+
+
+def test_a_request_that_is_cancelled_and_then_refused_disturbs_no_other(start: Any):
+    engine, _ = start()
+    asyncio.run(_while_the_thread_is_busy(engine, [1] * 11, cancel=True))
+    assert generate(engine, [7, 1])[0].token_ids == (1, 7)
+
+
+def test_a_request_that_comes_while_the_engine_closes_is_answered(start: Any):
+    engine, _ = start()
+    (outcome,) = asyncio.run(_while_the_thread_is_busy(engine, [7, 1], close=True))
+    assert isinstance(outcome, EngineError)
+
+
+async def _while_the_thread_is_busy(
+    engine: VllmEngine, prompt: list[int], *, cancel: bool = False, close: bool = False
+) -> list[Any]:
+    """Send a request that the thread sees only after it was cancelled, or after the engine was told to close."""
+    release = threading.Event()
+    busy = asyncio.create_task(asyncio.to_thread(engine.call, lambda: release.wait(WAIT_S)))
+    await asyncio.sleep(0.05)
+    closing = asyncio.create_task(asyncio.to_thread(engine.close)) if close else asyncio.create_task(asyncio.sleep(0))
+    await asyncio.sleep(0.05)
+    asked = asyncio.create_task(engine.generate(prompt, SAMPLING))
+    await asyncio.sleep(0.05)
+    if cancel:
+        asked.cancel()
+        await asyncio.sleep(0.05)
+    release.set()
+    await asyncio.gather(busy, closing)
+    return await asyncio.wait_for(asyncio.gather(asked, return_exceptions=True), 1.0)
 
 
 def test_a_call_runs_on_the_engines_thread_and_returns(start: Any):
@@ -235,16 +274,49 @@ def test_publishing_into_running_requests_is_refused(start: Any):
     assert (done.weights_version, engine.weights_version, llm.calls) == (0, 0, [])
 
 
-def test_a_failed_publish_keeps_the_old_version(start: Any):
+def test_a_probe_among_running_requests_is_refused(start: Any):
+    """The probe steps the engine itself and would swallow what others wait for."""
+    engine, llm = start(3)
+    llm.gate.clear()
+
+    async def ask() -> tuple[Any, Any]:
+        running = asyncio.create_task(engine.generate([2, 1], SAMPLING))
+        while not llm.left:
+            await asyncio.sleep(0.01)
+        probing = asyncio.create_task(asyncio.to_thread(engine.probe_logprobs, [[1, 2]]))
+        await asyncio.sleep(0.05)
+        llm.gate.set()
+        return await asyncio.gather(running, probing, return_exceptions=True)
+
+    done, refused = asyncio.run(ask())
+    assert isinstance(refused, EngineError)
+    assert "1 requests in flight: probe between rollouts only" in str(refused)
+    assert done.token_ids == (1, 2)
+
+
+def test_a_publish_that_breaks_half_way_ends_the_engine(start: Any):
+    """Half old, half new: it may answer neither under the old version nor under the new one."""
     engine, llm = start()
 
     def broken(update: Any) -> None:
         raise KeyError("model.layers.0.self_attn.sinks")
 
     llm.update_weights = broken
-    with pytest.raises(KeyError):
+    with pytest.raises(EngineError, match=r"weights version 2 broke the engine half-way: KeyError\('model\.layers"):
         engine.publish({}, 2)
     assert engine.weights_version == 0
+    with pytest.raises(EngineError, match="sinks"):
+        engine.call(lambda: 1)
+
+
+def test_an_incomplete_publish_is_refused_before_anything_is_touched(start: Any):
+    engine, llm = start()
+    engine._shapes = {"embed": (2, 3), "sinks": (4,)}
+    with pytest.raises(AttestationError, match="1 tensors were not published and would stay old: sinks"):
+        engine.publish({"embed": torch.zeros(2, 3)}, 5)
+    assert (llm.calls, engine.weights_version) == ([], 0)
+    engine.publish({"embed": torch.zeros(2, 3), "sinks": torch.zeros(4)}, 6)
+    assert engine.weights_version == 6, "and the engine lives on"
 
 
 def test_an_engine_that_cannot_load_says_why(monkeypatch: pytest.MonkeyPatch):

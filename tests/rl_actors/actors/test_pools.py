@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 
 from rl_actors.actors import pools
+from rl_actors.actors.attested_sync import AttestedSync
 from rl_actors.actors.pools import (
-    AttestedSync,
     LearnerGroup,
     RolloutPool,
     ScorerPool,
     complete_checkpoints,
     free_port,
     require_enough,
+    share_by_group,
     wait_for,
 )
 from rl_actors.errors import AttestationError, BadInputError, InfrastructureError
@@ -64,6 +65,26 @@ def test_up_to_a_quarter_may_be_lost(dropped: tuple[int, ...], requested: int):
 def test_more_is_refused_with_the_first_cause(dropped: tuple[int, ...], requested: int):
     with pytest.raises(InfrastructureError, match=r"rollouts were lost twice, the first \(r0\) to: engine gone"):
         require_enough([object()] * requested, [batch(count) for count in dropped])  # type: ignore[arg-type, list-item]
+
+
+def training_sample(number: int, *, group: int, length: int) -> Any:
+    return SimpleNamespace(rollout_id=f"r{number}", group_id=group, token_ids=(1,) * length)
+
+
+def test_groups_are_dealt_whole_and_evenly():
+    """Attempts at one task are each other's baseline: a rank without the others would compute another one."""
+    lengths = {0: 50, 1: 10, 2: 10, 3: 30}
+    samples = [training_sample(n, group=n % 4, length=lengths[n % 4]) for n in range(12)]
+    shares = share_by_group(samples, 2)
+    groups = [{sample.group_id for sample in share} for share in shares]
+    assert groups == [{0}, {1, 2, 3}]
+    assert sorted(sample.rollout_id for share in shares for sample in share) == sorted(s.rollout_id for s in samples)
+    assert share_by_group(samples, 1) != []
+
+
+def test_a_rank_without_a_group_is_refused():
+    with pytest.raises(InfrastructureError, match="1 groups of rollouts came back for 2 learners"):
+        share_by_group([training_sample(0, group=3, length=5)], 2)
 
 
 # --- with a small local Ray -----------------------------------------------------------------------
@@ -137,8 +158,8 @@ def pool(local_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[R
         patch.setattr(pools, "RolloutWorker", FakeWorker)
         settings: Any = str(farewell)
         made = RolloutPool("model", settings, num_workers=2, options=options, timeout_s=60)
-    yield made
-    made.close()
+        yield made
+        made.close()
     assert farewell.exists()
     assert made.workers == []
 
@@ -150,7 +171,7 @@ class TestRolloutPool:
 
     def test_groups_stay_together_and_the_order_is_kept(self, pool: RolloutPool):
         requests = [request(number, group=number // 2) for number in range(8)]
-        rollouts: list[Any] = pool.rollouts(requests)
+        rollouts: list[Any] = pool.rollouts(requests, 1.0)
         assert [rollout.rollout_id for rollout in rollouts] == [f"r{number}" for number in range(8)]
         makers = [rollout.made_by for rollout in rollouts]
         assert len(set(makers)) == 2
@@ -159,13 +180,13 @@ class TestRolloutPool:
     def test_a_lost_one_is_left_out_and_counted(self, pool: RolloutPool):
         before = pool.num_reissued
         requests = [request(number, group=number, is_lost=number == 2) for number in range(4)]
-        assert [rollout.rollout_id for rollout in pool.rollouts(requests)] == ["r0", "r1", "r3"]
+        assert [rollout.rollout_id for rollout in pool.rollouts(requests, 1.0)] == ["r0", "r1", "r3"]
         assert pool.num_reissued == before + 1
 
     def test_too_many_lost_ones_are_an_error(self, pool: RolloutPool):
         requests = [request(number, group=number, is_lost=number < 2) for number in range(4)]
         with pytest.raises(InfrastructureError, match="2 of 4 rollouts were lost twice"):
-            pool.rollouts(requests)
+            pool.rollouts(requests, 1.0)
 
     def test_a_worker_without_a_share_is_not_asked(self, pool: RolloutPool):
         rollouts: list[Any] = pool.rollouts([request(0, group=1), request(1, group=3)], 0.5)
@@ -174,13 +195,13 @@ class TestRolloutPool:
 
 
 class TestAttestedSync:
-    """Published is not believed: proved, resynced once, or refused."""
+    """Published is not believed: proved, resynced or replaced once, or refused."""
 
     pytestmark = needs_ray
 
-    def sync(self, local_ray: Any, pool: RolloutPool, *per_worker: list[float], skew: int = 0) -> AttestedSync:
-        for worker, gaps in zip(pool.workers, per_worker, strict=True):
-            local_ray.get(worker.configure.remote(gaps, skew))
+    def sync(self, local_ray: Any, pool: RolloutPool, *per_worker: list[float], **worker: Any) -> AttestedSync:
+        for one, gaps in zip(pool.workers, per_worker, strict=True):
+            local_ray.get(one.configure.remote(gaps, **worker))
         learners: Any = SimpleNamespace(
             weights=lambda: {"w": 1}, probe=lambda probes: [[-1.0 for _ in row[1:]] for row in probes]
         )
@@ -196,8 +217,10 @@ class TestAttestedSync:
 
     def test_a_worker_that_fails_is_resynced_and_only_that_one(self, local_ray: Any, pool: RolloutPool):
         one = self.sync(local_ray, pool, [0.5, 0.002], [0.001])
+        before = list(pool.workers)
         assert one.publish(5) == pytest.approx(0.002)
         assert (one.num_resyncs, self.published(local_ray, pool)) == (1, [2, 1])
+        assert pool.workers == before, "wrong numbers cost a resync, not an engine"
 
     @pytest.mark.parametrize("gap", [0.5, float("nan"), float("-inf")])
     def test_a_worker_that_fails_twice_is_refused(self, local_ray: Any, pool: RolloutPool, gap: float):
@@ -205,9 +228,27 @@ class TestAttestedSync:
         with pytest.raises(AttestationError, match="rollout worker 1 does not serve weights version 5"):
             one.publish(5)
 
-    def test_the_right_numbers_under_the_wrong_version_are_refused(self, local_ray: Any, pool: RolloutPool):
+    def test_a_worker_that_breaks_is_replaced_and_published_to_again(self, local_ray: Any, pool: RolloutPool):
+        one = self.sync(local_ray, pool, [0.0], [0.003])
+        local_ray.get(pool.workers[0].break_next_publish.remote())
+        broken, well = pool.workers
+        assert one.publish(7) == pytest.approx(0.003)
+        assert pool.workers[1] == well
+        assert pool.workers[0] != broken
+        assert (one.num_resyncs, self.published(local_ray, pool)) == (1, [1, 1])
+
+    def test_a_dead_worker_is_replaced_too(self, local_ray: Any, pool: RolloutPool):
+        one = self.sync(local_ray, pool, [0.0], [0.0])
+        local_ray.kill(pool.workers[1])
+        assert one.publish(8) == 0.0
+        assert one.num_resyncs == 1
+
+    def test_the_right_numbers_under_the_wrong_version_are_refused(
+        self, local_ray: Any, pool: RolloutPool, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(pool, "restart", lambda rank: None)
         one = self.sync(local_ray, pool, [0.0], [0.0], skew=1)
-        with pytest.raises(AttestationError, match=r"weights versions \[6, 6\], published was 5"):
+        with pytest.raises(AttestationError, match=r"failed twice .*: it serves weights version 6, published was 5"):
             one.publish(5)
 
 
@@ -255,7 +296,7 @@ class TestLearnerGroup:
         return sorted(path.name for path in group._checkpoints.iterdir())
 
     def test_ranks_share_the_samples_and_the_first_reports(self, group: LearnerGroup):
-        samples: Any = list(range(8))
+        samples: Any = [training_sample(number, group=number // 2, length=10) for number in range(8)]
         update = group.update(samples)
         assert update.metrics == {"num": 4, "rank": 0}
         assert group.weights() == {"version": 1}

@@ -28,6 +28,7 @@ MAX_LEN = 256
 TOLERANCE = 1e-3
 PROBES = [[random.Random(number).randrange(8, 300) for _ in range(30 + number)] for number in range(4)]
 STOCK = "seatrial_test_stock"
+ENGINES: list[VllmEngine] = []  # kept until the process ends: a vLLM that is collected takes torch.distributed with it
 
 
 class Learner:
@@ -66,6 +67,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine(model_dir: Path) -> Iterator[VllmEngine]:
     """The engine as rollout workers start it."""
     one = VllmEngine(str(model_dir), max_model_len=MAX_LEN, max_num_seqs=32)
+    ENGINES.append(one)
     yield one
     one.close()
 
@@ -85,6 +87,7 @@ def stock_engine(model_dir: Path) -> Iterator[VllmEngine]:
     if STOCK not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(STOCK, StockTransferEngine)
     one = VllmEngine(str(model_dir), max_model_len=MAX_LEN, max_num_seqs=32, transfer_backend=STOCK)
+    ENGINES.append(one)
     yield one
     one.close()
 
@@ -178,6 +181,15 @@ def test_sampled_logprobs_are_the_learners(engine: VllmEngine, model_dir: Path):
         assert done.logprobs == pytest.approx(expected, abs=5e-3)
 
 
+def test_sampled_logprobs_are_of_the_distribution_that_was_sampled_from(engine: VllmEngine, model_dir: Path):
+    """The learner scores at the rollout's temperature; raw logprobs would differ from it on every token."""
+    learner = Learner(model_dir)
+    engine.publish(learner.weights(), 51)
+    (done,) = ask(engine, (PROBES[0], sampled(3, 2.0)))
+    expected = learner.logprobs([[*PROBES[0], *done.token_ids]], 2.0)[0][len(PROBES[0]) - 1 :]
+    assert done.logprobs == pytest.approx(expected, abs=5e-3)
+
+
 def test_a_seed_gives_the_same_tokens_alone_and_among_others(engine: VllmEngine):
     prompt = PROBES[0]
     (alone,) = ask(engine, (prompt, sampled(7)))
@@ -202,6 +214,13 @@ def test_a_stop_token_finishes_and_is_part_of_the_answer(engine: VllmEngine, mod
     assert stopped.finished
 
 
+def test_a_shared_beginning_is_read_from_the_cache(engine: VllmEngine):
+    prompt = [token for probe in (*PROBES, *PROBES) for token in probe][:200]  # more than a block of 128
+    (first,) = ask(engine, (prompt, sampled(1)))
+    (again,) = ask(engine, ([*prompt, 20], sampled(1)))
+    assert first.cached_tokens == 0 < again.cached_tokens < len(prompt)
+
+
 # --- refusals and the end -------------------------------------------------------------------------
 
 
@@ -214,13 +233,24 @@ def test_a_request_that_is_too_long_is_refused_and_the_engine_lives_on(engine: V
     assert ask(engine, (PROBES[0], sampled(1)))[0].token_ids == well.token_ids
 
 
+def test_a_publish_that_lacks_a_tensor_is_refused_and_the_engine_lives_on(engine: VllmEngine, model_dir: Path):
+    learner = Learner(model_dir)
+    torn = {name: tensor for name, tensor in learner.weights().items() if "layers.1.self_attn.sinks" not in name}
+    before = engine.weights_version
+    with pytest.raises(AttestationError, match=r"layers\.1\.self_attn\.sinks"):
+        engine.publish(torn, 60)
+    assert engine.weights_version == before
+    engine.publish(learner.weights(), 61)
+    assert attestation_gap(engine.probe_logprobs(PROBES), learner.logprobs(PROBES)) < TOLERANCE
+
+
 def test_closing_fails_whoever_waits(stock_engine: VllmEngine):
-    """Last test of this module: the engine is gone afterwards."""
+    """Last: the engine is gone afterwards."""
     outcomes: list[Any] = []
     long_ones = [(PROBES[number % 4], SamplingParams(max_tokens=200, seed=number)) for number in range(32)]
     waiting = threading.Thread(target=lambda: outcomes.extend(ask(stock_engine, *long_ones)))
     waiting.start()
-    while not stock_engine._waiting:
+    while stock_engine._num_requests < len(long_ones):
         time.sleep(0.001)
     stock_engine.close()
     waiting.join(60)

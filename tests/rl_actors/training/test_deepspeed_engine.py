@@ -10,9 +10,11 @@ import torch
 
 from rl_actors.training.deepspeed_engine import (
     OptimizerSettings,
+    accumulate,
     accumulate_and_step,
     build_engine,
     deepspeed_config,
+    discard,
     set_learning_rate,
 )
 
@@ -71,6 +73,21 @@ def test_a_non_finite_gradient_is_reported_as_such(process_group: None):
     _, engine = engine_over()
     norm = accumulate_and_step(engine, [ROWS], lambda rows: (engine(rows) * math.nan).sum())
     assert not math.isfinite(norm)
+
+
+@real
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_discarded_gradient_leaves_nothing_behind(process_group: None, zero_stage: int):
+    settings = OptimizerSettings(learning_rate=0.1, max_grad_norm=1e9, zero_stage=zero_stage)
+    fresh = engine_over(settings)
+    module, engine = engine_over(settings)
+    norm = accumulate(engine, ROWS.split(2), lambda rows: (engine(rows) * math.nan).sum())
+    assert not math.isfinite(norm)
+    discard(engine)
+    assert module.weight.detach().flatten().tolist() == pytest.approx([0.5] * 3)
+    norms = [accumulate_and_step(e, [ROWS], lambda rows, e=e: e(rows).square().sum()) for e in (engine, fresh[1])]
+    assert norms[0] == pytest.approx(norms[1])
+    assert module.weight.detach().flatten().tolist() == pytest.approx(fresh[0].weight.detach().flatten().tolist())
 
 
 @real

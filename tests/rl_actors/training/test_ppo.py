@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -33,18 +33,27 @@ class Actors:
     requests: list[list[RolloutRequest]] = field(default_factory=list)
     samples: list[list[TrainingSample]] = field(default_factory=list)
     rows: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    temperatures: set[float] = field(default_factory=set)
     version: int = 0
+    stale: int = 0
     now: float = 0.0
 
     def ports(self) -> PpoPorts:
         return PpoPorts(source=self, scorer=self, learner=self, sync=self, report=self.report, clock=self.tick)
 
-    def rollouts(self, requests: Sequence[RolloutRequest]) -> list[Rollout]:
+    def rollouts(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout]:
         self._write("rollouts", len(requests), self.version)
+        self.temperatures.add(temperature)
         self.requests.append(list(requests))
         kept = [r for i, r in enumerate(requests) if not self.lose_every or (i + 1) % self.lose_every]
         return [
-            make_rollout(r.rollout_id, task_id=r.task.task_id, group_id=r.group_id, outcome=GOOD if r.seed % 2 else BAD)
+            make_rollout(
+                r.rollout_id,
+                task_id=r.task.task_id,
+                group_id=r.group_id,
+                outcome=GOOD if r.seed % 2 else BAD,
+                weights_version=self.version - self.stale,
+            )
             for r in kept
         ]
 
@@ -102,6 +111,17 @@ def test_no_rollout_is_made_by_weights_that_were_not_published():
     for index, (name, *values) in enumerate(log):
         if name == "rollouts" and values[1] > 0:
             assert ("publish", values[1]) in log[:index]
+
+
+def test_a_batch_made_by_other_weights_than_attested_is_rejected():
+    actors = Actors(version=3, stale=1)
+    with pytest.raises(AttestationError, match="sampled by weights version 2, attested is 3; the batch is rejected"):
+        run(actors, start=3, plan=replace(PLAN, num_steps=4))
+    assert "update" not in [name for name, *_ in actors.log]
+
+
+def test_rollouts_are_sampled_at_the_temperature_the_learner_scores_at():
+    assert run(Actors(), plan=replace(PLAN, temperature=0.7)).temperatures == {0.7}
 
 
 def test_a_resumed_run_does_only_what_is_left():
@@ -198,7 +218,7 @@ def test_scores_and_rollouts_must_match_one_to_one():
 
 def test_a_step_reports_what_a_person_watches():
     actors = Actors(metrics={"entropy": 0.7})
-    metrics = run_step(requests_for_step(TASKS, PLAN, 0), actors.ports())
+    metrics = run_step(requests_for_step(TASKS, PLAN, 0), actors.ports(), 0, 1.0)
     assert metrics["reward"] == metrics["success"] == 0.5
     assert metrics["violation_rate"] == 0.5
     assert (metrics["entropy"], metrics["approx_kl"]) == (0.7, 0.01)
@@ -242,6 +262,26 @@ def test_a_tripwire_stops_after_its_row_was_written_and_before_its_state_is_save
 def test_within_its_limit_nothing_stops():
     actors = run(Actors(metrics={"reward_outcome_divergence": 0.9}))
     assert len(actors.rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"policy_loss": float("nan")}, "non_finite"),
+        ({"value_loss": float("inf")}, "non_finite"),
+        ({"entropy": 0.0001}, "entropy_collapse"),
+    ],
+)
+def test_what_no_later_step_can_heal_stops_the_run(metrics: dict[str, float], reason: str):
+    actors = Actors(metrics=metrics)
+    with pytest.raises(InstabilityError, match=f"^{reason}: .*last good state"):
+        run(actors)
+    assert "checkpoint" not in [name for name, *_ in actors.log]
+
+
+def test_what_the_learner_already_acted_on_does_not_stop_the_run():
+    """A large gradient norm or ratio costs a minibatch or the rest of an update, inside the learner."""
+    assert len(run(Actors(metrics={"grad_norm": 1e4, "ratio_max": 1e4})).rows) == 3
 
 
 def test_a_limit_that_is_off_stops_nothing():

@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts import TrainingSample
+from rl_actors.errors import InstabilityError
 from rl_actors.models.value_head import token_logprobs_and_entropy
-from rl_actors.training.ppo_learner import PpoLearner, PpoSettings, against_group, checkpoint_exists, microbatches
+from rl_actors.training.ppo_learner import PpoLearner, PpoSettings, checkpoint_exists
 
 torch.set_num_threads(1)
 slow = pytest.mark.slow
+OFF = StabilityLimits(
+    max_grad_norm=None, max_mismatch_mean=None, max_kl=None, max_ratio=None, max_clip_fraction=None, min_entropy=None
+)
 SETTINGS = PpoSettings(
-    learning_rate=1e-3, kl_coef=0.0, target_kl=1e9, clip_low=0.2, clip_high=0.2, gamma=1.0, lam=0.95, epochs=1,
+    learning_rate=1e-3, kl_coef=0.0, limits=OFF, clip_low=0.2, clip_high=0.2, gamma=1.0, lam=0.95, epochs=1,
     num_minibatches=1, max_grad_norm=1.0, temperature=1.0, microbatch_tokens=4096, seed=0,
 )  # fmt: skip
 PROBES = [[1, 20, 30, 40, 50], [1, 2, 3, 4, 5, 6]]
@@ -232,7 +235,7 @@ def spread(rows: list[list[float]], reference: Path, batch: list[TrainingSample]
 def test_an_update_stops_early_when_it_has_moved_enough(
     tiny_dir: Path, batch: list[TrainingSample], process_group: None, target_kl: float, stops: bool
 ):
-    metrics = learner(tiny_dir, learning_rate=1e-2, epochs=6, target_kl=target_kl).update(batch).metrics
+    metrics = learner(tiny_dir, learning_rate=1e-2, epochs=6, limits=replace(OFF, max_kl=target_kl)).update(batch).metrics
     assert metrics["stopped_early"] == float(stops)
     assert (metrics["num_optimizer_steps"] < 6) == stops
 
@@ -311,61 +314,73 @@ def test_a_saved_policy_is_the_policy(tiny_dir: Path, batch: list[TrainingSample
         assert found != pytest.approx(logprobs(tiny_dir, ids)[1:], abs=1e-5)
 
 
+# --- tripwires inside the update ------------------------------------------------------------------
+
+
+def moved(one: PpoLearner, tiny_dir: Path) -> bool:
+    """Whether the policy differs from where it started."""
+    start: Any = AutoModelForCausalLM.from_pretrained(tiny_dir, dtype=torch.float32)
+    return any(not torch.equal(one.weights()[name], tensor) for name, tensor in start.state_dict().items())
+
+
 @slow
-def test_an_earlier_state_can_be_put_back(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
+@pytest.mark.parametrize(
+    "limits",
+    [
+        replace(OFF, max_grad_norm=1e-6),
+        replace(OFF, max_mismatch_mean=0.0),
+        replace(OFF, max_mismatch_max=0.0),
+    ],
+    ids=["grad_norm", "mismatch_mean", "mismatch_max"],
+)
+def test_a_step_that_trips_is_not_applied(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None, limits: StabilityLimits
+):
+    one = learner(tiny_dir, limits=limits)
+    assert one.update(batch).weights_version == 1
+    assert not moved(one, tiny_dir)
+    free = learner(tiny_dir)
+    free.update(batch)
+    assert moved(free, tiny_dir), "negative control: without the limit the same batch moves the policy"
+
+
+@slow
+def test_a_poisoned_batch_moves_nothing_and_the_next_one_trains(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    """A discarded gradient must leave nothing behind: the update after it is the one a fresh learner takes."""
+    one, fresh = learner(tiny_dir), learner(tiny_dir)
+    poisoned = [replace(sample, reward=float("nan")) for sample in batch]
+    one.update(poisoned)
+    assert not moved(one, tiny_dir)
+    assert one.update(batch).metrics["policy_loss"] == pytest.approx(fresh.update(batch).metrics["policy_loss"])
+    for name, tensor in fresh.weights().items():
+        assert torch.allclose(one.weights()[name], tensor, atol=1e-6), name
+
+
+@slow
+def test_a_poison_that_stays_ends_the_run_with_its_reason(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
     one = learner(tiny_dir)
-    good, before = one.snapshot_state(), one.probe_logprobs(PROBES)
-    one.update(batch)
-    assert one.probe_logprobs(PROBES) != before
-    one.restore_state(good)
-    assert one.probe_logprobs(PROBES) == before
+    poisoned = [replace(sample, reward=float("nan")) for sample in batch]
+    with pytest.raises(InstabilityError, match=r"^repeated_skips: .*non_finite.*last good state"):
+        for _ in range(5):
+            one.update(poisoned)
+    assert one.weights_version == 3, "three skips in a row are borne, the fourth is not"
 
 
-# --- rewards against the group --------------------------------------------------------------------
+@slow
+def test_collapsed_entropy_ends_the_run_at_once(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
+    with pytest.raises(InstabilityError, match="^entropy_collapse: entropy = "):
+        learner(tiny_dir, limits=replace(OFF, min_entropy=100.0)).update(batch)
 
 
-def grouped(*rewards_by_group: list[float]) -> list[TrainingSample]:
-    """One sample per reward; groups are interleaved as workers hand them back."""
-    pairs = [(group, reward) for group, rewards in enumerate(rewards_by_group) for reward in rewards]
-    made = [replace(sample(n, 8, reward), group_id=group) for n, (group, reward) in enumerate(pairs)]
-    return made[::2] + made[1::2]
-
-
-def test_a_reward_is_measured_against_the_other_attempts_at_its_task():
-    found = {one.rollout_id: one.reward for one in against_group(grouped([1.0, 0.0, 0.0], [5.0, 4.0]))}
-    assert found == {"r0": 1.0, "r1": -0.5, "r2": -0.5, "r3": 1.0, "r4": -1.0}
-
-
-@pytest.mark.parametrize("rewards", [[0.0, 0.0, 0.0], [1.0, 1.0]])
-def test_a_task_that_always_ends_the_same_teaches_nothing(rewards: list[float]):
-    assert {one.reward for one in against_group(grouped(rewards))} == {0.0}
-
-
-def test_a_single_attempt_keeps_its_reward():
-    assert [one.reward for one in against_group(grouped([0.75]))] == [0.75]
-
-
-def test_nothing_but_the_reward_is_touched_and_the_order_is_kept():
-    samples = grouped([1.0, 0.0], [0.5, 0.25, 0.0])
-    centred = against_group(samples)
-    assert [replace(one, reward=0.0) for one in centred] == [replace(one, reward=0.0) for one in samples]
-    assert sum(one.reward for one in centred) == pytest.approx(0.0)
-
-
-# --- microbatches ---------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=60)
-@given(lengths=st.lists(st.integers(6, 40), min_size=1, max_size=20), budget=st.integers(1, 200))
-def test_microbatches_hold_every_sample_once_within_the_budget(lengths: list[int], budget: int):
-    samples = [sample(number, length, 0.0) for number, length in enumerate(lengths)]
-    groups = microbatches(samples, budget)
-    assert sorted(one.rollout_id for group in groups for one in group) == sorted(one.rollout_id for one in samples)
-    for group in groups:
-        padded = len(group) * max(len(one.token_ids) for one in group)
-        assert padded <= budget or len(group) == 1
-
-
-def test_the_order_in_which_samples_arrive_does_not_matter():
-    samples = [sample(number, 6 + number % 3, 0.0) for number in range(9)]
-    assert microbatches(samples, 20) == microbatches(samples[::-1], 20)
+@slow
+@pytest.mark.parametrize("limits", [{"max_ratio": 1.001}, {"max_clip_fraction": 0.0}, {"max_kl": 1e-6}], ids=str)
+def test_the_rest_of_an_update_is_dropped(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None, limits: dict[str, float]
+):
+    metrics = learner(tiny_dir, learning_rate=1e-2, epochs=6, limits=replace(OFF, **limits)).update(batch).metrics
+    assert metrics["stopped_early"] == 1.0
+    assert metrics["num_optimizer_steps"] < 6

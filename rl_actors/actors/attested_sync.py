@@ -1,0 +1,92 @@
+"""Publish, prove, and heal: no engine serves weights that it has not been shown to serve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rl_actors.actors.attestation import attestation_gap, require_attested
+from rl_actors.actors.pools import START_TIMEOUT_S, LearnerGroup, RolloutPool, wait_for
+from rl_actors.errors import AttestationError, InfrastructureError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """What every engine must compute after a publish: these weights, and their log-probabilities of the probes."""
+
+    weights: Any
+    weights_version: int
+    expected: list[list[float]]
+
+
+class AttestedSync:
+    """Publishes weights to every worker and proves that each serves them.
+
+    A worker with wrong numbers is quarantined and resynced, one that broke is replaced; each gets one more chance.
+    """
+
+    def __init__(
+        self, learners: LearnerGroup, pool: RolloutPool, probes: Sequence[Sequence[int]], *, tolerance: float
+    ) -> None:
+        """Hold both sides and the probe sequences. `tolerance` is the largest mean |engine - learner logprob|, nats."""
+        self._learners, self._pool, self._probes, self._tolerance = learners, pool, probes, tolerance
+        self.num_resyncs = 0
+
+    def publish(self, weights_version: int) -> float:
+        """Publish and attest; returns the largest gap of any worker, in nats.
+
+        Raises:
+            AttestationError: A worker failed twice: it stays quarantined and nothing it makes is used.
+            InfrastructureError: A worker broke twice.
+        """
+        publication = Publication(
+            weights=self._learners.weights(),
+            weights_version=weights_version,
+            expected=self._learners.probe(self._probes),
+        )
+        found = self._try(range(len(self._pool.workers)), publication)
+        failed = {rank: result for rank, result in found.items() if not self._is_attested(result)}
+        for rank, result in failed.items():
+            if isinstance(result, InfrastructureError):
+                self._pool.restart(rank)
+        self.num_resyncs += len(failed)
+        found |= self._try(failed, publication)
+        return max(self._require(rank, result, weights_version) for rank, result in found.items())
+
+    def _is_attested(self, result: float | InfrastructureError) -> bool:
+        return not isinstance(result, InfrastructureError) and result <= self._tolerance
+
+    def _try(self, ranks: Sequence[int] | dict[int, Any], what: Publication) -> dict[int, float | InfrastructureError]:
+        """Publish to these workers at once, then probe them; returns each one's gap, or what broke it."""
+        workers = {rank: self._pool.workers[rank] for rank in ranks}
+        published = [worker.publish.remote(what.weights, what.weights_version) for worker in workers.values()]
+        sent = {rank: _outcome(call) for rank, call in zip(workers, published, strict=True)}
+        probed = {rank: worker.probe.remote(self._probes) for rank, worker in workers.items()}
+        return {rank: sent[rank] or self._gap(call, what) for rank, call in probed.items()}
+
+    def _gap(self, call: Any, what: Publication) -> float | InfrastructureError:
+        """Return a worker's gap, or why there is none."""
+        try:
+            ((version, logprobs),) = wait_for([call], timeout_s=START_TIMEOUT_S, what="rollout worker")
+            if version != what.weights_version:
+                raise AttestationError(f"it serves weights version {version}, published was {what.weights_version}")
+            return attestation_gap(logprobs, what.expected)
+        except InfrastructureError as error:
+            return error
+
+    def _require(self, rank: int, result: float | InfrastructureError, weights_version: int) -> float:
+        worker = f"rollout worker {rank}"
+        if isinstance(result, InfrastructureError):
+            raise type(result)(f"{worker} failed twice after weights version {weights_version}: {result}") from result
+        require_attested(result, tolerance=self._tolerance, worker=worker, weights_version=weights_version)
+        return result
+
+
+def _outcome(call: Any) -> InfrastructureError | None:
+    """Wait for a publish; returns what broke it."""
+    try:
+        wait_for([call], timeout_s=START_TIMEOUT_S, what="rollout worker")
+    except InfrastructureError as error:
+        return error
+    return None

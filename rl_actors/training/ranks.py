@@ -1,0 +1,55 @@
+"""What data-parallel ranks must agree on: counts, moments and metrics of the whole batch. One rank agrees with itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+MAX_SUFFIX = "_max"
+
+
+def num_ranks() -> int:
+    """Return the size of the process group; 1 without one."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def summed(values: Tensor) -> Tensor:
+    """Return the element-wise sum over ranks, in float64."""
+    return _reduced(values, torch.distributed.ReduceOp.SUM)
+
+
+def largest(value: int) -> int:
+    """Return the largest value of any rank."""
+    return int(_reduced(torch.tensor([float(value)]), torch.distributed.ReduceOp.MAX))
+
+
+def smallest(value: int) -> int:
+    """Return the smallest value of any rank."""
+    return int(_reduced(torch.tensor([float(value)]), torch.distributed.ReduceOp.MIN))
+
+
+def merge_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Merge additive shares of all ranks, names ending in `_max` by maximum; every rank gets the same numbers.
+
+    Every rank must hold the same names: they are sorted, so that their order does not matter.
+    """
+    merged: dict[str, float] = {}
+    for is_max in (False, True):
+        names = sorted(name for name in metrics if name.endswith(MAX_SUFFIX) == is_max)
+        if not names:
+            continue
+        operation = torch.distributed.ReduceOp.MAX if is_max else torch.distributed.ReduceOp.SUM
+        values = _reduced(torch.tensor([metrics[name] for name in names], dtype=torch.float64), operation)
+        merged |= zip(names, values.tolist(), strict=True)
+    return {name: merged[name] for name in metrics}
+
+
+def _reduced(values: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> Tensor:
+    if num_ranks() == 1:
+        return values.double()
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    wide = values.double().to(device)
+    torch.distributed.all_reduce(wide, operation)
+    return wide.to(values.device)
