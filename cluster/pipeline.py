@@ -140,4 +140,4 @@ def _release(run: Run, registry: Registry, learned: Learned, report: EvalReport,
     bundle = records.make_bundle(run, snapshot, learned.base, baseline, reward_model, candidate)
     bundle.write(run.folder.bundle)
     releases = release.release_all(run, snapshot, registry, bundle, baseline, candidate, reward_model)
-    return records.finish(run, registry, bundle, baseline, reward_model, candidate, report, releases)
+    return records.finish(run, registry, bundle, learned, report, releases)

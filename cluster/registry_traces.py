@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rl_actors.contracts import Rollout, Turn
+from rl_actors.contracts import Turn
 from serving.contracts import UNSCORED, RunRecord
+from serving.ledger import RunLedger
+from serving.trace_log import LiveTrace
 
 SpanKind = Literal["AGENT", "CHAIN", "TOOL", "LLM"]
 
@@ -102,17 +104,40 @@ def feedback_rows(trace: SampledTrace) -> tuple[FeedbackRow, ...]:
     return tuple(rows)
 
 
-def rollout_spans(rollout: Rollout, started_at: float) -> tuple[TraceSpan, ...]:
-    """Return planner, llm and tool spans of a rollout.
+def sampled_traces(traces: Iterable[LiveTrace], ledger: RunLedger, count: int) -> list[SampledTrace]:
+    """Join kept traces with their ledger rows; at most `count`, newest first, up to half of them overridden ones."""
+    rows = {record.run_id: record for record in ledger.rows()}
+    known = [trace for trace in reversed(list(traces)) if trace.run_id in rows]
+    overridden = [trace for trace in known if rows[trace.run_id].human_override]
+    others = [trace for trace in known if not rows[trace.run_id].human_override]
+    chosen = overridden[: count // 2] + others[: count - min(len(overridden), count // 2)]
+    return [_joined(trace, rows[trace.run_id], ledger) for trace in chosen]
+
+
+def _joined(trace: LiveTrace, record: RunRecord, ledger: RunLedger) -> SampledTrace:
+    said = [entry for entry in ledger.audit(record.run_id) if entry["what"] == "override"]
+    return SampledTrace(
+        record=record,
+        request=trace.request,
+        response=trace.response,
+        spans=turn_spans(trace.turns, started_at=record.started_at, duration_ms=record.duration_ms),
+        override_actor=said[0]["actor"] if said else "unknown",
+        override_reason=said[0]["reason"] if said else "",
+    )
+
+
+def turn_spans(turns: Sequence[Turn], *, started_at: float, duration_ms: float) -> tuple[TraceSpan, ...]:
+    """Return planner, llm and tool spans of a run's turns.
 
     Tool times were measured; the rest of the run's time is shared among the model calls by sampled tokens and marked
     as estimated, for turns carry no clock.
     """
-    tools_ms = sum(turn.tool_result.duration_ms for turn in rollout.turns if turn.tool_result)
-    per_token_ms = max(rollout.duration_ms - tools_ms, 0.0) / max(rollout.tokens_out, 1)
+    tools_ms = sum(turn.tool_result.duration_ms for turn in turns if turn.tool_result)
+    tokens_out = sum(len(turn.completion.token_ids) for turn in turns)
+    per_token_ms = max(duration_ms - tools_ms, 0.0) / max(tokens_out, 1)
     spans: list[TraceSpan] = []
     clock = started_at
-    for turn in rollout.turns:
+    for turn in turns:
         llm = _llm_span(turn, clock, per_token_ms * len(turn.completion.token_ids))
         clock += llm.duration_ms / 1000
         spans.append(_planner_span(turn, llm) if turn.kind == "plan" else llm)

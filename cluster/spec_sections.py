@@ -108,6 +108,9 @@ class SftSection(Section):
 
     epochs: int = Field(default=3, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0, le=1)
+    muon_learning_rate: float = Field(
+        default=0.015, ge=0, le=1, description="matrices of a model built from nothing; 0 trains them by AdamW too"
+    )
     batch_tokens: int = Field(default=8192, ge=256)
 
 
@@ -133,7 +136,7 @@ class PpoSection(Section):
     kl_coef: float = Field(default=0.02, gt=0, description="ppo_kl without a KL term is another algorithm")
     target_kl: float = Field(default=0.1, gt=0, description="mean KL to the baseline at which a step stops early")
     clip: float = Field(default=0.2, gt=0, lt=1)
-    lam: float = Field(default=0.95, ge=0, le=1)
+    lam: float = Field(default=1.0, ge=0, le=1, description="below 1 the reward at the end fades towards early turns")
     epochs: int = Field(default=1, ge=1)
     minibatches: int = Field(default=4, ge=1)
     max_grad_norm: float = Field(default=1.0, gt=0)

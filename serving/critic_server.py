@@ -19,7 +19,7 @@ class CriticServer:
         self._pad = pad_token_id
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Return one score per sequence, in logits divided by the calibration temperature."""
+        """Return one calibrated score per sequence, sigmoid(logit / temperature) in 0..1, as training's scorers do."""
         return await asyncio.to_thread(self._score, sequences)
 
     @torch.inference_mode()
@@ -31,4 +31,4 @@ class CriticServer:
             ids_BT[row, : len(sequence)] = torch.tensor(sequence)
             mask_BT[row, : len(sequence)] = 1
         scores_B, _ = self._model(ids_BT, mask_BT)
-        return (scores_B / self._model.temperature).tolist()
+        return torch.sigmoid(scores_B / self._model.temperature).tolist()

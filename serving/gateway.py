@@ -31,6 +31,7 @@ from serving.live import LivePolicy, LivePorts
 from serving.served import GatewayConfig, ServedPolicies
 from serving.split import SplitStore
 from serving.split_watch import SplitWatcher, is_live, read_acks
+from serving.trace_log import TraceLog
 
 
 class ServePolicies:
@@ -116,6 +117,7 @@ def serve_ports(config: GatewayConfig) -> LivePorts:
         critic=CriticQueue(
             _serve_critic(config.critic_application), ledger, size=config.critic_queue_size, clock=time.time
         ),
+        traces=TraceLog(config.files.traces, config.trace_fraction),
         owner=gateway,
         clock=time.time,
         monotonic=time.monotonic,

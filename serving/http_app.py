@@ -89,6 +89,7 @@ class ChatEndpoint:
             "split_epoch": epoch,
             "running": self._book.num_running,
             "critic": {"scored": critic.num_scored, "lost": critic.num_lost},
+            "traces_lost": self._ports.traces.num_lost,
         }
         return JSONResponse(body, status_code=200 if epoch else 503)
 

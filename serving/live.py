@@ -27,6 +27,7 @@ from serving.openai_api import ApiError, ChatAnswer, FinishReason, conflict, una
 from serving.served import GatewayConfig, ServedPolicy
 from serving.split import Route
 from serving.split_watch import SplitWatcher
+from serving.trace_log import LiveTrace, TraceLog
 
 _MAX_ATTEMPTS: Final = 8
 CHECK_CRASHED: Final = "policy_checks_ran"
@@ -83,6 +84,7 @@ class LivePorts:
     find_policy: FindPolicy
     ledger: RunLedger
     critic: CriticQueue
+    traces: TraceLog
     owner: str
     clock: Callable[[], float]
     monotonic: Callable[[], float]
@@ -278,7 +280,15 @@ class LiveRuns:
             )
             self._ports.critic.offer(finished)
         reason: FinishReason = "stop" if is_released else "content_filter" if run.status == "ok" else "length"
-        return self._answer(attempt, run.reply if is_released else self._ports.config.fallback_text, reason)
+        text = run.reply if is_released else self._ports.config.fallback_text
+        await self._trace(attempt, run, text)
+        return self._answer(attempt, text, reason)
+
+    async def _trace(self, attempt: _Attempt, run: AgentRun, text: str) -> None:
+        run_id, traces = attempt.record.run_id, self._ports.traces
+        if traces.wants(run_id):
+            trace = LiveTrace(run_id=run_id, request=attempt.request.user_text, response=text, turns=run.turns)
+            await asyncio.to_thread(traces.write, trace)
 
     async def _complete(
         self, attempt: _Attempt, status: RunStatus, checks: Mapping[str, bool], success: Success

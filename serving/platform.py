@@ -81,8 +81,10 @@ class ServePlatform:
 
     # --- start and stop -----------------------------------------------------------------------------------------------
 
-    def start(self, stable: ServedPolicy, *others: ServedPolicy) -> None:
+    def start(self, stable: ServedPolicy, *others: ServedPolicy, critic_path: str = "") -> None:
         """Serve the stable version, and others beside it, behind the gateway; what already runs stays.
+
+        `critic_path` names a reward model to score finished runs with; empty for none.
 
         All start at the same time: an engine needs most of its start for imports and its model.
 
@@ -104,8 +106,9 @@ class ServePlatform:
             self._served.add(policy)
             self._begin(policy.application, self._policy_app(policy))
         self._open_split(stable.version)
+        critics = [self._begin_critic(critic_path)] if critic_path else []
         self._begin(GATEWAY, self._gateway_app(), route_prefix="/")
-        for name in (*(policy.application for policy in (stable, *others)), GATEWAY):
+        for name in (*(policy.application for policy in (stable, *others)), *critics, GATEWAY):
             self._await(name)
 
     def shutdown(self) -> None:
@@ -139,12 +142,12 @@ class ServePlatform:
             if application in serve.status().applications:
                 serve.delete(application)
 
-    def deploy_critic(self, path: str, *, pad_token_id: int = 0) -> None:
-        """Serve a reward model for asynchronous scoring under the gateway's `critic_application` name."""
+    def _begin_critic(self, path: str) -> str:
+        """Ask for a reward model under the gateway's `critic_application` name; returns that name."""
         name = self._gateway.critic_application or CRITIC
         deployment = _deployment(CriticServer).options(**self._options(self._config.policy_cpus), num_replicas=1)
-        self._begin(name, deployment.bind(path, pad_token_id))
-        self._await(name)
+        self._begin(name, deployment.bind(path))
+        return name
 
     # --- ReleasePlatform ----------------------------------------------------------------------------------------------
 

@@ -43,6 +43,11 @@ class ReleaseFiles:
         return self.root / "acks"
 
     @property
+    def traces(self) -> Path:
+        """What happened inside sampled runs."""
+        return self.root / "traces.jsonl"
+
+    @property
     def served(self) -> Path:
         """One file per policy version: its stamps."""
         return self.root / "served"
@@ -107,7 +112,8 @@ class GatewayConfig:
     """How a gateway serves one workflow. Plain data: it crosses process borders.
 
     `stale_after_s` is the age at which a split record counts as share 0. Costs are per token, in the spec's unit.
-    `critic_application` names the Serve application of the critic; empty for none.
+    `critic_application` names the Serve application of the critic; empty for none. `trace_fraction` is the share of
+    runs whose prompts and tool actions are kept.
     """
 
     root: str
@@ -127,6 +133,7 @@ class GatewayConfig:
     fallback_text: str = "Sorry, I cannot complete this here. A person will take over."
     critic_application: str = ""
     critic_queue_size: int = 1000
+    trace_fraction: float = 0.1
 
     @property
     def files(self) -> ReleaseFiles:

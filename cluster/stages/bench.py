@@ -20,7 +20,7 @@ from rl_actors.evaluation import CostModel
 from serving.contracts import Canary, Release, ReleasePlan, ReleaseState
 from serving.controller import Aliases, LedgerEvidence, ReleaseController
 from serving.ledger import RunLedger
-from serving.platform import PlatformConfig, ServePlatform
+from serving.platform import CRITIC, PlatformConfig, ServePlatform
 from serving.release_state_machine import TERMINAL
 from serving.served import GatewayConfig, ServedPolicy
 from serving.split import SplitStore
@@ -69,9 +69,9 @@ def live_tasks(snapshot: DataSnapshot, index: int) -> list[Task]:
 class ReleaseBench:
     """The serving side of a run: platform, live database and ledger, shared by its releases."""
 
-    def __init__(self, run: Run, snapshot: DataSnapshot, aliases: Aliases) -> None:
-        """Build the live database when it is not there yet; start nothing."""
-        self._run, self._snapshot, self._aliases = run, snapshot, aliases
+    def __init__(self, run: Run, snapshot: DataSnapshot, aliases: Aliases, critic_path: str) -> None:
+        """Build the live database when it is not there yet; start nothing. `critic_path` is a reward model's."""
+        self._run, self._snapshot, self._aliases, self._critic_path = run, snapshot, aliases, critic_path
         self._is_started = False
         self._root = run.folder.root / "serving"
         self._root.mkdir(parents=True, exist_ok=True)
@@ -105,8 +105,7 @@ class ReleaseBench:
         """Serve stable, put the candidate beside it, send traffic, and tick the controller to the end."""
         started = time.monotonic()
         self._is_started = True
-        self.platform.start(stable)
-        self.platform.deploy_policy(candidate)
+        self.platform.start(stable, candidate, critic_path=self._critic_path)
         self.platform.candidate = candidate.version
         release = Release(
             release_id=f"{self._run.folder.run_id}-{index}", stable=stable.version, candidate=candidate.version
@@ -204,6 +203,7 @@ class ReleaseBench:
             temperature=self._run.spec.ppo.temperature,
             cost_per_token_in=cost.usd_per_million_tokens_in / 1e6,
             cost_per_token_out=cost.usd_per_million_tokens_out / 1e6,
+            critic_application=CRITIC,
         )
 
     def _config(self) -> PlatformConfig:

@@ -5,19 +5,29 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from cluster.bundle import Bundle, Component, build_bundle, code_component, component_of
 from cluster.hashing import sha256_file
 from cluster.registry import Registry
 from cluster.registry_entries import ModelEntry, StageLog
 from cluster.registry_store import store_of
+from cluster.registry_traces import sampled_traces
 from cluster.stages.context import Run
 from cluster.stages.evaluation import read_suites
+from cluster.stages.learned import Learned
 from cluster.stages.release import ReleaseResult
 from cluster.watch import ReleaseLine, RunPaths, RunSummary, SuiteLine, TrainedLine
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
 from rl_actors.training.metrics_log import read_metrics
+from serving.ledger import RunLedger
+from serving.served import ReleaseFiles
+from serving.trace_log import read_traces
+
+NUM_MIRRORED_TRACES: Final = 40
 
 
 def make_bundle(
@@ -61,13 +71,40 @@ def open_registry(run: Run) -> Registry:
     return registry
 
 
-def mirror_stages(run: Run, registry: Registry, models: Mapping[str, tuple[ModelEntry, ...]]) -> None:
-    """Write every finished stage to MLflow with its curves; `models` names what each stage made."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLinks:
+    """What a stage read and made, as MLflow draws it."""
+
+    inputs: tuple[ModelEntry, ...] = ()
+    outputs: tuple[ModelEntry, ...] = ()
+    snapshot: DataSnapshot | None = None
+
+
+def stage_links(learned: Learned) -> dict[str, StageLinks]:
+    """Return the edges between stages, models and data of a run."""
+    base, baseline, candidate = (
+        ModelEntry.of_policy(policy) for policy in (learned.base, learned.baseline, learned.candidate)
+    )
+    reward_model, snapshot = ModelEntry.of_reward_model(learned.reward_model), learned.snapshot
+    return {
+        "snapshot": StageLinks(snapshot=snapshot),
+        "base": StageLinks(outputs=(base,)),
+        "sft": StageLinks(inputs=(base,), outputs=(baseline,), snapshot=snapshot),
+        "preferences": StageLinks(inputs=(baseline,), snapshot=snapshot),
+        "reward_model": StageLinks(inputs=(baseline,), outputs=(reward_model,)),
+        "ppo": StageLinks(inputs=(baseline, reward_model), outputs=(candidate,), snapshot=snapshot),
+        "offline_eval": StageLinks(inputs=(baseline, candidate), snapshot=snapshot),
+    }
+
+
+def mirror_stages(run: Run, registry: Registry, links: Mapping[str, StageLinks]) -> None:
+    """Write every finished stage to MLflow with its curves and its edges to models and data."""
     rows = read_metrics(run.folder.metrics)
     registry.start_run(spec=run.spec.model_dump(mode="json"), started_at=run.journal.records[0].started_at)
     for record in run.journal.records:
         output = record.output if isinstance(record.output, Mapping) else {}
         numbers = {k: v for k, v in output.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        edges = links.get(record.stage, StageLinks())
         registry.log_stage(
             StageLog(
                 stage=record.stage,
@@ -75,32 +112,36 @@ def mirror_stages(run: Run, registry: Registry, models: Mapping[str, tuple[Model
                 finished_at=record.finished_at,
                 metrics={"seconds": record.seconds, **numbers},
                 rows=rows,
-                outputs=models.get(record.stage, ()),
+                inputs=edges.inputs,
+                outputs=edges.outputs,
+                snapshot=edges.snapshot,
             )
         )
+
+
+def mirror_traces(run: Run, registry: Registry, files: ReleaseFiles) -> None:
+    """Copy a few live runs to MLflow with what people said of them; what the mirror loses is said, and stops nothing."""
+    with closing(RunLedger(files.ledger, owner="mirror")) as ledger:
+        report = registry.mirror(sampled_traces(read_traces(files.traces), ledger, NUM_MIRRORED_TRACES))
+    if report.lost:
+        run.watch.note(f"{report.lost} traces could not be copied to MLflow: {report.first_error}")
 
 
 def finish(
     run: Run,
     registry: Registry,
     bundle: Bundle,
-    baseline: PolicyVersion,
-    reward_model: RewardModelVersion,
-    candidate: PolicyVersion,
+    learned: Learned,
     report: EvalReport,
     releases: tuple[ReleaseResult, ...],
 ) -> RunSummary:
     """Mirror the run to MLflow, write the briefs, and return the summary."""
     from cluster.reports import write_briefs  # Matplotlib and Jinja2 load for the last stage only
 
-    ledger = run.folder.root / "serving" / "ledger.sqlite"
-    write_briefs(run.folder.root, ledger=ledger)
-    models = {
-        "sft": (ModelEntry.of_policy(baseline),),
-        "reward_model": (ModelEntry.of_reward_model(reward_model),),
-        "ppo": (ModelEntry.of_policy(candidate),),
-    }
-    mirror_stages(run, registry, models)
+    files = ReleaseFiles(root=run.folder.root / "serving")
+    write_briefs(run.folder.root, ledger=files.ledger)
+    mirror_stages(run, registry, stage_links(learned))
+    mirror_traces(run, registry, files)
     registry.log_report(run.folder.report)
     is_promoted = releases[0].outcome == "promoted"
     registry.end_run(finished_at=time.time(), is_success=is_promoted, metrics={"success_gain": report.success_gain})
@@ -108,13 +149,13 @@ def finish(
         folder=str(run.folder.root),
         brief_html=str(run.folder.report / "brief.en-US.html"),
         brief_md=str(run.folder.report / "brief.en-US.md"),
-        ledger=str(ledger),
+        ledger=str(files.ledger),
         mlflow_uri=registry.store.uri,
     )
-    stable = candidate if is_promoted else baseline
+    stable = learned.candidate if is_promoted else learned.baseline
     return summarise(
         run,
-        trained=(baseline, reward_model, candidate),
+        trained=learned.trained,
         report=report,
         releases=releases,
         stable=stable.name,

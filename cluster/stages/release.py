@@ -93,7 +93,7 @@ def release_all(
     bundles = {p.name: replace_policy(bundle, p) for p in (baseline, candidate, degraded)}
     register_policies(registry, snapshot, reward_model, [(p, bundles[p.name]) for p in (baseline, candidate, degraded)])
     versions = {p.name: served(p, reward_model.name, bundles[p.name].id) for p in (baseline, candidate, degraded)}
-    with ReleaseBench(run, snapshot, registry.versions) as bench:
+    with ReleaseBench(run, snapshot, registry.versions, reward_model.path) as bench:
         first = run.stage(
             "canary",
             {"plan": plan, "stable": baseline.sha256, "candidate": candidate.sha256, "bundle": bundle.id},

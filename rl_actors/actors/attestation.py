@@ -15,7 +15,9 @@ def attestation_gap(engine: Sequence[Sequence[float]], learner: Sequence[Sequenc
     """
     shapes = [len(row) for row in engine], [len(row) for row in learner]
     if shapes[0] != shapes[1]:
-        raise AttestationError(f"the engine scored {shapes[0]} probe tokens, the learner {shapes[1]}: nothing is proved")
+        raise AttestationError(
+            f"the engine scored {shapes[0]} probe tokens, the learner {shapes[1]}: nothing is proved"
+        )
     pairs = [pair for ours, theirs in zip(engine, learner, strict=True) for pair in zip(ours, theirs, strict=True)]
     if not pairs:
         raise AttestationError("attestation had no probe tokens; give the run at least one probe prompt")

@@ -9,18 +9,25 @@ from typing import Any
 
 import torch
 
+from rl_actors.errors import BadInputError
+
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW with a global gradient-norm clip. `zero_stage` shards optimizer state (1, 2) and parameters (3)."""
+    """AdamW with a global gradient-norm clip. `zero_stage` shards optimizer state (1, 2) and parameters (3).
+
+    With `muon_learning_rate` above 0, matrices between embedding and head are trained by Muon (orthogonalised momentum,
+    kellerjordan.github.io/posts/muon) and everything else by AdamW at `learning_rate`; ZeRO 0 only.
+    """
 
     learning_rate: float
     max_grad_norm: float
     weight_decay: float = 0.0
     zero_stage: int = 0
     beta2: float = 0.98
+    muon_learning_rate: float = 0.0
 
 
 def deepspeed_config(settings: OptimizerSettings) -> dict[str, Any]:
@@ -50,13 +57,43 @@ def build_engine(
     """Return a DeepSpeed engine over `module`; torch.distributed must be initialised or initialisable from env.
 
     `groups` are parameter groups with learning rates of their own; without them every trainable parameter is one group.
+
+    Raises:
+        BadInputError: Muon together with ZeRO, which shards the matrices it needs whole.
     """
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
     trainable: Any = list(groups) if groups else [p for p in module.parameters() if p.requires_grad]
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=trainable, config=deepspeed_config(settings))
+    optimizer, config = None, deepspeed_config(settings)
+    if settings.muon_learning_rate:
+        if settings.zero_stage:
+            raise BadInputError("zero_stage", settings.zero_stage, "Muon needs whole matrices; use 0, or AdamW alone")
+        optimizer = _muon(module, settings)
+        del config["optimizer"]
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=trainable, config=config)
+    for group in engine.optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
     return engine
+
+
+def _muon(module: torch.nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Return DeepSpeed's Muon over the matrices, experts included, with AdamW beside it for the rest."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if is_muon_matrix(name, p)]
+    others = [p for name, p in named if not is_muon_matrix(name, p)]
+    muon = {"lr": settings.muon_learning_rate, "momentum": 0.95, "ns_method": "standard", "use_muon": True}
+    adam = {"lr": settings.learning_rate, "betas": (0.9, settings.beta2), "eps": 1e-8, "use_muon": False}
+    groups = [{"params": matrices, **muon}, {"params": others, **adam}]
+    return MuonWithAuxAdam([{"weight_decay": settings.weight_decay, **group} for group in groups])
+
+
+def is_muon_matrix(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter maps hidden states to hidden states: no embedding, head, router or (stacked) bias."""
+    is_excluded = any(part in name for part in ("embed", "lm_head", "router", "bias"))
+    return parameter.dim() >= 2 and not is_excluded
 
 
 def accumulate(engine: Any, microbatches: Iterable[Any], loss_of: Callable[[Any], torch.Tensor]) -> float:
@@ -99,7 +136,7 @@ def _gradient_norm(engine: Any) -> float:
     return float(torch.nn.utils.get_total_norm(gradients))
 
 
-def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    """Set the learning rate of every parameter group."""
+def scale_learning_rate(engine: Any, factor: float) -> None:
+    """Set the learning rate of every parameter group to this share of its own peak."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = group["peak_lr"] * factor

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 
 from rl_actors.errors import BadInputError
-from rl_actors.training.deepspeed_engine import OptimizerSettings, accumulate_and_step, build_engine, set_learning_rate
+from rl_actors.training.deepspeed_engine import (
+    OptimizerSettings,
+    accumulate_and_step,
+    build_engine,
+    scale_learning_rate,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +30,7 @@ class SftSettings:
     seed: int
     warmup_fraction: float = 0.05
     zero_stage: int = 0
+    muon_learning_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,11 +99,16 @@ def cross_entropy(model: Any, examples: Sequence[Example], device: torch.device)
 
 def learning_rate_at(step: int, num_steps: int, settings: SftSettings) -> float:
     """Return linear warm-up, then cosine decay to 5 % of the peak."""
-    warmup = max(1, int(num_steps * settings.warmup_fraction))
+    return settings.learning_rate * schedule_at(step, num_steps, settings.warmup_fraction)
+
+
+def schedule_at(step: int, num_steps: int, warmup_fraction: float) -> float:
+    """Return the share of the peak learning rate at a step: linear warm-up, then cosine decay to 0.05."""
+    warmup = max(1, int(num_steps * warmup_fraction))
     if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)
-    return settings.learning_rate * (0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress)))
+    return 0.05 + 0.95 * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def train_sft(
@@ -126,13 +137,15 @@ def train_sft(
     engine = build_engine(
         model,
         OptimizerSettings(
-            learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm, zero_stage=settings.zero_stage
+            learning_rate=settings.learning_rate,
+            max_grad_norm=settings.max_grad_norm,
+            zero_stage=settings.zero_stage,
+            muon_learning_rate=settings.muon_learning_rate,
         ),
     )
     schedule = interleave(plain, drills)
     for step, batch in enumerate(schedule):
-        rate = learning_rate_at(step, len(schedule), settings)
-        set_learning_rate(engine, rate)
+        scale_learning_rate(engine, schedule_at(step, len(schedule), settings.warmup_fraction))
         loss = cross_entropy(engine, batch, engine.device)
         norm = accumulate_and_step(engine, [loss], lambda value: value)
         num_tokens = sum(len(example.token_ids) for example in batch)
@@ -142,7 +155,7 @@ def train_sft(
                 num_steps=len(schedule),
                 loss=loss.item(),
                 grad_norm=norm,
-                learning_rate=rate,
+                learning_rate=learning_rate_at(step, len(schedule), settings),
                 num_tokens=num_tokens,
             )
         )

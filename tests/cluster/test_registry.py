@@ -23,15 +23,13 @@ from cluster.registry_entries import (
     version_description,
 )
 from cluster.registry_store import Store, quieten, store_of
-from cluster.registry_traces import SampledTrace, TraceSpan, feedback_rows, rollout_spans, root_span
+from cluster.registry_traces import SampledTrace, TraceSpan, feedback_rows, root_span, turn_spans
 from rl_actors.contracts import (
     Calibration,
     Completion,
     DataSnapshot,
-    Outcome,
     PolicyVersion,
     RewardModelVersion,
-    Rollout,
     ToolCall,
     ToolResult,
     Turn,
@@ -397,7 +395,7 @@ def turn(kind: str, tokens: int, call: ToolCall | None, result: ToolResult | Non
     )
 
 
-def test_a_rollout_becomes_planner_tool_and_llm_spans():
+def test_a_run_becomes_planner_tool_and_llm_spans():
     plan = ToolCall(name="plan", arguments={"steps": ["look up"], "tool_budget": 1}, raw="{}")
     call = ToolCall(name="get_order", arguments={"order_id": 7}, raw='{"order_id": 7}')
     turns = (
@@ -406,21 +404,7 @@ def test_a_rollout_becomes_planner_tool_and_llm_spans():
         turn("malformed", 5, ToolCall(name="", arguments=None, raw="{oops"), None),
         turn("final", 5, None, None),
     )
-    outcome = Outcome(success=True, violations=(), reasons=())
-    rollout = Rollout(
-        rollout_id="r",
-        task_id="t",
-        group_id=0,
-        intent="order_status",
-        turns=turns,
-        status="ok",
-        reply="shipped",
-        outcome=outcome,
-        tool_calls_count=1,
-        tool_error_count=0,
-        duration_ms=80.0,
-    )
-    planner, look, tool, malformed, final = rollout_spans(rollout, AT)
+    planner, look, tool, malformed, final = turn_spans(turns, started_at=AT, duration_ms=80.0)
     assert (planner.kind, planner.outputs) == ("CHAIN", {"steps": ["look up"], "tool_budget": 1})
     assert [child.kind for child in planner.children] == ["LLM"]
     assert (tool.kind, tool.name, tool.inputs, tool.outputs) == (

@@ -28,6 +28,7 @@ from serving.openai_api import ApiLimits
 from serving.served import GatewayConfig, ServedPolicy
 from serving.split import SplitStore
 from serving.split_watch import SplitWatcher
+from serving.trace_log import TraceLog
 from tests.serving.fakes import START, FakeClock
 from tests.serving.shop import TOOLS, ShopWorkflow
 
@@ -189,6 +190,7 @@ def make_rig(
         find_policy=find_policy,
         ledger=ledger,
         critic=CriticQueue(critic, ledger, size=4, clock=clock),
+        traces=TraceLog(chosen.files.traces, chosen.trace_fraction),
         owner="gateway-1",
         clock=clock,
         monotonic=clock,

@@ -355,8 +355,8 @@ class TestReleasePlatform:
 
     def test_critic_is_an_application(self, fake: FakeServe, tmp_path: Path) -> None:
         platform, _ = make_platform(tmp_path)
-        platform.deploy_critic("/models/rm", pad_token_id=7)
-        assert fake.target("critic").target.bound == ("/models/rm", 7)
+        platform.start(make_policy(), critic_path="/models/rm")
+        assert fake.target("critic").target.bound == ("/models/rm",)
 
 
 @dataclass

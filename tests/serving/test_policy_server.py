@@ -122,14 +122,14 @@ class TestCriticServer:
         assert together == pytest.approx(alone, abs=1e-4)
         assert len({round(score, 4) for score in together}) == 3
 
-    def test_scores_are_divided_by_the_temperature(self, reward_directory: str) -> None:
+    def test_scores_are_calibrated_chances_as_in_training(self, reward_directory: str) -> None:
         from rl_actors.models.reward_model import RewardModel
 
         model = RewardModel.load(reward_directory)
         with torch.inference_mode():
             raw, _ = model(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long))
         (score,) = asyncio.run(CriticServer(reward_directory).score([[1, 2, 3]]))
-        assert score == pytest.approx(float(raw[0]) / 2.0, abs=1e-5)
+        assert score == pytest.approx(float(torch.sigmoid(raw[0] / 2.0)), abs=1e-5)
 
     def test_missing_directory(self, tmp_path: Path) -> None:
         with pytest.raises(OSError, match="reward_model"):

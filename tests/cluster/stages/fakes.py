@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from cluster.journal import Journal
 from cluster.paths import RunFolder
 from cluster.placement import place
 from cluster.registry_entries import StageLog
+from cluster.registry_traces import MirrorReport, SampledTrace
 from cluster.spec import load_spec, override
 from cluster.stages.bench import ReleaseResult
 from cluster.stages.context import Run
@@ -277,6 +278,8 @@ class FakeRegistry:
     versions: FakeVersions = field(default_factory=FakeVersions)
     runs: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     stages: list[StageLog] = field(default_factory=list)
+    traces: list[SampledTrace] = field(default_factory=list)
+    lost: int = 0
 
     @property
     def store(self) -> Any:
@@ -292,6 +295,10 @@ class FakeRegistry:
     def log_stage(self, log: StageLog) -> str:
         self.stages.append(log)
         return "1"
+
+    def mirror(self, traces: Iterable[SampledTrace]) -> MirrorReport:
+        self.traces += list(traces)
+        return MirrorReport(lost=self.lost, first_error="gone" if self.lost else "")
 
     def log_report(self, directory: Path) -> None:
         self.runs.append(("report", {"directory": directory}))

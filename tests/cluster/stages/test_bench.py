@@ -63,8 +63,9 @@ class FakeServe:
         self.splits, self.candidate, self.acts = SplitStore(gateway.files.split), "", list[str]()
         self.url, self.refusal = "http://127.0.0.1:8000", None
 
-    def start(self, stable: ServedPolicy) -> None:
-        self.acts.append(f"start {stable.version}")
+    def start(self, stable: ServedPolicy, *others: ServedPolicy, critic_path: str) -> None:
+        assert critic_path == "/models/rm"
+        self.acts.append(f"start {' '.join(policy.version for policy in (stable, *others))}")
         if self.refusal is not None:
             raise self.refusal
         if self.splits.read() is None:
@@ -72,9 +73,6 @@ class FakeServe:
                 epoch=1, stable=stable.version, candidate="", share=0.0, salt="none", updated_at=time.time()
             )
             self.splits.compare_and_set(first)
-
-    def deploy_policy(self, policy: ServedPolicy) -> None:
-        self.acts.append(f"deploy {policy.version}")
 
     def shutdown(self) -> None:
         self.acts.append("shutdown")
@@ -163,7 +161,7 @@ class Rig:
         return replace(release_plan(self.run, may_promote=True), tick_s=0.02)
 
     def bench(self) -> ReleaseBench:
-        self.users.bench = ReleaseBench(self.run, self.snapshot, self.aliases)
+        self.users.bench = ReleaseBench(self.run, self.snapshot, self.aliases, "/models/rm")
         assert isinstance(self.users.bench.platform, FakeServe)
         self.serve = self.users.bench.platform
         return self.users.bench
@@ -221,7 +219,7 @@ def test_an_equally_good_candidate_is_promoted(rig: Rig):
     assert (result.release_id, result.stable, result.candidate) == ("run-1-0", "sft-1", "ppo-1")
     assert rig.aliases.named == {"stable": "ppo-1"}
     assert rig.serve is not None
-    assert rig.serve.acts[:2] == ["start sft-1", "deploy ppo-1"]
+    assert rig.serve.acts[0] == "start sft-1 ppo-1"
     assert rig.serve.acts[-1] == "shutdown"
     assert rig.serve.candidate == "ppo-1"
     assert rig.users.was_stopped
@@ -285,14 +283,14 @@ def test_a_port_in_use_stops_before_any_traffic(rig: Rig):
         with pytest.raises(BadInputError, match="already in use"):
             bench.release(0, STABLE, CANDIDATE, rig.plan, rig.directory)
     assert rig.users.tasks == []
-    assert rig.serve.acts == ["start sft-1", "shutdown"]
+    assert rig.serve.acts == ["start sft-1 ppo-1", "shutdown"]
 
 
 def test_a_candidate_that_does_not_start_meets_no_user(rig: Rig, monkeypatch: pytest.MonkeyPatch):
-    def broken(_serve: FakeServe, _policy: ServedPolicy) -> None:
+    def broken(_serve: FakeServe, *_policies: ServedPolicy, critic_path: str) -> None:
         raise EngineError("application failed to start")
 
-    monkeypatch.setattr(FakeServe, "deploy_policy", broken)
+    monkeypatch.setattr(FakeServe, "start", broken)
     with pytest.raises(EngineError, match="failed to start"):
         rig.release()
     assert rig.users.tasks == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,29 @@ from cluster.registry_entries import ModelEntry
 from cluster.stages import records
 from cluster.stages.context import Run
 from cluster.stages.data import freeze_snapshot
-from cluster.stages.records import finish, make_bundle, mirror_stages, open_registry, summarise
+from cluster.stages.learned import Learned
+from cluster.stages.records import (
+    StageLinks,
+    finish,
+    make_bundle,
+    mirror_stages,
+    mirror_traces,
+    open_registry,
+    stage_links,
+    summarise,
+)
 from cluster.stages.registration import register_policies
 from cluster.watch import RunPaths, RunSummary, StageLine
 from cluster.workflows.support_desk import WORKFLOW
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion
 from rl_actors.errors import TamperedError
 from rl_actors.training.metrics_log import MetricsLog
+from serving.ledger import RunLedger
+from serving.served import ReleaseFiles
+from serving.trace_log import LiveTrace, TraceLog
 from tests.cluster.stages.fakes import CALIBRATION, FakeRegistry, make_policy, make_result, make_reward_model, make_run
-from tests.serving.fakes import make_report, make_suite
+from tests.rl_actors.fakes import make_turn
+from tests.serving.fakes import make_report, make_suite, record_run
 
 BASE, SFT = make_policy("/models/base", "base-1", "base"), make_policy("/models/sft", "sft-1", "sft")
 PPO, RM = make_policy("/models/ppo", "ppo-1"), make_reward_model("/models/rm")
@@ -148,7 +163,7 @@ def test_every_finished_stage_is_mirrored_with_its_curves_and_models(run: Run):
     run.stage("reward_model", {}, lambda: CALIBRATION, Calibration)
     MetricsLog(run.folder.metrics, "sft").write(1, {"loss": 0.5})
     registry = FakeRegistry()
-    mirror_stages(run, registry, {"sft": (ModelEntry.of_policy(policy),)})  # type: ignore[arg-type]
+    mirror_stages(run, registry, {"sft": StageLinks(outputs=(ModelEntry.of_policy(policy),))})  # type: ignore[arg-type]
     sft, reward = registry.stages
     assert (sft.stage, reward.stage) == ("sft", "reward_model")
     assert [entry.name for entry in sft.outputs] == [policy.name]
@@ -175,6 +190,41 @@ def test_a_stage_whose_output_is_a_list_is_mirrored_without_numbers(run: Run):
     registry = FakeRegistry()
     mirror_stages(run, registry, {})  # type: ignore[arg-type]
     assert set(registry.stages[0].metrics) == {"seconds"}
+
+
+def learned(snapshot: DataSnapshot) -> Learned:
+    base = make_policy("/models/base", "base-1", "base")
+    return Learned(snapshot=snapshot, base=base, baseline=SFT, reward_model=RM, candidate=PPO)
+
+
+def test_what_every_stage_read_and_made_is_drawn(snapshot: DataSnapshot):
+    links = stage_links(learned(snapshot))
+    drawn = {name: ([e.name for e in link.inputs], [e.name for e in link.outputs]) for name, link in links.items()}
+    assert drawn["sft"] == (["base-1"], [SFT.name])
+    assert drawn["reward_model"] == ([SFT.name], [RM.name])
+    assert drawn["ppo"] == ([SFT.name, RM.name], [PPO.name])
+    assert drawn["offline_eval"] == ([SFT.name, PPO.name], [])
+    assert {name for name, link in links.items() if link.snapshot} == {
+        "snapshot", "sft", "preferences", "ppo", "offline_eval",
+    }  # fmt: skip
+
+
+def test_sampled_runs_are_mirrored_with_their_overrides_and_losses_are_said(run: Run):
+    files = ReleaseFiles(root=run.folder.root / "serving")
+    with closing(RunLedger(files.ledger, owner="gateway")) as ledger:
+        record_run(ledger, 1)
+        ledger.override("run-1", actor="ann", reason="wrong", at=3.0)
+    turns = (make_turn((1, 2), (3, 4)),)
+    TraceLog(files.traces, 1.0).write(LiveTrace(run_id="run-1", request="a", response="b", turns=turns))
+    registry = FakeRegistry()
+    mirror_traces(run, registry, files)  # type: ignore[arg-type]
+    (trace,) = registry.traces
+    assert (trace.record.run_id, trace.override_actor, trace.request) == ("run-1", "ann", "a")
+    registry.lost = 3
+    notes: list[str] = []
+    run.watch.note = notes.append  # type: ignore[method-assign]
+    mirror_traces(run, registry, files)  # type: ignore[arg-type]
+    assert notes == ["3 traces could not be copied to MLflow: gone"]
 
 
 def test_every_version_is_linked_to_reward_model_data_and_its_own_bundle(run: Run, snapshot: DataSnapshot):
@@ -259,7 +309,7 @@ def test_finishing_writes_briefs_mirrors_and_names_who_is_stable(
     stage_policy(run, "sft")
     bundle, registry = bundle_of(run, snapshot), FakeRegistry()
     releases = (make_result(outcome=outcome), make_result(outcome="rolled_back"))
-    summary = finish(run, registry, bundle, SFT, RM, PPO, make_report(), releases)  # type: ignore[arg-type]
+    summary = finish(run, registry, bundle, learned(snapshot), make_report(), releases)  # type: ignore[arg-type]
     assert (summary.stable_policy, summary.bundle_id) == (stable.name, bundle.id)
     assert summary.exit_code == (0 if is_success else 1)
     assert written == [(run.folder.root, run.folder.root / "serving" / "ledger.sqlite")]

@@ -185,7 +185,8 @@ class FakeBench:
     aliases: Any = None
     is_open: bool = False
 
-    def __call__(self, _run: Run, _snapshot: DataSnapshot, aliases: Any) -> FakeBench:
+    def __call__(self, _run: Run, _snapshot: DataSnapshot, aliases: Any, critic_path: str) -> FakeBench:
+        assert critic_path == RM.path
         self.aliases = aliases
         return self
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from rl_actors.errors import BadInputError
 from rl_actors.training.deepspeed_engine import (
     OptimizerSettings,
     accumulate,
@@ -15,7 +16,8 @@ from rl_actors.training.deepspeed_engine import (
     build_engine,
     deepspeed_config,
     discard,
-    set_learning_rate,
+    is_muon_matrix,
+    scale_learning_rate,
 )
 
 SETTINGS = OptimizerSettings(learning_rate=0.1, max_grad_norm=1e9)
@@ -93,12 +95,48 @@ def test_a_discarded_gradient_leaves_nothing_behind(process_group: None, zero_st
 @real
 def test_the_learning_rate_can_be_set(process_group: None):
     module, engine = engine_over()
-    set_learning_rate(engine, 0.0)
+    scale_learning_rate(engine, 0.0)
     accumulate_and_step(engine, [ROWS], lambda rows: engine(rows).sum())
     assert module.weight.detach().flatten().tolist() == [0.5] * 3
-    set_learning_rate(engine, 0.1)
+    scale_learning_rate(engine, 1.0)
     accumulate_and_step(engine, [ROWS], lambda rows: engine(rows).sum())
     assert module.weight.detach().flatten().tolist() != [0.5] * 3
+
+
+@real
+def test_muon_turns_matrices_and_leaves_the_rest_to_adamw(process_group: None):
+    """A Muon step of a matrix is orthogonal up to the iteration's slack: its singular values are near 1, whatever the
+    gradient's; AdamW moves a bias by its own learning rate."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    engine = build_engine(module, OptimizerSettings(learning_rate=0.01, max_grad_norm=1e9, muon_learning_rate=0.1))
+    rows = torch.randn(32, 8)
+    accumulate_and_step(engine, [rows], lambda x: (engine(x) ** 2 * torch.arange(1.0, 9.0)).sum())
+    matrix, bias = (now.detach() - then for now, then in zip(module.parameters(), before, strict=True))
+    singular = torch.linalg.svdvals(matrix / 0.1)
+    assert 0.5 < float(singular.min()) <= float(singular.max()) < 1.5
+    assert bias.abs().tolist() == pytest.approx([0.01] * 8, rel=1e-3)
+
+
+def test_muon_takes_no_embedding_head_router_or_bias():
+    matrix, vector = torch.nn.Parameter(torch.zeros(4, 4)), torch.nn.Parameter(torch.zeros(4))
+    taken = {
+        name
+        for name in ("layers.0.self_attn.q_proj.weight", "layers.0.mlp.experts.gate_up_proj", "model.embed_tokens.weight",
+                     "lm_head.weight", "layers.0.mlp.router.weight", "layers.0.mlp.experts.down_proj_bias")
+        if is_muon_matrix(name, matrix)
+    }  # fmt: skip
+    assert taken == {"layers.0.self_attn.q_proj.weight", "layers.0.mlp.experts.gate_up_proj"}
+    assert not is_muon_matrix("layers.0.self_attn.sinks", vector)
+
+
+def test_muon_and_sharded_matrices_are_refused():
+    with pytest.raises(BadInputError, match="Muon needs whole matrices"):
+        build_engine(
+            torch.nn.Linear(2, 2),
+            OptimizerSettings(learning_rate=0.1, max_grad_norm=1.0, muon_learning_rate=0.1, zero_stage=2),
+        )
 
 
 @real

@@ -235,7 +235,9 @@ def spread(rows: list[list[float]], reference: Path, batch: list[TrainingSample]
 def test_an_update_stops_early_when_it_has_moved_enough(
     tiny_dir: Path, batch: list[TrainingSample], process_group: None, target_kl: float, stops: bool
 ):
-    metrics = learner(tiny_dir, learning_rate=1e-2, epochs=6, limits=replace(OFF, max_kl=target_kl)).update(batch).metrics
+    metrics = (
+        learner(tiny_dir, learning_rate=1e-2, epochs=6, limits=replace(OFF, max_kl=target_kl)).update(batch).metrics
+    )
     assert metrics["stopped_early"] == float(stops)
     assert (metrics["num_optimizer_steps"] < 6) == stops
 
