@@ -120,7 +120,7 @@ def mirror_stages(run: Run, registry: Registry, links: Mapping[str, StageLinks])
 
 
 def mirror_traces(run: Run, registry: Registry, files: ReleaseFiles) -> None:
-    """Copy a few live runs to MLflow with what people said of them; what the mirror loses is said, and stops nothing."""
+    """Copy a few live runs to MLflow with what people said of them; losses are told, and stop nothing."""
     with closing(RunLedger(files.ledger, owner="mirror")) as ledger:
         report = registry.mirror(sampled_traces(read_traces(files.traces), ledger, NUM_MIRRORED_TRACES))
     if report.lost:

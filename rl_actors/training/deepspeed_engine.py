@@ -11,6 +11,7 @@ import torch
 
 from rl_actors.errors import BadInputError
 
+INITIAL_MICRO_STEP = -1  # DeepSpeed's own mark of "no backward pass yet"
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -71,7 +72,8 @@ def build_engine(
             raise BadInputError("zero_stage", settings.zero_stage, "Muon needs whole matrices; use 0, or AdamW alone")
         optimizer = _muon(module, settings)
         del config["optimizer"]
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=trainable, config=config)
+    made = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=trainable, config=config)
+    engine: Any = made[0]
     for group in engine.optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return engine
@@ -117,11 +119,15 @@ def accumulate_and_step(engine: Any, microbatches: Iterable[Any], loss_of: Calla
 
 
 def discard(engine: Any) -> None:
-    """Drop accumulated gradients without a step, as DeepSpeed itself does after an overflow."""
+    """Drop accumulated gradients without a step, clearing what DeepSpeed itself clears after an overflow."""
     engine.zero_grad()
-    engine.optimizer.zero_grad()
-    if hasattr(engine.optimizer, "averaged_gradients"):  # ZeRO keeps its own copy
-        engine.optimizer.averaged_gradients = {}
+    optimizer = engine.optimizer
+    optimizer.zero_grad()
+    if engine.zero_optimization_stage() > 0:  # ZeRO keeps its own copies, and adds to them until a step
+        optimizer.micro_step_id = INITIAL_MICRO_STEP
+        for name in ("averaged_gradients", "all_grad_tensors"):
+            held = getattr(optimizer, name, {})
+            held.update(dict.fromkeys(held))
 
 
 def _gradient_norm(engine: Any) -> float:

@@ -1,4 +1,4 @@
-"""What data-parallel ranks must agree on: counts, moments and metrics of the whole batch. One rank agrees with itself."""
+"""What data-parallel ranks must agree on: counts, moments and metrics of the whole batch."""
 
 from __future__ import annotations
 

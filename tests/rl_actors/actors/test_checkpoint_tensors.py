@@ -34,13 +34,13 @@ def test_everything_and_more_is_complete():
 
 
 def test_what_is_missing_is_named():
-    with pytest.raises(AttestationError, match="1 tensors were not published and would stay old: b$"):
+    with pytest.raises(AttestationError, match=r"1 tensors were not published and would stay old: b$"):
         require_complete({"a": torch.zeros(2, 3)}, SHAPES)
 
 
 def test_a_long_list_is_cut():
     shapes = {f"layer{number}": (1,) for number in range(5)}
-    with pytest.raises(AttestationError, match="5 tensors .*: layer0, layer1, layer2 and 2 more"):
+    with pytest.raises(AttestationError, match=r"5 tensors .*: layer0, layer1, layer2 and 2 more"):
         require_complete({}, shapes)
 
 

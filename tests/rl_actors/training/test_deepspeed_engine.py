@@ -22,6 +22,7 @@ from rl_actors.training.deepspeed_engine import (
 
 SETTINGS = OptimizerSettings(learning_rate=0.1, max_grad_norm=1e9)
 ROWS = torch.arange(12.0).reshape(4, 3) / 12
+SHARDED = {"zero_stage": 2, "muon_learning_rate": 0.1}
 real = pytest.mark.slow
 
 
@@ -119,24 +120,24 @@ def test_muon_turns_matrices_and_leaves_the_rest_to_adamw(process_group: None):
     assert bias.abs().tolist() == pytest.approx([0.01] * 8, rel=1e-3)
 
 
+MATRICES = {"layers.0.self_attn.q_proj.weight", "layers.0.mlp.experts.gate_up_proj"}
+OTHERS = {
+    "model.embed_tokens.weight",
+    "lm_head.weight",
+    "layers.0.mlp.router.weight",
+    "layers.0.mlp.experts.down_proj_bias",
+}
+
+
 def test_muon_takes_no_embedding_head_router_or_bias():
     matrix, vector = torch.nn.Parameter(torch.zeros(4, 4)), torch.nn.Parameter(torch.zeros(4))
-    taken = {
-        name
-        for name in ("layers.0.self_attn.q_proj.weight", "layers.0.mlp.experts.gate_up_proj", "model.embed_tokens.weight",
-                     "lm_head.weight", "layers.0.mlp.router.weight", "layers.0.mlp.experts.down_proj_bias")
-        if is_muon_matrix(name, matrix)
-    }  # fmt: skip
-    assert taken == {"layers.0.self_attn.q_proj.weight", "layers.0.mlp.experts.gate_up_proj"}
+    assert {name for name in MATRICES | OTHERS if is_muon_matrix(name, matrix)} == MATRICES
     assert not is_muon_matrix("layers.0.self_attn.sinks", vector)
 
 
 def test_muon_and_sharded_matrices_are_refused():
     with pytest.raises(BadInputError, match="Muon needs whole matrices"):
-        build_engine(
-            torch.nn.Linear(2, 2),
-            OptimizerSettings(learning_rate=0.1, max_grad_norm=1.0, muon_learning_rate=0.1, zero_stage=2),
-        )
+        build_engine(torch.nn.Linear(2, 2), OptimizerSettings(learning_rate=0.1, max_grad_norm=1.0, **SHARDED))
 
 
 @real

@@ -16,7 +16,7 @@ from rl_actors.training.ppo_batch import Minibatch, against_group, minibatches, 
 def sample(number: int, length: int, reward: float) -> TrainingSample:
     """Ids that name the sample; everything after the first two tokens was sampled."""
     return TrainingSample(
-        rollout_id=f"r{number:03}", group_id=number, token_ids=(number,) * length,
+        rollout_id=f"r{number}", group_id=number, token_ids=(number,) * length,
         loss_mask=(False, False, *(True,) * (length - 2)), rollout_logprobs=(0.0,) * length, reward=reward,
         truncated=False,
     )  # fmt: skip

@@ -366,15 +366,16 @@ def test_a_poison_that_stays_ends_the_run_with_its_reason(
 ):
     one = learner(tiny_dir)
     poisoned = [replace(sample, reward=float("nan")) for sample in batch]
+    for _ in range(3):
+        one.update(poisoned)
     with pytest.raises(InstabilityError, match=r"^repeated_skips: .*non_finite.*last good state"):
-        for _ in range(5):
-            one.update(poisoned)
+        one.update(poisoned)
     assert one.weights_version == 3, "three skips in a row are borne, the fourth is not"
 
 
 @slow
 def test_collapsed_entropy_ends_the_run_at_once(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
-    with pytest.raises(InstabilityError, match="^entropy_collapse: entropy = "):
+    with pytest.raises(InstabilityError, match=r"^entropy_collapse: entropy = "):
         learner(tiny_dir, limits=replace(OFF, min_entropy=100.0)).update(batch)
 
 
