@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 
 from cluster.codec import encode
 from cluster.paths import write_json
-from cluster.stages.context import Run
+from cluster.stages.context import NUM_THREADS, Run
 from cluster.stages.data import read_tasks
-from cluster.stages.ray_runtime import placed
-from rl_actors.actors.pools import RolloutPool
+from cluster.stages.ray_runtime import has_room, placed
+from rl_actors.actors.pools import Options, RolloutPool
+from rl_actors.actors.rollout_worker import RolloutWorkerSettings
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, Split, SuiteResult
 from rl_actors.errors import StageRefusedError
 from rl_actors.evaluation import CostModel, Suite, compare, suite_result
@@ -28,31 +32,47 @@ def read_suites(snapshot: DataSnapshot) -> list[Suite]:
 def evaluate(
     run: Run, snapshot: DataSnapshot, baseline: PolicyVersion, candidate: PolicyVersion, report_name: str
 ) -> EvalReport:
-    """Run both policies on all suites with equal seeds; the rows lie under `eval/` afterwards."""
-    results = {policy.name: evaluate_policy(run, snapshot, policy) for policy in (baseline, candidate)}
+    """Run both policies on all suites with equal seeds; the rows lie under `eval/` afterwards.
+
+    Side by side where the cluster has room, so that whatever slows the machine down slows both.
+    """
+    policies = (baseline, candidate)
+    rounds = [policies] if has_room(run.placement, "offline_eval", len(policies)) else [(one,) for one in policies]
+    results: dict[str, dict[str, SuiteResult]] = {}
+    for together in rounds:
+        results |= evaluate_together(run, snapshot, together)
     report = compare(results[baseline.name], results[candidate.name], CAPABILITY)
     write_json(run.folder.evaluations / f"{report_name}.json", encode(report))
     return report
 
 
-def evaluate_policy(run: Run, snapshot: DataSnapshot, policy: PolicyVersion) -> dict[str, SuiteResult]:
-    """Run one policy on all suites with an engine loaded from its own directory."""
-    results: dict[str, SuiteResult] = {}
-    with placed(run.placement, "offline_eval") as options:
-        pool = RolloutPool(
-            policy.path,
-            run.worker_settings,
-            num_workers=run.spec.ppo.num_rollout_workers,
-            options=options,
-            timeout_s=run.spec.agent.timeout_s * 30,
-        )
-        try:
-            for suite in read_suites(snapshot):
-                rollouts = pool.rollouts(suite.requests(run.spec.seed), run.spec.ppo.temperature)
-                results[suite.name] = suite_result(suite, policy.name, rollouts, CostModel())
-        finally:
-            pool.close()
+def evaluate_together(
+    run: Run, snapshot: DataSnapshot, policies: Sequence[PolicyVersion]
+) -> dict[str, dict[str, SuiteResult]]:
+    """Run policies on all suites, suite by suite at the same time, each on engines loaded from its own directory."""
+    results: dict[str, dict[str, SuiteResult]] = {policy.name: {} for policy in policies}
+    settings = replace(run.worker_settings, num_threads=max(1, NUM_THREADS // len(policies)))
+    with ExitStack() as stack, ThreadPoolExecutor(len(policies)) as threads:
+        places = [stack.enter_context(placed(run.placement, "offline_eval")) for _ in policies]
+        pools = list(threads.map(lambda policy, place: _open_pool(run, policy, settings, place), policies, places))
+        for pool in pools:
+            stack.callback(pool.close)
+        for suite in read_suites(snapshot):
+            requests, temperature = suite.requests(run.spec.seed), run.spec.ppo.temperature
+            calls = [threads.submit(pool.rollouts, requests, temperature) for pool in pools]
+            for policy, call in zip(policies, calls, strict=True):
+                results[policy.name][suite.name] = suite_result(suite, policy.name, call.result(), CostModel())
     return results
+
+
+def _open_pool(run: Run, policy: PolicyVersion, settings: RolloutWorkerSettings, options: Options) -> RolloutPool:
+    return RolloutPool(
+        policy.path,
+        settings,
+        num_workers=run.spec.ppo.num_rollout_workers,
+        options=options,
+        timeout_s=run.spec.agent.timeout_s * 30,
+    )
 
 
 def require_offline_gates(report: EvalReport, plan: ReleasePlan) -> tuple[GateResult, ...]:

@@ -48,6 +48,8 @@ def _initialise(address: str, placement: Placement) -> None:
     if address:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
         return
+    # One machine is never preempted; the watcher is an actor per job, with three seconds of imports.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(
         address="local",  # never a cluster that happens to run on this machine
         num_cpus=local_cpus(placement, os.cpu_count() or 1),
@@ -63,6 +65,12 @@ def worker_environment(placement: Placement) -> dict[str, str]:
     """Return the environment of every worker process."""
     accelerator = "cuda" if placement.peak["GPU"] else "cpu"
     return {**WORKER_ENVIRONMENT, "DS_ACCELERATOR": accelerator}
+
+
+def has_room(placement: Placement, stage: Stage, times: int) -> bool:
+    """Whether a stage's bundles fit so many times into what the connected cluster has free now."""
+    free = ray.available_resources()
+    return all(times * needed <= free.get(name, 0.0) for name, needed in placement.demand(stage).items())
 
 
 @contextmanager

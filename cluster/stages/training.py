@@ -150,15 +150,16 @@ def train_policy(
             options=options,
             checkpoints=checkpoints,
         )
+        scorers = ScorerPool(
+            reward_model.path, reward_model.name, mix, num_scorers=1, num_threads=NUM_THREADS, options=options
+        )
+        # Last, because it waits for its engines: learners and scorers load meanwhile.
         pool = RolloutPool(
             baseline.path,
             run.worker_settings,
             num_workers=ppo.num_rollout_workers,
             options=options,
             timeout_s=run.spec.agent.timeout_s * 10,
-        )
-        scorers = ScorerPool(
-            reward_model.path, reward_model.name, mix, num_scorers=1, num_threads=NUM_THREADS, options=options
         )
         sync = AttestedSync(learners, pool, arrays, tolerance=ppo.attestation_tolerance)
         start = learners.load_newest_checkpoint()

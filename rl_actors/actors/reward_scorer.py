@@ -32,7 +32,7 @@ class RewardMix:
 class RewardScorer:
     """Runs as a Ray actor. The critic score is sigmoid(score / temperature), against a score of 0."""
 
-    def __init__(self, path: str, version: str, mix: RewardMix, num_threads: int = 1, batch_size: int = 64) -> None:
+    def __init__(self, path: str, version: str, mix: RewardMix, num_threads: int = 1, batch_size: int = 16) -> None:
         """Load the reward model."""
         torch.set_num_threads(num_threads)
         self._model = RewardModel.load(path)

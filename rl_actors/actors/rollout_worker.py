@@ -28,7 +28,7 @@ class RolloutWorkerSettings:
     limits: AgentLimits
     num_tool_hosts: int
     num_threads: int
-    max_in_flight: int = 64
+    max_in_flight: int = 128
     transfer_backend: str | None = None
 
 

@@ -235,11 +235,13 @@ class Places:
 
     stages: list[str] = field(default_factory=list)
     open: int = 0
+    most_open: int = 0
 
     @contextmanager
     def __call__(self, _placement: object, stage: str) -> Iterator[Callable[[str, int], Mapping[str, Any]]]:
         self.stages.append(stage)
         self.open += 1
+        self.most_open = max(self.most_open, self.open)
         try:
             yield lambda role, rank: {"place": (role, rank)}
         finally:

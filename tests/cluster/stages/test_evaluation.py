@@ -11,7 +11,7 @@ from cluster.codec import decode
 from cluster.stages import evaluation
 from cluster.stages.context import Run
 from cluster.stages.data import freeze_snapshot, read_tasks
-from cluster.stages.evaluation import SUITE_SPLITS, evaluate, evaluate_policy, read_suites, require_offline_gates
+from cluster.stages.evaluation import SUITE_SPLITS, evaluate, evaluate_together, read_suites, require_offline_gates
 from cluster.stages.release import release_plan
 from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.contracts import DataSnapshot, EvalReport, Outcome
@@ -77,24 +77,33 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Places:
     return recorder
 
 
+@pytest.fixture(params=[True, False], ids=["together", "in turn"], autouse=True)
+def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """A cluster with room for both engines, and one without."""
+    monkeypatch.setattr(evaluation, "has_room", lambda placement, stage, times: request.param)
+    return request.param
+
+
 @pytest.fixture
 def report(run: Run, snapshot: DataSnapshot, pools: PoolRecorder, places: Places) -> EvalReport:
     return evaluate(run, snapshot, BASELINE, CANDIDATE, "candidate")
 
 
 def test_both_policies_get_the_same_tasks_and_seeds(run: Run, report: EvalReport, pools: PoolRecorder):
-    baseline, candidate = pools.pools
-    assert (baseline.model_path, candidate.model_path) == (BASELINE.path, CANDIDATE.path)
+    by_path = {pool.model_path: pool for pool in pools.pools}
+    baseline, candidate = by_path[BASELINE.path], by_path[CANDIDATE.path]
     assert baseline.requests == candidate.requests
     assert len(baseline.requests) == sum(NUM_TASKS[split] for split in SUITE_SPLITS.values())
     assert {*baseline.temperatures, *candidate.temperatures} == {run.spec.ppo.temperature}
 
 
-def test_engines_run_one_after_the_other_and_all_places_are_given_back(
-    report: EvalReport, pools: PoolRecorder, places: Places
+def test_engines_run_side_by_side_where_there_is_room_and_all_places_are_given_back(
+    report: EvalReport, pools: PoolRecorder, places: Places, room: bool
 ):
     assert all(pool.is_closed for pool in pools.pools)
     assert (places.stages, places.open) == (["offline_eval", "offline_eval"], 0)
+    assert places.most_open == (2 if room else 1)
+    assert {pool.settings.num_threads for pool in pools.pools} == {1 if room else 2}
 
 
 def test_the_report_compares_task_by_task(report: EvalReport):
@@ -115,7 +124,7 @@ def test_the_report_lies_under_eval_and_reads_back_equal(run: Run, report: EvalR
 
 def test_another_seed_samples_otherwise(home: Path, snapshot: DataSnapshot, pools: PoolRecorder, places: Places):
     for run_id, seed in (("run-1", 7), ("run-2", 7), ("run-3", 8)):
-        evaluate_policy(make_run(home, f"seed={seed}", run_id=run_id), snapshot, CANDIDATE)
+        evaluate_together(make_run(home, f"seed={seed}", run_id=run_id), snapshot, [CANDIDATE])
     seeds = [[request.seed for request in pool.requests] for pool in pools.pools]
     assert seeds[0] == seeds[1] != seeds[2]
 
@@ -124,7 +133,7 @@ def test_a_dead_engine_is_no_report(run: Run, snapshot: DataSnapshot, pools: Poo
     pools.breaks = True
     with pytest.raises(InfrastructureError, match="workers died"):
         evaluate(run, snapshot, BASELINE, CANDIDATE, "candidate")
-    assert pools.pools[0].is_closed
+    assert all(pool.is_closed for pool in pools.pools)
     assert places.open == 0
     assert not run.folder.evaluations.exists()
 
@@ -142,7 +151,7 @@ def test_a_suite_with_a_lost_task_is_no_report(
     recorder = Losing(Policies())
     monkeypatch.setattr(evaluation, "RolloutPool", recorder)
     with pytest.raises(InfrastructureError, match="1 tasks lost to infrastructure"):
-        evaluate_policy(run, snapshot, CANDIDATE)
+        evaluate_together(run, snapshot, [CANDIDATE])
     assert recorder.pools[0].is_closed
 
 
