@@ -142,6 +142,12 @@ class RunLedger:
         found = self._read("SELECT release_channel, status, COUNT(*) AS n FROM runs GROUP BY 1, 2")
         return {(row["release_channel"], row["status"]): row["n"] for row in found}
 
+    def count_requests(self, run_name: str) -> int:
+        """Count the requests of one traffic run; further attempts at one (`~2`) are rows, not requests."""
+        sql = "SELECT COUNT(*) AS n FROM runs WHERE substr(request_id, 1, ?) = ? AND instr(request_id, '~') = 0"
+        prefix = f"{run_name}."
+        return self._read(sql, (len(prefix), prefix))[0]["n"]
+
     def window(
         self, policy_version: str, channel: ReleaseChannel, *, epoch: int | None = None, since: float = 0.0
     ) -> TrafficWindow:

@@ -36,7 +36,11 @@ _OUTCOMES: dict[str, Outcome] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseResult:
-    """How one release ended, from the ledger and the controller's own record."""
+    """How one release ended, from the ledger and the controller's own record.
+
+    `requests` counts tickets, those included that a killed driver had sent before; `ledger_rows` the requests of this
+    release that the ledger holds. The two must be equal.
+    """
 
     release_id: str
     stable: str
@@ -165,7 +169,6 @@ class ReleaseBench:
         history = SplitStore(self._gateway().files.split).history().values()
         epochs = [record.epoch for record in history if record.salt == release.release_id and record.share > 0]
         first, second = ledger.session_counts(epochs[:1]), ledger.session_counts(epochs)
-        rows = sum(ledger.counts().values())
         drills = controller.log.drills()
         return ReleaseResult(
             release_id=release.release_id,
@@ -173,9 +176,9 @@ class ReleaseBench:
             candidate=release.candidate,
             outcome=_OUTCOMES[type(state).__name__],
             reason=getattr(state, "reason", "all gates passed at every step of the ramp"),
-            requests=progress.num_sent,
+            requests=progress.num_sent + progress.num_repeated,
             failed_requests=progress.num_failed,
-            ledger_rows=rows,
+            ledger_rows=ledger.count_requests(release.release_id),
             first_step_requests=first[1],
             first_step_canary_requests=first[0],
             canary_requests=second[0],

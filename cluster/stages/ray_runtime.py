@@ -32,6 +32,7 @@ WORKER_ENVIRONMENT = {
 @contextmanager
 def connected(address: str, placement: Placement) -> Iterator[None]:
     """Connect to a cluster, or start a local Ray that ends with the run; refuse a spec it could never place."""
+    quieten_libraries()
     is_ours = not ray.is_initialized()
     if is_ours:
         _initialise(address or os.environ.get("RAY_ADDRESS", ""), placement)
@@ -41,6 +42,14 @@ def connected(address: str, placement: Placement) -> Iterator[None]:
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def quieten_libraries() -> None:
+    """Keep other libraries' progress bars and chatter off the run's own screen; their warnings stay."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def _initialise(address: str, placement: Placement) -> None:

@@ -226,6 +226,12 @@ class TestLateKnowledge:
         ledger.label("run-0", "yes", actor="a", reason="r", at=START + 10)
         assert next(ledger.rows()).success == "yes"
 
+    def test_requests_are_counted_by_traffic_run_and_further_attempts_are_not(self, ledger: RunLedger):
+        names = ("a-0.t1", "a-0.t1~2", "a-0.t2", "a-1.t1", "a-01.t1", "other")
+        for index, name in enumerate(names):
+            record_run(ledger, index, request_id=name)
+        assert [ledger.count_requests(run) for run in ("a-0", "a-1", "a", "none")] == [2, 1, 0, 0]
+
     def test_a_critic_score_is_logged_beside_the_run(self, ledger: RunLedger):
         record_run(ledger, 0)
         assert next(ledger.rows()).critic_score == UNSCORED

@@ -127,7 +127,7 @@ class Users:
             if is_over():
                 self.was_stopped = True
                 return
-            self._serve(ledger, splits, f"{prefix}-{number}", number)
+            self._serve(ledger, splits, f"{prefix}.{number}", number)
             driver.progress.num_sent += 1
         if self.failure is not None:
             raise self.failure
