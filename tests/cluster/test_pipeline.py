@@ -120,7 +120,7 @@ class Story:
     def finish(self, run: Run, *given: Any) -> RunSummary:
         self.happen("finish", *given)
         paths = RunPaths(folder=str(run.folder.root))
-        return records.summarise(run, trained=(), paths=paths, report=given[5], releases=given[6], stable="ppo")
+        return records.summarise(run, trained=(), paths=paths, report=given[3], releases=given[4], stable="ppo")
 
     def open_registry(self, _run: Run) -> str:
         return "registry"

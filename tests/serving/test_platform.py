@@ -358,6 +358,34 @@ class TestReleasePlatform:
         platform.start(make_policy(), critic_path="/models/rm")
         assert fake.target("critic").target.bound == ("/models/rm",)
 
+    def test_without_a_reward_model_there_is_no_critic(self, fake: FakeServe, tmp_path: Path) -> None:
+        platform, _ = make_platform(tmp_path)
+        platform.start(make_policy())
+        assert "critic" not in fake.apps
+
+    def test_everything_is_asked_for_before_anything_is_waited_for(self, fake: FakeServe, tmp_path: Path) -> None:
+        """Engines and critic load at the same time: one after the other would cost their start-ups in turn."""
+        platform, _ = make_platform(tmp_path)
+        asked_when_first_polled: list[list[str]] = []
+        status = fake.status
+
+        def polled() -> Any:
+            if fake.apps and any(app.polls > len(fake.apps) for app in fake.apps.values()):
+                asked_when_first_polled.append(list(fake.apps))
+            return status()
+
+        fake.status = polled  # type: ignore[method-assign]
+        fake.start_polls = 10
+        platform.start(make_policy(), make_policy(CANDIDATE), critic_path="/models/rm")
+        expected = [make_policy().application, make_policy(CANDIDATE).application, "critic", "gateway"]
+        assert asked_when_first_polled[0] == expected
+
+    def test_a_critic_that_does_not_start_is_an_error_with_its_reason(self, fake: FakeServe, tmp_path: Path) -> None:
+        platform, _ = make_platform(tmp_path)
+        fake.end_status, fake.message = "DEPLOY_FAILED", "no such file"
+        with pytest.raises(EngineError, match="no such file"):
+            platform.start(make_policy(), critic_path="/models/none")
+
 
 @dataclass
 class FakeHandle:

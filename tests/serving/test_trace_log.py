@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rl_actors.contracts import Completion, ToolCall, ToolResult, Turn
 from serving.trace_log import LiveTrace, TraceLog, read_traces
-from tests.serving.live_fakes import PAY, PROMPT, STABLE, body, make_rig
+from tests.serving.live_fakes import HELLO, PAY, PROMPT, STABLE, Rig, Step, body, engine_error, make_rig
 
 
 def make_trace(number: int) -> LiveTrace:
@@ -82,3 +84,89 @@ def test_a_full_disk_costs_a_trace_and_no_answer(tmp_path: Path, break_it: bool)
             return answered.status_code, (await client.get("/healthz")).json()["traces_lost"]
 
     assert asyncio.run(ask()) == (200, int(break_it))
+
+
+# --- how a run ended does not decide whether it is kept ---------------------------------------------------------------
+
+
+def served(rig: Rig, num_requests: int = 1) -> list[int]:
+    """Ask so often, one request after the other; returns the status codes."""
+
+    async def ask() -> list[int]:
+        async with rig.client() as client:
+            answers = [await client.post("/v1/chat/completions", json=body()) for _ in range(num_requests)]
+            return [answer.status_code for answer in answers]
+
+    return asyncio.run(ask())
+
+
+def kept(rig: Rig) -> list[LiveTrace]:
+    return list(read_traces(rig.ports.config.files.traces))
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "kinds"),
+    [
+        (HELLO, "ok", ["final"]),
+        ((("plan", 3), ("junk", "")), "truncated", ["plan", "malformed"]),
+        ((("plan", 1), *[("call", ("look", {"order": "1"}))] * 2), "tool_budget", ["plan", "tool", "tool"]),
+    ],
+    ids=["ok", "truncated", "tool_budget"],
+)
+def test_runs_that_failed_are_kept_too_with_what_the_user_was_told(
+    tmp_path: Path, script: tuple[Step, ...], status: str, kinds: list[str]
+):
+    rig = make_rig(tmp_path, scripts={STABLE: script}, config={"trace_fraction": 1.0})
+    assert served(rig) == [200]
+    (trace,), (row,) = kept(rig), rig.rows()
+    assert (row.status, row.run_id) == (status, trace.run_id)
+    assert [turn.kind for turn in trace.turns] == kinds
+    told = "Hello there." if status == "ok" else rig.ports.config.fallback_text
+    assert trace.response == told
+
+
+def test_a_blocked_reply_is_kept_as_what_was_released_instead(tmp_path: Path):
+    """The turns still hold what the policy wanted to say: that is what an analyst looks for."""
+    rig = make_rig(tmp_path, scripts={STABLE: HELLO}, config={"trace_fraction": 1.0})
+    rig.workflow.checks = lambda reply, run: {"no_greetings": False}
+    assert served(rig) == [200]
+    (trace,) = kept(rig)
+    assert trace.response == rig.ports.config.fallback_text
+    assert trace.turns[-1].kind == "final"
+    assert rig.rows()[0].policy_checks == {"no_greetings": False}
+
+
+def test_a_run_whose_engine_died_leaves_a_row_and_no_trace(tmp_path: Path):
+    """There is nothing to show: no turn was finished by anybody."""
+    rig = make_rig(tmp_path, scripts={STABLE: (engine_error(),)}, config={"trace_fraction": 1.0})
+    assert served(rig) == [503]
+    assert kept(rig) == []
+    assert [row.status for row in rig.rows()] == ["engine_error"]
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0), (1.0, 6)])
+def test_every_sampled_run_has_a_ledger_row_and_none_is_kept_twice(tmp_path: Path, fraction: float, expected: int):
+    rig = make_rig(tmp_path, scripts={STABLE: HELLO}, config={"trace_fraction": fraction})
+    assert served(rig, 6) == [200] * 6
+    names = [trace.run_id for trace in kept(rig)]
+    assert len(names) == len(set(names)) == expected
+    assert set(names) <= {row.run_id for row in rig.rows()}
+
+
+def test_lines_of_many_threads_do_not_mix(tmp_path: Path):
+    """Long traces from several handlers at once: every line must still be one trace."""
+    log = TraceLog(tmp_path / "traces.jsonl", 1.0)
+    long = replace(make_trace(0), request="x" * 50_000)
+
+    def write(number: int) -> None:
+        for part in range(5):
+            log.write(replace(long, run_id=f"run-{number}-{part}"))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = sorted(trace.run_id for trace in read_traces(tmp_path / "traces.jsonl"))
+    assert found == sorted(f"run-{number}-{part}" for number in range(8) for part in range(5))
+    assert log.num_lost == 0
