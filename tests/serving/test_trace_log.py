@@ -109,7 +109,7 @@ def kept(rig: Rig) -> list[LiveTrace]:
     [
         (HELLO, "ok", ["final"]),
         ((("plan", 3), ("junk", "")), "truncated", ["plan", "malformed"]),
-        ((("plan", 1), *[("call", ("look", {"order": "1"}))] * 2), "tool_budget", ["plan", "tool", "tool"]),
+        ((("plan", 3), *[("call", ("look", {"order": "1"}))] * 4), "tool_budget", ["plan", *["tool"] * 4]),
     ],
     ids=["ok", "truncated", "tool_budget"],
 )
