@@ -210,4 +210,9 @@ class ReleaseBench:
         )
 
     def _config(self) -> PlatformConfig:
-        return PlatformConfig(http_port=self._run.spec.cluster.serve_port, engine_threads=NUM_THREADS // 2)
+        cluster = self._run.spec.cluster
+        return PlatformConfig(
+            http_port=cluster.serve_port,
+            engine_threads=NUM_THREADS // 2,
+            gpus_per_policy=cluster.gpus_per_rollout_worker,
+        )

@@ -443,13 +443,14 @@ def test_half_a_live_database_is_never_served(rig: Rig):
 
 
 def test_gateway_and_platform_follow_the_spec(home: Path, rig: Rig):
-    rig.run = make_run(home, "cluster.serve_port=8123", "ppo.temperature=0.7", "release.concurrency=3")
+    settings = ("cluster.serve_port=8123", "cluster.gpus_per_rollout_worker=0.5", "ppo.temperature=0.7")
+    rig.run = make_run(home, *settings, "release.concurrency=3")
     bench = rig.bench()
     gateway = recorded_gateway(rig.run.folder)
     cost = CostModel()
     assert rig.serve is not None
     assert gateway == rig.serve.gateway
-    assert rig.serve.config == PlatformConfig(http_port=8123, engine_threads=NUM_THREADS // 2)
+    assert rig.serve.config == PlatformConfig(http_port=8123, engine_threads=NUM_THREADS // 2, gpus_per_policy=0.5)
     assert (gateway.limits, gateway.temperature, gateway.workflow) == (rig.run.limits, 0.7, rig.run.workflow_ref)
     assert gateway.cost_per_token_in * 1e6 == pytest.approx(cost.usd_per_million_tokens_in)
     assert gateway.cost_per_token_out * 1e6 == pytest.approx(cost.usd_per_million_tokens_out)
