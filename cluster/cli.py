@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from cluster.cli_answer import DEBUG_VARIABLE, Reply, Scene, answer
 from cluster.cli_runs import LATEST, RunRequest, find_run, requested_spec
 from cluster.paths import seatrial_home
+from cluster.ray_token import offer_token
 
 app = typer.Typer(
     name="seatrial",
@@ -281,6 +282,7 @@ def ui(
 
 def main() -> None:
     """Run the command line; `--debug` may stand anywhere."""
+    offer_token()
     words = sys.argv[1:]
     rest = [word for word in words if word != "--debug"]
     app(args=["--debug", *rest] if len(rest) < len(words) else rest, prog_name="seatrial")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from cluster.ray_token import REMEDY
 from rl_actors.errors import InfrastructureError
 
 if TYPE_CHECKING:
@@ -51,10 +52,13 @@ class JobEnding:
 def connect(address: str) -> JobSubmissionClient:
     """Connect to a cluster's job server, such as `http://127.0.0.1:8265`. Raises InfrastructureError."""
     # Imported here: Ray takes two seconds to import, and most commands need none of it.
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise InfrastructureError(f"the Ray job server at {address} asks for a token; {REMEDY}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         message = f"no Ray job server at {address}: {reason}; start one (ray start --head) or correct --address"

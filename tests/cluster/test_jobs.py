@@ -162,6 +162,20 @@ def test_no_job_server_is_named_with_its_address():
         connect("http://127.0.0.1:9")
 
 
+def test_a_job_server_that_asks_for_a_token_says_where_it_is(monkeypatch: pytest.MonkeyPatch):
+    import ray.job_submission
+    from ray.exceptions import AuthenticationError
+
+    def refuse(address: str) -> None:
+        raise AuthenticationError("Missing authentication token")
+
+    monkeypatch.setattr(ray.job_submission, "JobSubmissionClient", refuse)
+    with pytest.raises(
+        InfrastructureError, match=r"http://head:8265 asks for a token; copy the cluster's ~/\.ray/auth"
+    ):
+        connect("http://head:8265")
+
+
 @pytest.mark.ray
 @pytest.mark.idle
 def test_a_real_job_server_runs_what_was_shipped():
