@@ -7,7 +7,6 @@ says which version is stable, also after releases that came later.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,11 +76,9 @@ def serve_stable(request: GatewayRequest) -> str:
     config = recorded_gateway(request.folder)
     # Serve connects to the cluster this names; nothing here starts a second one.
     os.environ["RAY_ADDRESS"] = request.ray_address
-    import ray
+    from cluster.stages.ray_runtime import join
 
-    # What replicas print belongs into their own logs, not on the screen of whoever starts the service.
-    ray.init(request.ray_address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    join(request.ray_address)
     from serving.platform import PlatformConfig, ServePlatform
     from serving.served import ServedPolicies
     from serving.split import SplitStore

@@ -44,6 +44,12 @@ def connected(address: str, placement: Placement) -> Iterator[None]:
             ray.shutdown()
 
 
+def join(address: str) -> None:
+    """Connect to a running cluster and stay; what its workers print belongs into their logs, not on this screen."""
+    quieten_libraries()
+    ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+
+
 def quieten_libraries() -> None:
     """Keep other libraries' progress bars and chatter off the run's own screen; their warnings stay."""
     from transformers.utils.logging import disable_progress_bar
