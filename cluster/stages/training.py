@@ -14,7 +14,7 @@ from cluster.stages.data import read_demonstrations, read_tasks
 from cluster.stages.preferences import read_pairs
 from cluster.stages.ray_runtime import placed
 from rl_actors.actors.attested_sync import AttestedSync
-from rl_actors.actors.pools import LearnerGroup, RolloutPool, ScorerPool
+from rl_actors.actors.pools import LearnerGroup, Options, RolloutPool, ScorerPool
 from rl_actors.actors.reward_scorer import RewardMix
 from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources, run_reward_job, run_sft_job
 from rl_actors.agent.harmony import HarmonyRenderer, demonstration_arrays
@@ -117,55 +117,22 @@ def train_policy(
 ) -> PolicyVersion:
     """Run PPO from the baseline, with the baseline as KL reference; resumes from its newest checkpoint."""
     ppo = run.spec.ppo
-    tasks = read_tasks(snapshot, "train")
-    renderer = HarmonyRenderer.from_directory(baseline.path)
-    arrays = [
-        demonstration_arrays(renderer, run.workflow.system_prompt, item)[0]
-        for item in read_demonstrations(snapshot)[:NUM_PROBES]
-    ]
+    tasks, probes = read_tasks(snapshot, "train"), probe_sequences(run, snapshot, baseline)
     log = MetricsLog(run.folder.metrics, "ppo")
     checkpoints = run.folder.root / "checkpoints" / "ppo"
     checkpoints.mkdir(parents=True, exist_ok=True)
-    plan = PpoPlan(
-        num_steps=ppo.num_steps,
-        tasks_per_step=ppo.tasks_per_step,
-        rollouts_per_task=ppo.rollouts_per_task,
-        checkpoint_every=ppo.checkpoint_every,
-        seed=run.spec.seed,
-        temperature=ppo.temperature,
-    )
 
     def report(step: int, metrics: Mapping[str, float]) -> None:
         log.write(step, {"num_steps": ppo.num_steps, **metrics})
 
     directory = run.fresh("models/ppo")
-    mix = RewardMix(outcome_weight=ppo.outcome_weight)
     with placed(run.placement, "ppo") as options:
-        learners = LearnerGroup(
-            baseline.path,
-            baseline.path,
-            ppo_settings(run),
-            num_ranks=ppo.num_learners,
-            num_threads=NUM_THREADS,
-            options=options,
-            checkpoints=checkpoints,
-        )
-        scorers = ScorerPool(
-            reward_model.path, reward_model.name, mix, num_scorers=1, num_threads=NUM_THREADS, options=options
-        )
-        # Last, because it waits for its engines: learners and scorers load meanwhile.
-        pool = RolloutPool(
-            baseline.path,
-            run.worker_settings,
-            num_workers=ppo.num_rollout_workers,
-            options=options,
-            timeout_s=run.spec.agent.timeout_s * 10,
-        )
-        sync = AttestedSync(learners, pool, arrays, tolerance=ppo.attestation_tolerance)
+        learners, scorers, pool = _start_actors(run, baseline, reward_model, checkpoints, options)
+        sync = AttestedSync(learners, pool, probes, tolerance=ppo.attestation_tolerance)
         start = learners.load_newest_checkpoint()
         sync.publish(start)
         ports = PpoPorts(source=pool, scorer=scorers, learner=learners, sync=sync, report=report)
-        run_ppo(tasks, plan, ports, stability_limits(run), start=start)
+        run_ppo(tasks, ppo_plan(run), ports, stability_limits(run), start=start)
         learners.save_policy(str(directory))
         for group in (pool, scorers, learners):
             group.close()
@@ -173,6 +140,54 @@ def train_policy(
     copy_tokenizer(baseline.path, directory)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return run.policy("ppo_v1", "ppo", directory, baseline.sha256)
+
+
+def probe_sequences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersion) -> list[list[int]]:
+    """Return the token sequences that every engine must score as the learner does, after each publish."""
+    renderer, system = HarmonyRenderer.from_directory(baseline.path), run.workflow.system_prompt
+    return [demonstration_arrays(renderer, system, item)[0] for item in read_demonstrations(snapshot)[:NUM_PROBES]]
+
+
+def _start_actors(
+    run: Run, baseline: PolicyVersion, reward_model: RewardModelVersion, checkpoints: Path, options: Options
+) -> tuple[LearnerGroup, ScorerPool, RolloutPool]:
+    """Start learners, scorers and rollout workers where placement puts them."""
+    ppo = run.spec.ppo
+    learners = LearnerGroup(
+        baseline.path,
+        baseline.path,
+        ppo_settings(run),
+        num_ranks=ppo.num_learners,
+        num_threads=NUM_THREADS,
+        options=options,
+        checkpoints=checkpoints,
+    )
+    mix = RewardMix(outcome_weight=ppo.outcome_weight)
+    scorers = ScorerPool(
+        reward_model.path, reward_model.name, mix, num_scorers=1, num_threads=NUM_THREADS, options=options
+    )
+    # Last, because it waits for its engines: learners and scorers load meanwhile.
+    pool = RolloutPool(
+        baseline.path,
+        run.worker_settings,
+        num_workers=ppo.num_rollout_workers,
+        options=options,
+        timeout_s=run.spec.agent.timeout_s * 10,
+    )
+    return learners, scorers, pool
+
+
+def ppo_plan(run: Run) -> PpoPlan:
+    """Return the loop's plan from the spec."""
+    ppo = run.spec.ppo
+    return PpoPlan(
+        num_steps=ppo.num_steps,
+        tasks_per_step=ppo.tasks_per_step,
+        rollouts_per_task=ppo.rollouts_per_task,
+        checkpoint_every=ppo.checkpoint_every,
+        seed=run.spec.seed,
+        temperature=ppo.temperature,
+    )
 
 
 def require_untouched(version: PolicyVersion) -> None:
