@@ -53,7 +53,7 @@ def _learn_and_release(run: Run, until: str) -> RunSummary:
     paths = RunPaths(folder=str(run.folder.root))
     if until == "ppo":
         return records.summarise(run, trained=learned.trained, paths=paths)
-    report = _compare(run, learned)
+    report = _compare(run, learned, plan)
     if until == "eval":
         return records.summarise(run, trained=learned.trained, report=report, paths=paths)
     return _release(run, registry, learned, report, plan)
@@ -113,13 +113,13 @@ def _learn(run: Run) -> Learned:
     return Learned(snapshot=snapshot, base=base, baseline=baseline, reward_model=reward_model, candidate=candidate)
 
 
-def _compare(run: Run, learned: Learned) -> EvalReport:
+def _compare(run: Run, learned: Learned, plan: ReleasePlan) -> EvalReport:
     """Stage 5: what both policies can do, before any traffic."""
     spec, snapshot, baseline, candidate = run.spec, learned.snapshot, learned.baseline, learned.candidate
     return run.stage(
         "offline_eval",
         {"baseline": baseline.sha256, "candidate": candidate.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
-        lambda: evaluation.evaluate(run, snapshot, baseline, candidate, "candidate"),
+        lambda: evaluation.evaluate(run, snapshot, baseline, candidate, "candidate", plan),
         EvalReport,
         detail="capability, adversarial and frozen suites",
         describe=lambda r: f"success {r.success_gain:+.1%} (p = {r.p_value:.2g})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
@@ -20,6 +21,7 @@ MONITORS: tuple[MonitorName, ...] = get_args(MonitorName)
 ALGORITHMS = ("ppo_kl",)
 WORKFLOWS_DIRECTORY = Path(__file__).parent / "workflows"
 DEFAULT_RAMP = (25.0, 50.0)
+VERSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 
 def packaged_workflows() -> list[str]:
@@ -72,6 +74,13 @@ class WorkflowSection(Section):
         if algorithm not in ALGORITHMS:
             raise _refuse(unknown_name(algorithm, ALGORITHMS))
         return algorithm
+
+    @field_validator("baseline", "reward_model")
+    @classmethod
+    def _names_a_version(cls, name: str) -> str:
+        if name.strip() and not VERSION_NAME.fullmatch(name):
+            raise _refuse("names files and response headers: use letters, digits, '.', '_', '-', at most 80")
+        return name
 
     @field_validator("target", "baseline", "reward_model")
     @classmethod

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.algorithms.statistics import mcnemar_p_value, wilson_interval
@@ -106,6 +107,19 @@ def compare(baseline: Mapping[str, SuiteResult], candidate: Mapping[str, SuiteRe
         success_gain=candidate[capability].success.mean - baseline[capability].success.mean,
         p_value=mcnemar_p_value(*pairs, alternative="candidate_better"),
     )
+
+
+def with_typical_durations(passes: Sequence[EvalReport]) -> EvalReport:
+    """Return the first of several passes over the same suites, each p95 replaced by the median over the passes."""
+
+    def typical(side: str) -> dict[str, SuiteResult]:
+        sides: list[Mapping[str, SuiteResult]] = [getattr(report, side) for report in passes]
+        return {
+            name: replace(result, p95_duration_ms=statistics.median(one[name].p95_duration_ms for one in sides))
+            for name, result in sides[0].items()
+        }
+
+    return replace(passes[0], baseline=typical("baseline"), candidate=typical("candidate"))
 
 
 def _require_same_suites(baseline: Mapping[str, SuiteResult], candidate: Mapping[str, SuiteResult]) -> None:

@@ -23,7 +23,7 @@ from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.agent.loop import Generate
 from rl_actors.agent.tool_client import SANDBOX_LEVEL, ToolHostPool
 from rl_actors.contracts import Completion, SamplingParams
-from rl_actors.errors import EngineError
+from rl_actors.errors import EngineError, SeatrialError
 from serving.critic_queue import Critic, CriticQueue
 from serving.http_app import build_app
 from serving.ledger import RunLedger
@@ -49,10 +49,10 @@ class ServePolicies:
         return self._found[version]
 
     def _load(self, version: str) -> LivePolicy:
-        stamps = self._served.find(version)
         with _serve_errors(f"policy {version}"):
+            stamps = self._served.find(version)
             handle = serve.get_app_handle(stamps.application)
-        renderer = HarmonyRenderer.from_directory(stamps.path)
+            renderer = HarmonyRenderer.from_directory(stamps.path)
         return LivePolicy(stamps=stamps, renderer=renderer, generate=self._generate(handle, version))
 
     def _generate(self, handle: DeploymentHandle, version: str) -> Generate:
@@ -66,7 +66,7 @@ class ServePolicies:
 
 @contextmanager
 def _serve_errors(what: str) -> Iterator[None]:
-    """Turn whatever Ray says about a dead, full, slow or missing application into EngineError."""
+    """Turn whatever Ray says about a dead, full, slow or missing application into EngineError, broken files too."""
     try:
         yield
     except EngineError:
@@ -75,6 +75,8 @@ def _serve_errors(what: str) -> Iterator[None]:
         raise EngineError(f"{what}: no answer in time") from error
     except (RayError, RayServeException) as error:
         raise EngineError(f"{what}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+    except (SeatrialError, OSError, ValueError) as error:
+        raise EngineError(f"{what}: {error}") from error
 
 
 def _serve_critic(application: str) -> Critic | None:

@@ -29,6 +29,7 @@ from serving.contracts import (
     Success,
     TrafficWindow,
 )
+from serving.split import file_lock
 
 _BUSY_TIMEOUT_MS: Final = 10_000
 _START_COLUMNS: Final = tuple(
@@ -68,11 +69,13 @@ class RunLedger:
     def __init__(self, path: Path, *, owner: str) -> None:
         """Open or create the file. Reads and writes use two connections, so that a long read never blocks a write."""
         self.path, self.owner = path, owner
-        self._writer, self._write_lock = self._connect(), threading.Lock()
-        self._reader, self._read_lock = self._connect(), threading.Lock()
-        with self._writing() as writer:
-            if not writer.execute("SELECT 1 FROM sqlite_master WHERE name = 'run_events'").fetchone():
-                writer.executescript(resources.files("serving").joinpath("schema.sql").read_text(encoding="utf-8"))
+        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        # SQLite switches a new file to WAL without waiting: of two that open it at once, one would find it locked.
+        with file_lock(path.with_name(f"{path.name}.lock")):
+            self._writer, self._reader = self._connect(), self._connect()
+            with self._writing() as writer:
+                if not writer.execute("SELECT 1 FROM sqlite_master WHERE name = 'run_events'").fetchone():
+                    writer.executescript(resources.files("serving").joinpath("schema.sql").read_text(encoding="utf-8"))
 
     def close(self) -> None:
         """Close both connections; a second call does nothing."""

@@ -88,6 +88,11 @@ class ApiLimits:
     max_text_chars: int = 65_536
 
 
+def _require_unicode(text: str) -> None:
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("holds a lone surrogate, which no encoding can carry")
+
+
 class _Closed(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -109,9 +114,7 @@ class ChatMessage(_Closed):
     @field_validator("content")
     @classmethod
     def _is_unicode(cls, content: str | list[ContentPart]) -> str | list[ContentPart]:
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError("holds a lone surrogate, which no encoding can carry")
+        _require_unicode(content if isinstance(content, str) else "".join(part.text for part in content))
         return content
 
     @property
@@ -140,6 +143,12 @@ class ChatRequest(_Closed):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     metadata: dict[str, str] | None = Field(default=None, max_length=16)
+
+    @field_validator("metadata")
+    @classmethod
+    def _is_unicode(cls, metadata: dict[str, str] | None) -> dict[str, str] | None:
+        _require_unicode("".join(metadata.values()) if metadata else "")
+        return metadata
 
     @property
     def user_text(self) -> str:

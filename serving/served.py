@@ -19,6 +19,8 @@ from serving.openai_api import ApiLimits
 from serving.split import disk_errors, replace_durably
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_STAMP = re.compile(r"[!-~]{1,256}")
+"""What a header can carry as it is: a line break in a stamp would add headers to every response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +66,13 @@ class ServedPolicy:
     bundle_id: str
 
     def __post_init__(self) -> None:
-        """Refuse a name that no file or Serve application can bear, and an empty stamp."""
+        """Refuse a name that no file or Serve application can bear, and a stamp that no header can."""
         if not _VERSION.fullmatch(self.version):
             raise BadInputError("policy.version", self.version, "use letters, digits, '.', '_', '-', at most 100")
         for name, value in asdict(self).items():
-            if not value:
-                raise BadInputError(f"policy.{name}", value, "every response is stamped: give a version")
+            if not value or (name != "path" and not _STAMP.fullmatch(value)):
+                remedy = "every response is stamped: give a version of 1 to 256 printable ASCII characters"
+                raise BadInputError(f"policy.{name}", value, remedy)
 
     @property
     def application(self) -> str:
@@ -100,7 +103,7 @@ class ServedPolicies:
         try:
             with disk_errors(path):
                 return ServedPolicy(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, BadInputError) as error:
             raise TamperedError(f"{path} does not hold a policy's stamps ({error}); deploy it again") from error
 
     def _path(self, version: str) -> Path:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rl_actors.errors import InfrastructureError, StageRefusedError, TamperedError
+from rl_actors.errors import BadInputError, InfrastructureError, StageRefusedError, TamperedError
 from serving.contracts import ReleaseChannel, SplitRecord
 
 
@@ -106,7 +106,7 @@ def _same_split(one: SplitRecord, other: SplitRecord) -> bool:
 def _parsed(text: str, path: Path) -> SplitRecord:
     try:
         return SplitRecord(**json.loads(text))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, BadInputError) as error:
         raise TamperedError(f"{path} is not a split record ({error}); restore it from split_history.jsonl") from error
 
 
@@ -155,7 +155,7 @@ def append_durably(path: Path, row: Mapping[str, Any]) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
-            file.truncate(_end_of_last_line(path))
+            file.truncate(_end_of_last_line(path.read_bytes()))
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
@@ -164,14 +164,13 @@ def append_durably(path: Path, row: Mapping[str, Any]) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read all complete JSON lines; a torn last line is not a line. Raises TamperedError for a broken one before it."""
     with disk_errors(path):
-        data = path.read_bytes()[: _end_of_last_line(path)] if path.exists() else b""
+        data = path.read_bytes() if path.exists() else b""
     try:
-        return [json.loads(line) for line in data.splitlines()]
+        return [json.loads(line) for line in data[: _end_of_last_line(data)].splitlines()]
     except ValueError as error:
         raise TamperedError(f"{path} holds a line that is not JSON ({error}); restore it from a copy") from error
 
 
-def _end_of_last_line(path: Path) -> int:
+def _end_of_last_line(data: bytes) -> int:
     """Offset just after the last newline."""
-    data = path.read_bytes()
     return data.rfind(b"\n") + 1

@@ -29,8 +29,7 @@ FILE_MEDIAN, FILE_CAP = 150, 350
 MAX_NESTING = 3
 COMMENTS_PER_100 = (4.0, 10.0)
 PIPELINE_CAP = 150
-# A ratchet: serving is to reach 2.0 and cluster 1.0; raise these as tests arrive, never lower them.
-TEST_LINES_PER_LINE = {"rl_actors": 1.0, "serving": 1.8, "cluster": 0.8}
+TEST_LINES_PER_LINE = {"rl_actors": 1.0, "serving": 2.0, "cluster": 1.0}
 FORBIDDEN_WORDS = {"utils", "util", "common", "helpers", "helper", "manager", "managers", "base", "misc"}
 
 # Outside worlds and the only files that may import them. One adapter per world keeps the rest testable without it.

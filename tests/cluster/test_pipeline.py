@@ -194,7 +194,7 @@ def test_each_stage_is_handed_what_the_ones_before_it_made(tmp_path: Path, story
     assert story.given["ppo"][:2] == (snapshot, baseline)
     reward_model = story.given["ppo"][2]
     assert reward_model.name == "rm"
-    _, _, candidate, report_name = story.given["offline_eval"]
+    _, _, candidate, report_name, _ = story.given["offline_eval"]
     assert (candidate.kind, candidate.parent_sha256, report_name) == ("ppo", baseline.sha256, "candidate")
     assert story.given["bundle"] == (snapshot, base, baseline, reward_model, candidate)
     assert story.given["release"][3:] == (baseline, candidate, reward_model)

@@ -233,6 +233,9 @@ def test_overriding_the_share_moves_a_ramp_nobody_set():
         ("seed.x=3", "seed is a value"),
         ("ppo.num_steps=[", "not valid YAML"),
         ("ppo=3", "mapping"),
+        ("workflow.baseline=my checkpoint", "response headers"),
+        ("workflow.reward_model=../rm", "response headers"),
+        (f"workflow.reward_model={'r' * 81}", "at most 80"),
     ],
 )
 def test_a_bad_override_is_refused(setting: str, remedy: str):

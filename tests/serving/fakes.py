@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -187,8 +188,8 @@ def killed_at(nth: int, rig: Harness) -> Iterator[list[str]]:
             patch.stop()
 
 
-def make_plan(**changes: object) -> ReleasePlan:
-    values: dict[str, object] = {
+def make_plan(**changes: Any) -> ReleasePlan:
+    values: dict[str, Any] = {
         "ramp": (
             RampStep(share=0.05, min_requests=50, max_duration_s=600.0),
             RampStep(share=0.25, min_requests=50, max_duration_s=600.0),
@@ -199,8 +200,8 @@ def make_plan(**changes: object) -> ReleasePlan:
     return ReleasePlan(**(values | changes))
 
 
-def make_sample(index: int = 0, **changes: object) -> RunSample:
-    values: dict[str, object] = {
+def make_sample(index: int = 0, **changes: Any) -> RunSample:
+    values: dict[str, Any] = {
         "session_key": f"session-{index}",
         "duration_ms": 100.0,
         "cost": 1.0,
@@ -232,9 +233,9 @@ def noisy_durations(num_runs: int, rng: np.random.Generator, *, factor: float = 
 
 
 def make_window(
-    samples: Sequence[RunSample] = (), *, channel: ReleaseChannel = "canary", **changes: object
+    samples: Sequence[RunSample] = (), *, channel: ReleaseChannel = "canary", **changes: Any
 ) -> TrafficWindow:
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "policy_version": RELEASE.candidate if channel == "canary" else RELEASE.stable,
         "release_channel": channel,
         "split_epoch": 2,
@@ -253,10 +254,10 @@ def make_window(
 
 
 def make_evidence(
-    stable: Sequence[RunSample] = (), candidate: Sequence[RunSample] = (), *, share: float = 0.05, **changes: object
+    stable: Sequence[RunSample] = (), candidate: Sequence[RunSample] = (), *, share: float = 0.05, **changes: Any
 ) -> LiveEvidence:
     canary = len({sample.session_key for sample in candidate})
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "stable": make_window(stable, channel="general"),
         "candidate": make_window(candidate),
         "share": share,
@@ -284,8 +285,8 @@ def arm_events(num_canary: int, num_stable: int, share: float = 0.05) -> tuple[A
     ) * num_stable
 
 
-def make_record(index: int = 0, **changes: object) -> RunRecord:
-    values: dict[str, object] = {
+def make_record(index: int = 0, **changes: Any) -> RunRecord:
+    values: dict[str, Any] = {
         "run_id": f"run-{index}",
         "request_id": f"request-{index}",
         "session_key": f"session-{index}",
@@ -302,8 +303,8 @@ def make_record(index: int = 0, **changes: object) -> RunRecord:
     return RunRecord(**(values | changes))
 
 
-def make_completion(**changes: object) -> RunCompletion:
-    values: dict[str, object] = {
+def make_completion(**changes: Any) -> RunCompletion:
+    values: dict[str, Any] = {
         "status": "ok",
         "success": "yes",
         "tool_calls_count": 2,
@@ -317,7 +318,7 @@ def make_completion(**changes: object) -> RunCompletion:
     return RunCompletion(**(values | changes))
 
 
-def record_run(ledger: RunLedger, index: int, *, at: float | None = None, **changes: object) -> str:
+def record_run(ledger: RunLedger, index: int, *, at: float | None = None, **changes: Any) -> str:
     """Start and complete one run; `changes` go to whichever half knows the field."""
     known = set(RunCompletion.__dataclass_fields__)
     record = make_record(index, **{name: value for name, value in changes.items() if name not in known})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -222,6 +223,72 @@ def test_running_entries_are_never_evicted() -> None:
     error, runs = play(fill, capacity=2)
     assert error.code == "in_flight"
     assert runs.counts["slow"] == 1
+
+
+def test_exactly_the_capacity_is_remembered() -> None:
+    async def fill(book: AnswerBook, runs: Runs) -> list[str]:
+        for index in range(3):
+            await book.once(f"k{index}", "f", runs.of(f"k{index}"))
+        return [(await book.once(f"k{index}", "f", runs.of(f"k{index}"))).run_id for index in range(3)]
+
+    assert play(fill, capacity=3)[0] == ["k0.1", "k1.1", "k2.1"]
+
+
+def test_what_is_too_much_while_all_run_is_forgotten_once_they_end() -> None:
+    """Entries in flight may exceed the capacity; the next new key brings the memory back to it, oldest first."""
+
+    async def crowd(book: AnswerBook, runs: Runs) -> list[str]:
+        gate = asyncio.Event()
+        runs.gates = {f"k{index}": gate for index in range(4)}
+        waiting = [asyncio.create_task(book.once(f"k{index}", "f", runs.of(f"k{index}"))) for index in range(4)]
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(*waiting)
+        await book.once("next", "f", runs.of("next"))
+        return [(await book.once(key, "f", runs.of(key))).run_id for key in ("k3", "next", "k0")]
+
+    assert play(crowd, capacity=2)[0] == ["k3.1", "next.1", "k0.2"]
+
+
+def test_a_run_that_was_cancelled_is_forgotten() -> None:
+    """A gateway that shuts down cancels its runs: the key must not answer with a cancellation for ever."""
+
+    async def cancel(book: AnswerBook, runs: Runs) -> tuple[str, list[Any]]:
+        complaints: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+
+        async def cancelled() -> ChatAnswer:
+            raise asyncio.CancelledError
+
+        asked = asyncio.create_task(book.once("k", "f", cancelled))
+        await asyncio.gather(asked, return_exceptions=True)
+        assert asked.cancelled()
+        await asyncio.sleep(0)
+        assert book.num_running == 0
+        return (await book.once("k", "f", runs.of("k"))).run_id, complaints
+
+    assert play(cancel)[0] == ("k.1", [])
+
+
+def test_a_run_that_fails_after_its_client_left_is_no_noise() -> None:
+    """Its error was looked at: asyncio has nothing to complain of, and the key may run again."""
+
+    async def leave(book: AnswerBook, runs: Runs) -> tuple[str, list[Any]]:
+        complaints: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+        runs.gates["k"], runs.errors["k"] = asyncio.Event(), [unavailable("down", may_retry=True)]
+        asked = asyncio.create_task(book.once("k", "f", runs.of("k")))
+        await asyncio.sleep(0)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+        runs.gates["k"].set()
+        while book.num_running:
+            await asyncio.sleep(0)
+        gc.collect()
+        return (await book.once("k", "f", runs.of("k"))).run_id, complaints
+
+    (name, complaints), _ = play(leave)
+    assert (name, complaints) == ("k.2", [])
 
 
 @pytest.mark.parametrize("seed", range(8))

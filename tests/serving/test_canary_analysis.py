@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,9 +164,7 @@ class TestEProcessErrorRates:
 
     ALPHA, SHARE = 0.05, 0.05
 
-    def alarm_after(
-        self, rng: np.random.Generator, stable_rate: float, canary_rate: float, n: int = 3000
-    ) -> int | None:
+    def alarm_after(self, rng: np.random.Generator, stable_rate: Any, canary_rate: Any, n: int = 3000) -> int | None:
         """Number of canary requests until the alarm; None without one."""
         is_canary = rng.random(n) < self.SHARE
         is_bad = rng.random(n) < np.where(is_canary, canary_rate, stable_rate)

@@ -261,7 +261,11 @@ class TestRecovery:
         ticks(rig, 2)
         log = rig.directory / "release" / "decisions.jsonl"
         controller = rig.controller()
-        controller.log.append = lambda *args: (_ for _ in ()).throw(InfrastructureError(f"{log}: disk full"))
+
+        def fail(*args: object, **named: object) -> None:
+            raise InfrastructureError(f"{log}: disk full")
+
+        controller.log.append = fail
         with pytest.raises(InfrastructureError, match="disk full"):
             controller.tick()
         record = rig.splits.read()
@@ -331,7 +335,7 @@ class TestHumans:
         rig = harness(tmp_path, make=silent)
         ticks(rig, 2)
 
-        def down(*args: object) -> None:
+        def down(*args: object, **named: object) -> None:
             raise InfrastructureError("head node is gone")
 
         set_split, rig.platform.set_split = rig.platform.set_split, down

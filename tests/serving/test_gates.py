@@ -134,7 +134,7 @@ class TestSafety:
         evidence = replace(good_evidence(), safety_events=arm_events(12, 20))
         result = live(self.GATE, evidence)
         assert result.verdict == "fail"
-        assert result.evidence["e_fail"] >= 1 / PLAN.alpha_per_rule
+        assert float(result.evidence["e_fail"]) >= 1 / PLAN.alpha_per_rule
         assert result.evidence["canary_events"] == 12
 
     def test_events_in_proportion_do_not_fail(self):
@@ -145,7 +145,7 @@ class TestSafety:
         evidence = make_evidence(safety_events=arm_events(150, 450, 0.5), canary_sessions=300, share=0.5)
         result = live(self.GATE, evidence)
         assert result.verdict == "pass"
-        assert result.evidence["e_pass"] >= 20 > result.evidence["e_rate_below_tolerance"]
+        assert float(result.evidence["e_pass"]) >= 20 > float(result.evidence["e_rate_below_tolerance"])
 
     @pytest.mark.parametrize(("sessions", "verdict"), [(81, "inconclusive"), (82, "pass")])
     def test_clean_sessions_show_a_rate_below_the_tolerance(self, sessions: int, verdict: str):

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -55,7 +56,7 @@ class TestStart:
 
     @pytest.mark.parametrize("name", ["run_id", "request_id", "session_key", "policy_version", "bundle_id"])
     @pytest.mark.parametrize("value", ["", None])
-    def test_an_identity_is_never_empty_or_null(self, ledger: RunLedger, name: str, value: str | None):
+    def test_an_identity_is_never_empty_or_null(self, ledger: RunLedger, name: str, value: Any):
         with pytest.raises(BadInputError, match="the schema refuses it"):
             ledger.start(make_record(**{name: value}))
         assert not list(ledger.rows())
@@ -77,7 +78,7 @@ class TestStart:
     @pytest.mark.parametrize(
         "change", [{"tool_error_count": 1}, {"tokens_in": -1}, {"cost": -0.1}, {"split_epoch": -1}]
     )
-    def test_impossible_numbers_are_refused(self, ledger: RunLedger, change: dict[str, object]):
+    def test_impossible_numbers_are_refused(self, ledger: RunLedger, change: dict[str, Any]):
         with pytest.raises(BadInputError, match="schema"):
             ledger.start(make_record(**change))
 
@@ -128,7 +129,7 @@ class TestComplete:
             {"cost": math.nan},
         ],
     )
-    def test_impossible_endings_leave_the_row_running(self, ledger: RunLedger, change: dict[str, object]):
+    def test_impossible_endings_leave_the_row_running(self, ledger: RunLedger, change: dict[str, Any]):
         ledger.start(make_record())
         with pytest.raises(BadInputError, match="schema"):
             ledger.complete("run-0", make_completion(**change), at=START)
@@ -299,7 +300,7 @@ class TestWindow:
             {"split_epoch": 3},
         ],
     )
-    def test_other_traffic_stays_outside(self, ledger: RunLedger, change: dict[str, object]):
+    def test_other_traffic_stays_outside(self, ledger: RunLedger, change: dict[str, Any]):
         record_run(ledger, 0)
         record_run(ledger, 1, **change)
         assert ledger.window(RELEASE.candidate, "canary", epoch=2).num_runs == 1

@@ -94,6 +94,7 @@ class TestAccepted:
         "neutral",
         [
             {"n": 1},
+            {"top_logprobs": 0},
             {"top_p": 1.0},
             {"presence_penalty": 0},
             {"frequency_penalty": 0.0},
@@ -255,6 +256,17 @@ class TestAnswers:
     def test_usage_is_always_there(self) -> None:
         assert events(answer())[-1]["usage"]["total_tokens"] == 37
         assert events(answer())[-1]["choices"]
+
+    def test_an_empty_reply_is_a_role_and_an_end(self) -> None:
+        assert [chunk["choices"][0]["delta"] for chunk in events(answer(text=""))] == [
+            {"role": "assistant", "content": ""}, {},
+        ]  # fmt: skip
+
+    def test_options_that_say_nothing_ask_for_no_usage_chunk(self) -> None:
+        """openai-python reads `choices[0]` of every chunk unless it asked for the one without choices."""
+        options = parse(body(stream=True, stream_options={})).stream_options
+        assert options is not None
+        assert not options.include_usage
 
     def test_usage_chunk_when_asked_for(self) -> None:
         last = events(answer(), include_usage=True)[-1]

@@ -464,5 +464,5 @@ class TestServePolicies:
         monkeypatch.setattr(gateway_module.serve, "get_app_handle", lambda name: handle)
         critic = gateway_module._serve_critic("critic")
         assert critic is not None
-        assert asyncio.run(critic([(1, 2), (3,)])) == [2.0, 1.0]
+        assert asyncio.run(critic([(1, 2), (3,)])) == [2.0, 1.0]  # type: ignore[arg-type]
         assert gateway_module._serve_critic("") is None

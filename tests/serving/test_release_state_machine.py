@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -66,7 +66,7 @@ def result(gate: str, verdict: Verdict) -> GateResult:
     return GateResult(gate=gate, verdict=verdict, evidence={"n": 1.0}, reason=f"{gate} is {verdict}")
 
 
-def results(**changed: Verdict) -> tuple[GateResult, ...]:
+def results(**changed: Any) -> tuple[GateResult, ...]:
     """All pass, but for what is named."""
     names = (HEALTHY, ACKNOWLEDGED, ENOUGH_TRAFFIC, *ARTICLE_GATES, "task_success_not_worse")
     return tuple(result(name, changed.get(name, "pass")) for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.contracts import DataSnapshot, EvalReport, Outcome
 from rl_actors.errors import InfrastructureError, StageRefusedError, TamperedError
 from serving.contracts import ReleasePlan
-from tests.cluster.stages.fakes import NUM_TASKS, Places, PoolRecorder, make_policy, make_run
+from serving.gates import evaluate_offline
+from tests.cluster.stages.fakes import NUM_TASKS, FakePool, Places, PoolRecorder, make_policy, make_run
 from tests.serving.fakes import make_report, make_suite
 
 BASELINE, CANDIDATE = make_policy("/models/sft", "sft-1", "sft"), make_policy("/models/ppo", "ppo-1")
@@ -86,7 +88,7 @@ def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 
 @pytest.fixture
 def report(run: Run, snapshot: DataSnapshot, pools: PoolRecorder, places: Places) -> EvalReport:
-    return evaluate(run, snapshot, BASELINE, CANDIDATE, "candidate")
+    return evaluate(run, snapshot, BASELINE, CANDIDATE, "candidate", release_plan(run, may_promote=True))
 
 
 def test_both_policies_get_the_same_tasks_and_seeds(run: Run, report: EvalReport, pools: PoolRecorder):
@@ -132,7 +134,7 @@ def test_another_seed_samples_otherwise(home: Path, snapshot: DataSnapshot, pool
 def test_a_dead_engine_is_no_report(run: Run, snapshot: DataSnapshot, pools: PoolRecorder, places: Places):
     pools.breaks = True
     with pytest.raises(InfrastructureError, match="workers died"):
-        evaluate(run, snapshot, BASELINE, CANDIDATE, "candidate")
+        evaluate(run, snapshot, BASELINE, CANDIDATE, "candidate", release_plan(run, may_promote=True))
     assert all(pool.is_closed for pool in pools.pools)
     assert places.open == 0
     assert not run.folder.evaluations.exists()
@@ -153,6 +155,57 @@ def test_a_suite_with_a_lost_task_is_no_report(
     with pytest.raises(InfrastructureError, match="1 tasks lost to infrastructure"):
         evaluate_together(run, snapshot, [CANDIDATE])
     assert recorder.pools[0].is_closed
+
+
+# --- time on a machine that others use --------------------------------------------------------------------------------
+
+
+class Stopwatch(PoolRecorder):
+    """Pools whose rollouts take, per pass over all suites, what a list says; the baseline always takes 100 ms."""
+
+    candidate_ms: tuple[float, ...] = ()
+
+    def __call__(self, model_path: str, settings: object, **options: object) -> FakePool:
+        earlier = sum(pool.model_path == model_path for pool in self.pools)
+        duration = 100.0 if model_path == BASELINE.path else self.candidate_ms[earlier]
+        pool = super().__call__(model_path, settings, **options)
+        answers = pool.rollouts
+        pool.rollouts = lambda requests, temperature=1.0: [  # type: ignore[method-assign]
+            replace(rollout, duration_ms=duration) for rollout in answers(requests, temperature)
+        ]
+        return pool
+
+
+@pytest.mark.parametrize(
+    ("candidate_ms", "num_passes", "delta", "is_refused"),
+    [
+        ((110.0,), 1, 0.10, False),
+        ((140.0, 105.0, 104.0), 3, 0.05, False),
+        ((140.0, 105.0, 150.0), 3, 0.40, True),
+        ((116.0, 117.0, 118.0), 3, 0.17, True),
+    ],
+    ids=["fast", "one slow moment", "two of three", "always slow"],
+)
+def test_a_candidate_that_looks_too_slow_is_timed_again(
+    home: Path,
+    places: Places,
+    monkeypatch: pytest.MonkeyPatch,
+    candidate_ms: tuple[float, ...],
+    num_passes: int,
+    delta: float,
+    is_refused: bool,
+):
+    run = make_run(home, "data.num_held_out=40", "data.num_frozen=40", "data.num_adversarial=40")
+    frozen, plan = freeze_snapshot(run), release_plan(run, may_promote=True)
+    watch = Stopwatch(lambda _path, _request: GOOD)
+    watch.candidate_ms = candidate_ms
+    monkeypatch.setattr(evaluation, "RolloutPool", watch)
+    report = evaluate(run, frozen, BASELINE, CANDIDATE, "candidate", plan)
+    assert len(watch.pools) == 2 * num_passes
+    assert all(pool.is_closed for pool in watch.pools)
+    latency = {result.gate: result for result in evaluate_offline(report, plan)}["latency_delta_lt_15_percent"]
+    assert latency.evidence["p95_delta"] == pytest.approx(delta)
+    assert (latency.verdict == "fail") == is_refused
 
 
 # --- offline gates ----------------------------------------------------------------------------------------------------
@@ -217,7 +270,7 @@ def test_a_violation_found_in_rollouts_stops_the_candidate(home: Path, places: P
     run = make_run(home, *sizes)
     frozen, plan = freeze_snapshot(run), release_plan(run, may_promote=True)
     monkeypatch.setattr(evaluation, "RolloutPool", PoolRecorder(lambda _path, _request: GOOD))
-    assert require_offline_gates(evaluate(run, frozen, BASELINE, CANDIDATE, "good"), plan)
+    assert require_offline_gates(evaluate(run, frozen, BASELINE, CANDIDATE, "good", plan), plan)
     monkeypatch.setattr(evaluation, "RolloutPool", PoolRecorder(policies))
     with pytest.raises(StageRefusedError, match="no_safety_regression: fail"):
-        require_offline_gates(evaluate(run, frozen, BASELINE, CANDIDATE, "bad"), plan)
+        require_offline_gates(evaluate(run, frozen, BASELINE, CANDIDATE, "bad", plan), plan)
