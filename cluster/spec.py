@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cluster.spec_errors import SpecSource, bad_input, parse_yaml, unknown_name
 from cluster.spec_sections import (
@@ -32,9 +32,11 @@ from cluster.spec_sections import (
     WorkflowSection,
     closed_list,
     packaged_workflows,
+    refuse,
 )
 from rl_actors.contracts import Split
 from rl_actors.errors import BadInputError
+from rl_actors.training.recipe import RECIPES, require_batch_choices
 
 __all__ = [
     "ALGORITHMS",
@@ -69,6 +71,21 @@ class WorkflowSpec(Section):
     @classmethod
     def _monitors_are_known(cls, names: object) -> object:
         return closed_list(names, MONITORS)
+
+    @model_validator(mode="after")
+    def _batch_suits_the_recipe(self) -> WorkflowSpec:
+        ppo = self.ppo
+        try:
+            require_batch_choices(
+                RECIPES[self.workflow.policy_training],
+                kl_coef=ppo.kl_coef,
+                epochs=ppo.epochs,
+                num_minibatches=ppo.minibatches,
+                group_size=ppo.rollouts_per_task,
+            )
+        except BadInputError as error:
+            raise refuse(error.remedy, *error.field.split(".")) from error
+        return self
 
     @property
     def num_tasks(self) -> dict[Split, int]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from cluster.spec_errors import unknown_name
+from rl_actors.training.recipe import RECIPES
 
 GateName = Literal[
     "no_safety_regression", "latency_delta_lt_15_percent", "cost_per_success_not_worse", "rollback_under_5_minutes"
@@ -18,7 +19,7 @@ GateName = Literal[
 MonitorName = Literal["human_override_rate", "tool_error_rate", "policy_kl_drift", "task_completion_quality"]
 GATES: tuple[GateName, ...] = get_args(GateName)
 MONITORS: tuple[MonitorName, ...] = get_args(MonitorName)
-ALGORITHMS = ("ppo_kl",)
+ALGORITHMS = tuple(RECIPES)
 WORKFLOWS_DIRECTORY = Path(__file__).parent / "workflows"
 DEFAULT_RAMP = (25.0, 50.0)
 VERSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
@@ -29,7 +30,7 @@ def packaged_workflows() -> list[str]:
     return sorted(path.parent.name for path in WORKFLOWS_DIRECTORY.glob("*/spec.yaml"))
 
 
-def _refuse(remedy: str, *below: str | int) -> PydanticCustomError:
+def refuse(remedy: str, *below: str | int) -> PydanticCustomError:
     """Return an error on the field being checked, or on a path below it."""
     return PydanticCustomError("refused", "{remedy}", {"remedy": remedy, "below": below})
 
@@ -37,12 +38,12 @@ def _refuse(remedy: str, *below: str | int) -> PydanticCustomError:
 def closed_list(names: object, known: Sequence[str]) -> object:
     """Check names against a closed list before pydantic does, to say which is nearest."""
     if not isinstance(names, Sequence) or isinstance(names, str):
-        raise _refuse(f"must be a list of names out of: {', '.join(known)}")
+        raise refuse(f"must be a list of names out of: {', '.join(known)}")
     for position, name in enumerate(names):
         if name not in known:
-            raise _refuse(f"{name!r}: {unknown_name(str(name), known)}", position)
+            raise refuse(f"{name!r}: {unknown_name(str(name), known)}", position)
     if len(set(names)) != len(names):
-        raise _refuse("the same name is given twice")
+        raise refuse("the same name is given twice")
     return names
 
 
@@ -65,28 +66,28 @@ class WorkflowSection(Section):
     @classmethod
     def _is_packaged(cls, name: str) -> str:
         if name not in packaged_workflows():
-            raise _refuse(unknown_name(name, packaged_workflows()))
+            raise refuse(unknown_name(name, packaged_workflows()))
         return name
 
     @field_validator("policy_training")
     @classmethod
     def _is_known(cls, algorithm: str) -> str:
         if algorithm not in ALGORITHMS:
-            raise _refuse(unknown_name(algorithm, ALGORITHMS))
+            raise refuse(unknown_name(algorithm, ALGORITHMS))
         return algorithm
 
     @field_validator("baseline", "reward_model")
     @classmethod
     def _names_a_version(cls, name: str) -> str:
         if name.strip() and not VERSION_NAME.fullmatch(name):
-            raise _refuse("names files and response headers: use letters, digits, '.', '_', '-', at most 80")
+            raise refuse("names files and response headers: use letters, digits, '.', '_', '-', at most 80")
         return name
 
     @field_validator("target", "baseline", "reward_model")
     @classmethod
     def _says_something(cls, text: str) -> str:
         if not text.strip():
-            raise _refuse("must not be empty; name it, for example 'sft_checkpoint_v1'")
+            raise refuse("must not be empty; name it, for example 'sft_checkpoint_v1'")
         return text.strip()
 
 
@@ -182,7 +183,7 @@ class PpoSection(Section):
     def _every_learner_gets_a_rollout(self) -> PpoSection:
         parts = self.minibatches * self.num_learners
         if parts > self.rollouts_per_step:
-            raise _refuse(
+            raise refuse(
                 f"minibatches * num_learners = {parts} cannot exceed tasks_per_step * rollouts_per_task = "
                 f"{self.rollouts_per_step}",
                 "minibatches",
@@ -226,7 +227,7 @@ class ReleaseSection(Section):
     def _gates_are_all_there(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         missing = [gate for gate in GATES if gate not in names]
         if missing:
-            raise _refuse(f"a canary needs all four gates; add {', '.join(missing)}")
+            raise refuse(f"a canary needs all four gates; add {', '.join(missing)}")
         return names
 
     @model_validator(mode="after")
@@ -236,11 +237,11 @@ class ReleaseSection(Section):
             # Not through model_copy: the ramp must stay "unset", so that overriding the share moves it too.
             object.__setattr__(self, "ramp", (canary, *(share for share in DEFAULT_RAMP if share > canary)))
         if not self.ramp or self.ramp[0] != canary:
-            raise _refuse(f"must start at canary_traffic_percent = {canary:g}", "ramp")
+            raise refuse(f"must start at canary_traffic_percent = {canary:g}", "ramp")
         if any(later <= earlier for earlier, later in zip(self.ramp, self.ramp[1:], strict=False)):
-            raise _refuse("must increase from step to step", "ramp")
+            raise refuse("must increase from step to step", "ramp")
         if self.ramp[-1] > 100:
-            raise _refuse("a share is a percentage in (0, 100]", "ramp")
+            raise refuse("a share is a percentage in (0, 100]", "ramp")
         return self
 
 
@@ -256,7 +257,7 @@ class ClusterSection(Section):
     @classmethod
     def _whole_above_one(cls, gpus: float) -> float:
         if gpus > 1 and not gpus.is_integer():
-            raise _refuse("must be a fraction below 1 or a whole number: an engine spans whole GPUs")
+            raise refuse("must be a fraction below 1 or a whole number: an engine spans whole GPUs")
         return gpus
 
     @property

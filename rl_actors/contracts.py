@@ -165,10 +165,14 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSample:
-    """One rollout as token arrays of one length L; `loss_mask` is True on tokens the policy sampled."""
+    """One rollout as token arrays of one length L; `loss_mask` is True on tokens the policy sampled.
+
+    `weights_versions` are the distinct versions that sampled it, ascending.
+    """
 
     rollout_id: str
     group_id: int
+    weights_versions: tuple[int, ...]
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     rollout_logprobs: tuple[float, ...]
@@ -184,10 +188,15 @@ class TrainingSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerUpdate:
-    """What one optimizer pass did: weights version it produced and its metrics (plain floats)."""
+    """What one update did: weights version it produced, its metrics (plain floats), and the tripwires it met.
+
+    `restore_factor` above 0 asks to go back to the newest checkpoint and multiply the learning rate by it.
+    """
 
     weights_version: int
     metrics: Mapping[str, float]
+    trips: tuple[str, ...] = ()
+    restore_factor: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

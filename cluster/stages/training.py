@@ -26,6 +26,7 @@ from rl_actors.training.copy_drills import drill_batches
 from rl_actors.training.metrics_log import MetricsLog
 from rl_actors.training.ppo import PpoPlan, PpoPorts, run_ppo
 from rl_actors.training.ppo_learner import PpoSettings
+from rl_actors.training.recipe import RECIPES
 from rl_actors.training.reward import RewardSettings
 from rl_actors.training.sft import Example, SftSettings
 
@@ -213,6 +214,7 @@ def ppo_settings(run: Run) -> PpoSettings:
         temperature=ppo.temperature,
         microbatch_tokens=MICROBATCH_TOKENS,
         seed=run.spec.seed,
+        recipe=RECIPES[run.spec.workflow.policy_training],
         limits=stability_limits(run),
     )
 

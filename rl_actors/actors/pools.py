@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,10 @@ from rl_actors.actors.reward_scorer import RewardMix, RewardScorer
 from rl_actors.actors.rollout_worker import RolloutBatch, RolloutWorker, RolloutWorkerSettings
 from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
-from rl_actors.errors import InfrastructureError, SeatrialError
+from rl_actors.errors import InfrastructureError, InstabilityError, SeatrialError
 from rl_actors.training.ppo_learner import PpoSettings
 
+logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0
 MAX_DROPPED_FRACTION = 0.25
 Options = Callable[[str, int], Mapping[str, Any]]
@@ -156,7 +158,21 @@ class LearnerGroup:
         """Update on all ranks; each gets whole groups of about equal size and reports metrics of the whole batch."""
         shares = share_by_group(samples, len(self._ranks))
         calls = [actor.update.remote(share) for actor, share in zip(self._ranks, shares, strict=True)]
-        return wait_for(calls, timeout_s=3600.0, what="learners")[0]
+        update: LearnerUpdate = wait_for(calls, timeout_s=3600.0, what="learners")[0]
+        if update.restore_factor:
+            self._restore(update)
+        return update
+
+    def _restore(self, update: LearnerUpdate) -> None:
+        """Put all ranks back to the newest checkpoint, which a tripwire asked for.
+
+        Raises:
+            InstabilityError: There is none to go back to.
+        """
+        found = complete_checkpoints(self._checkpoints)
+        if not found:
+            raise InstabilityError(f"{'; '.join(update.trips)}; there is no checkpoint to go back to")
+        self._call("restore", str(found[-1]), update.restore_factor)
 
     def probe(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return the learner's log-probabilities of the probe tokens."""
@@ -178,9 +194,17 @@ class LearnerGroup:
             shutil.rmtree(old, ignore_errors=True)
 
     def load_newest_checkpoint(self) -> int:
-        """Restore the newest complete checkpoint and return its weights version; 0 when there is none."""
+        """Restore the newest complete checkpoint and return its weights version; 0 when there is none.
+
+        What could not be restored is logged by name.
+        """
         found = complete_checkpoints(self._checkpoints)
-        return self._call("load_checkpoint", str(found[-1])) if found else 0
+        if not found:
+            return 0
+        version, missing = self._call("load_checkpoint", str(found[-1]))
+        for name in missing:
+            logger.warning("resumed from %s without %s", found[-1].name, name)
+        return version
 
     def save_policy(self, directory: str) -> None:
         """Write the policy as a Hugging Face model directory."""
@@ -190,8 +214,8 @@ class LearnerGroup:
         """Stop all ranks."""
         close_actors(self._ranks)
 
-    def _call(self, method: str, directory: str) -> Any:
-        calls = [getattr(actor, method).remote(directory) for actor in self._ranks]
+    def _call(self, method: str, *arguments: Any) -> Any:
+        calls = [getattr(actor, method).remote(*arguments) for actor in self._ranks]
         return wait_for(calls, timeout_s=START_TIMEOUT_S, what="learners")[0]
 
 

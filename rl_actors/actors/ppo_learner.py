@@ -50,10 +50,14 @@ class PpoLearnerActor:
         """Write a checkpoint; complete only once its directory has the final name."""
         self._learner.save_checkpoint(directory)
 
-    def load_checkpoint(self, directory: str) -> int:
-        """Restore a checkpoint and return its weights version."""
-        self._learner.load_checkpoint(directory)
-        return self._learner.weights_version
+    def load_checkpoint(self, directory: str) -> tuple[int, tuple[str, ...]]:
+        """Restore a checkpoint; returns its weights version and what could not be restored."""
+        missing = self._learner.load_checkpoint(directory)
+        return self._learner.weights_version, missing
+
+    def restore(self, directory: str, learning_rate_factor: float) -> None:
+        """Go back to a checkpoint's weights with a lower learning rate; the weights version goes on."""
+        self._learner.restore(directory, learning_rate_factor)
 
     def save_policy(self, directory: str) -> None:
         """Write the policy as a Hugging Face model directory."""

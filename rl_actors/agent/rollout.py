@@ -149,6 +149,7 @@ def training_sample(rollout: Rollout, reward: float) -> TrainingSample:
     return TrainingSample(
         rollout_id=rollout.rollout_id,
         group_id=rollout.group_id,
+        weights_versions=tuple(sorted({turn.completion.weights_version for turn in rollout.turns})),
         token_ids=tuple(ids),
         loss_mask=tuple(mask),
         rollout_logprobs=tuple(logprobs),

@@ -5,14 +5,11 @@ Every function treats masked tokens (prompt, tool output, padding) as absent: ti
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from rl_actors.algorithms.losses import require_choice, zero_masked
-
-GroupAdvantageKind = Literal["grpo", "dr_grpo", "rloo"]
+from rl_actors.algorithms.choices import GroupAdvantageKind, require_choice
+from rl_actors.algorithms.losses import zero_masked
 
 _STD_FLOOR = 1e-6
 _VARIANCE_FLOOR = 1e-8

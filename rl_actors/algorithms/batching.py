@@ -95,6 +95,7 @@ def filler_batch(*, pad_token_id: int = 0, width: int = 2) -> TrainingBatch:
     sample = TrainingSample(
         rollout_id="filler",
         group_id=-1,
+        weights_versions=(),
         token_ids=(pad_token_id,) * width,
         loss_mask=(False,) * width,
         rollout_logprobs=(0.0,) * width,

@@ -10,7 +10,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from rl_actors.algorithms.losses import LossOutput, require_choice, to_floats, zero_masked
+from rl_actors.algorithms.choices import require_choice
+from rl_actors.algorithms.losses import LossOutput, to_floats, zero_masked
 from rl_actors.errors import BadDataError, BadInputError
 
 RubricKind = Literal["ordinal", "regression"]

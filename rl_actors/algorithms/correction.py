@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rl_actors.algorithms.losses import MAX_ABS_LOG_RATIO, require_choice, to_floats, token_share, zero_masked
+from rl_actors.algorithms.choices import CorrectionMode, require_choice
+from rl_actors.algorithms.losses import MAX_ABS_LOG_RATIO, to_floats, token_share, zero_masked
 from rl_actors.errors import BadInputError
-
-CorrectionMode = Literal["none", "token_tis", "sequence_tis", "sequence_mask", "token_icepop"]
 
 
 @dataclass(frozen=True, slots=True)

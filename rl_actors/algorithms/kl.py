@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rl_actors.algorithms.choices import Aggregation, KLKind, require_choice
 from rl_actors.algorithms.losses import (
     MAX_ABS_LOG_RATIO,
-    Aggregation,
     LossOutput,
     aggregate,
-    require_choice,
     to_floats,
     token_share,
     zero_masked,
 )
 from rl_actors.errors import BadInputError
-
-KLKind = Literal["k1", "k2", "k3"]
 
 _MAX_RELATIVE_ERROR = 0.2
 

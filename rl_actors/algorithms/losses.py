@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rl_actors.algorithms.choices import Aggregation, PolicyLossKind, require_choice
 from rl_actors.errors import BadInputError
-
-PolicyLossKind = Literal["ppo", "gspo", "cispo"]
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 
 # exp(20) is 5e8: far beyond every tripwire, and finite, so that 0 * ratio stays 0.
 MAX_ABS_LOG_RATIO = 20.0
@@ -219,16 +216,6 @@ def to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
     """Copy scalar tensors to floats in one transfer: one device synchronisation instead of one per metric."""
     stacked = torch.stack([value.detach().double() for value in scalars.values()])
     return dict(zip(scalars, stacked.tolist(), strict=True))
-
-
-def require_choice(field: str, value: str, choices: object) -> None:
-    """Refuse a value that is not one of the alternatives of a `Literal`.
-
-    Raises:
-        BadInputError: names the field, the value and the alternatives.
-    """
-    if value not in get_args(choices):
-        raise BadInputError(field, value, f"choose one of {', '.join(get_args(choices))}")
 
 
 def _sequence_log_ratio(log_ratio_BT: Tensor, mask_BT: Tensor) -> Tensor:

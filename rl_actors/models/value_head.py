@@ -13,15 +13,19 @@ class TokenOutputs(NamedTuple):
     logprobs_BT: torch.Tensor
     entropy_BT: torch.Tensor
     values_BT: torch.Tensor
+    final_values_B: torch.Tensor
+    """V(state after the last token): what a truncated rollout would go on from."""
 
 
 class PolicyWithValue(torch.nn.Module):
     """A causal LM with a critic. The critic reads detached states, so it cannot pull on the policy's weights."""
 
-    def __init__(self, policy: torch.nn.Module, hidden_size: int) -> None:
-        """Put a two-layer critic with zero output beside the policy."""
+    def __init__(self, policy: torch.nn.Module, hidden_size: int, *, has_critic: bool = True) -> None:
+        """Put a two-layer critic with zero output beside the policy; without a critic all values are 0."""
         super().__init__()
-        self.policy = policy
+        self.policy, self.has_critic = policy, has_critic
+        if not has_critic:
+            return
         last = torch.nn.Linear(hidden_size, 1)
         torch.nn.init.zeros_(last.weight)
         torch.nn.init.zeros_(last.bias)
@@ -36,8 +40,11 @@ class PolicyWithValue(torch.nn.Module):
         """
         outputs: Any = self.policy(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         logprobs, entropy = token_logprobs_and_entropy(outputs.logits, input_ids, temperature)
+        if not self.has_critic:
+            return TokenOutputs(logprobs, entropy, torch.zeros_like(logprobs), logprobs.new_zeros(len(logprobs)))
         values = self.value_head(outputs.hidden_states[-1].detach().float()).squeeze(-1)
-        return TokenOutputs(logprobs, entropy, shift_right(values[:, :-1]))
+        last = attention_mask.long().sum(-1, keepdim=True).sub(1).clamp(min=0)
+        return TokenOutputs(logprobs, entropy, shift_right(values[:, :-1]), values.gather(-1, last).squeeze(-1))
 
 
 def token_logprobs_and_entropy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from rl_actors.algorithms.stability import (
 )
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, Task, TrainingSample
 from rl_actors.errors import AttestationError, InstabilityError
+from rl_actors.training.divergence_watch import DivergenceWatch
 
 
 class RolloutSource(Protocol):
@@ -99,8 +101,11 @@ def run_ppo(tasks: Sequence[Task], plan: PpoPlan, ports: PpoPorts, limits: Stabi
         InstabilityError: A tripwire asked to stop; its message begins with the reason code.
         AttestationError: An engine does not serve what was published, or a rollout was made by other weights.
     """
+    if start == 0:
+        ports.learner.save_checkpoint(0)  # what a tripwire of the first steps goes back to
+    watch = DivergenceWatch()
     for step in range(start, plan.num_steps):
-        metrics = run_step(requests_for_step(tasks, plan, step), ports, step, plan.temperature)
+        metrics = run_step(requests_for_step(tasks, plan, step), ports, step, plan.temperature, watch)
         ports.report(step + 1, metrics)
         require_stable(metrics, limits)
         if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.num_steps:
@@ -108,11 +113,16 @@ def run_ppo(tasks: Sequence[Task], plan: PpoPlan, ports: PpoPorts, limits: Stabi
 
 
 def run_step(
-    requests: Sequence[RolloutRequest], ports: PpoPorts, weights_version: int, temperature: float
+    requests: Sequence[RolloutRequest],
+    ports: PpoPorts,
+    weights_version: int,
+    temperature: float,
+    watch: DivergenceWatch | None = None,
 ) -> dict[str, float]:
     """Generate, score, train, publish once; returns the step's metrics with the seconds of each part.
 
-    `weights_version` is the attested version that the engines serve now.
+    `weights_version` is the attested version that the engines serve now. Each tripwire that the update met is a metric
+    `trip_<reason code>`, how often; a restore is `restored` = 1.
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "generate_s", ports.clock):
@@ -128,6 +138,9 @@ def run_step(
     return {
         **summarise(rollouts, scores, seconds),
         **update.metrics,
+        **Counter(f"trip_{trip.partition(':')[0]}" for trip in update.trips),
+        "restored": float(update.restore_factor > 0),
+        "reward_outcome_divergence": (watch or DivergenceWatch()).observe(rollouts, scores),
         **seconds,
         "attestation_gap": gap,
         "weights_version": float(update.weights_version),
@@ -154,14 +167,17 @@ def require_attested_rollouts(rollouts: Sequence[Rollout], weights_version: int)
 def require_stable(metrics: Mapping[str, float], limits: StabilityLimits) -> None:
     """Stop training when a step's own metrics say so: non-finite, collapsed, or optimising the wrong thing.
 
-    Skipping a minibatch and ending an update early were decided in the learner, before anything was applied.
+    Skipping a minibatch, ending an update early and going back to a checkpoint were decided in the learner, before
+    anything was applied; what it has acted on is not judged again.
 
     Raises:
         InstabilityError: Its message begins with the reason code.
     """
     decision = check_stability(metrics, limits)
+    is_handled = any(name.startswith("trip_") for name in metrics)
     is_non_finite = isinstance(decision, SkipUpdate) and decision.reason_code == "non_finite"
-    if is_non_finite or isinstance(decision, StopTraining | RestoreLastGood):
+    is_open = (is_non_finite or isinstance(decision, RestoreLastGood)) and not is_handled
+    if is_open or isinstance(decision, StopTraining):
         raise InstabilityError(f"{decision}; the newest checkpoint holds the last good state")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +28,9 @@ class Microbatch:
     values: Tensor = field(default_factory=lambda: _NOTHING)
     advantages: Tensor = field(default_factory=lambda: _NOTHING)
     returns: Tensor = field(default_factory=lambda: _NOTHING)
+    correction: Tensor = field(default_factory=lambda: _NOTHING)  # engine-learner weights, 0 where rejected
+    kept: Tensor = field(default_factory=lambda: _NOTHING)  # loss tokens that were not rejected
+    final_values: Tensor = field(default_factory=lambda: _NOTHING)  # [B], the critic on the state after the last token
 
 
 Minibatch = list[Microbatch]
@@ -76,9 +79,3 @@ def _microbatches(samples: Sequence[TrainingSample], token_budget: int, device: 
     batches = [collate([samples[index] for index in group]) for group in plan.groups]
     batches += [filler_batch()] * (ranks.largest(len(batches)) - len(batches))
     return [Microbatch(batch.to(device)) for batch in batches]
-
-
-def num_loss_tokens(minibatch: Iterable[Microbatch]) -> float:
-    """Return the loss tokens of a minibatch over all ranks: the denominator that makes parts add up."""
-    count = sum(microbatch.inputs.num_loss_tokens for microbatch in minibatch)
-    return float(ranks.summed(torch.tensor([float(count)])))

@@ -1,4 +1,4 @@
-"""One PPO update: old pass, reference KL, advantages, clipped epochs through DeepSpeed. No Ray here."""
+"""One update: look (old and reference pass), aim (advantages), clipped epochs through DeepSpeed. No Ray here."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from rl_actors.algorithms.advantages import gae_advantages, masked_moments, token_rewards, whiten
-from rl_actors.algorithms.correction import rollout_correction
-from rl_actors.algorithms.kl import kl_estimate
-from rl_actors.algorithms.losses import merge_metrics, policy_loss, token_share, value_loss
+from rl_actors.algorithms.correction import require_strictly_on_policy
+from rl_actors.algorithms.losses import merge_metrics
 from rl_actors.algorithms.stability import (
     Continue,
+    RestoreLastGood,
     SkipUpdate,
     StabilityDecision,
     StabilityLimits,
@@ -28,13 +27,31 @@ from rl_actors.errors import InstabilityError
 from rl_actors.models.experts import load_causal_lm
 from rl_actors.models.value_head import PolicyWithValue, token_logprobs_and_entropy
 from rl_actors.training import ranks
-from rl_actors.training.deepspeed_engine import OptimizerSettings, accumulate, build_engine, discard
-from rl_actors.training.ppo_batch import Microbatch, Minibatch, against_group, minibatches, num_loss_tokens
+from rl_actors.training.deepspeed_engine import (
+    OptimizerSettings,
+    accumulate,
+    build_engine,
+    discard,
+    scale_learning_rate,
+)
+from rl_actors.training.first_step_check import Fingerprint, fingerprints, require_moved
+from rl_actors.training.kl_coefficient import KLCoefficient
+from rl_actors.training.ppo_batch import Microbatch, Minibatch, minibatches
+from rl_actors.training.ppo_loss import (
+    LossTerms,
+    correct,
+    finish_look,
+    global_counts,
+    look_shares,
+    microbatch_loss,
+)
+from rl_actors.training.ppo_targets import fill_advantages, shaped
+from rl_actors.training.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PpoSettings:
-    """What decides an update. KL is in the reward (`kl_coef`, nats to reward units); `limits` bounds every step."""
+    """Numbers of an update; `recipe` holds its choices, `limits` bounds every step. `kl_coef` turns nats to reward."""
 
     learning_rate: float
     kl_coef: float
@@ -48,15 +65,15 @@ class PpoSettings:
     temperature: float
     microbatch_tokens: int
     seed: int
+    recipe: Recipe = field(default_factory=Recipe)
     limits: StabilityLimits = field(default_factory=StabilityLimits)
     value_coef: float = 0.5
-    value_clip: float = 0.5
     critic_learning_rate_factor: float = 10.0
     zero_stage: int = 0
 
 
 class PpoLearner:
-    """Policy, critic and frozen reference of one rank."""
+    """Policy, critic (where the recipe has one) and frozen reference of one rank."""
 
     def __init__(self, policy_path: str, reference_path: str, settings: PpoSettings) -> None:
         """Load the policy and the frozen reference and build the DeepSpeed engine."""
@@ -64,42 +81,47 @@ class PpoLearner:
         policy = load_causal_lm(policy_path)
         self._reference = load_causal_lm(reference_path).eval()
         self._reference.requires_grad_(False)
-        self._module = PolicyWithValue(policy, int(policy.config.hidden_size))
+        self._module = PolicyWithValue(policy, int(policy.config.hidden_size), has_critic=settings.recipe.has_critic)
         self._settings = settings
-        optimizer = OptimizerSettings(
-            learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm, zero_stage=settings.zero_stage
-        )
-        critic_rate = settings.learning_rate * settings.critic_learning_rate_factor
-        groups = [
-            {"params": list(self._module.policy.parameters()), "lr": settings.learning_rate},
-            {"params": list(self._module.value_head.parameters()), "lr": critic_rate},
-        ]
-        self._engine = build_engine(self._module, optimizer, groups)
+        self._engine = _build_engine(self._module, settings)
         self._reference.to(self._engine.device)
         self._rng = random.Random(settings.seed)
+        self._kl = KLCoefficient(settings.kl_coef, settings.recipe)
         self._num_skipped = 0  # optimizer steps in a row, across updates
+        self._num_restores = 0
+        self._learning_rate_factor = 1.0
+        self._is_checked = False  # whether the first step with gradient was seen to move what it should
+        self._trips: list[str] = []
         self.weights_version = 0
 
     def update(self, samples: Sequence[TrainingSample]) -> LearnerUpdate:
-        """Take one PPO update on this rank's share of the rollouts; metrics are those of the whole batch.
+        """Take one update on this rank's share of the rollouts; metrics are those of the whole batch.
 
         Raises:
             InstabilityError: A tripwire asks for the end of the run; its message begins with the reason code.
+            BadInputError: The recipe skips the old pass, and the samples are not this version's own.
         """
-        s = self._settings
+        s, self._trips = self._settings, []
+        if s.recipe.skip_old_pass:
+            self._require_on_policy(samples)
         parts = minibatches(
-            against_group(samples),
+            shaped(samples, s.recipe),
             count=s.num_minibatches,
             token_budget=s.microbatch_tokens,
             rng=self._rng,
             device=self._engine.device,
         )
         batches = [microbatch for part in parts for microbatch in part]
-        metrics = self._old_pass(batches)
-        metrics |= self._fill_advantages(batches)
-        metrics |= self._epochs(parts, {name: metrics[name] for name in ("mismatch_abs_mean", "mismatch_abs_max")})
+        metrics = {"kl_coef": self._kl.value} | self._look(batches)
+        metrics |= fill_advantages(batches, s.recipe, kl_coef=self._kl.value, gamma=s.gamma, lam=s.lam)
+        restore, steps = self._epochs(parts, metrics)
+        metrics |= steps
         self.weights_version += 1
-        return LearnerUpdate(weights_version=self.weights_version, metrics=metrics)
+        self._kl.observe(metrics["kl_to_reference"], int(ranks.summed(torch.tensor([float(len(samples))]))))
+        factor = restore.learning_rate_factor if restore else 0.0
+        return LearnerUpdate(
+            weights_version=self.weights_version, metrics=metrics, trips=tuple(self._trips), restore_factor=factor
+        )
 
     def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return log p(token t | before), t = 1.., of each sequence at temperature 1, for attestation."""
@@ -122,144 +144,190 @@ class PpoLearner:
         policy.save_pretrained(directory)
 
     def save_checkpoint(self, directory: str) -> None:
-        """Write everything `load_checkpoint` needs to continue."""
-        state = {"weights_version": self.weights_version, "rng": self._rng.getstate(), "torch": torch.get_rng_state()}
+        """Write everything `load_checkpoint` needs to continue, random state of every rank included."""
+        state = {
+            "weights_version": self.weights_version,
+            "kl_coef": self._kl.value,
+            "learning_rate_factor": self._learning_rate_factor,
+            "num_restores": self._num_restores,
+            "num_skipped": self._num_skipped,
+            "random": ranks.gathered((self._rng.getstate(), torch.get_rng_state())),
+        }
         self._engine.save_checkpoint(directory, tag=_TAG, client_state=state)
 
-    def load_checkpoint(self, directory: str) -> None:
-        """Restore weights, optimizer, critic and random state."""
+    def load_checkpoint(self, directory: str) -> tuple[str, ...]:
+        """Restore weights, optimizer, critic, KL coefficient and random state; returns what could not be restored."""
         _, state = self._engine.load_checkpoint(directory, tag=_TAG)
-        self.weights_version = state["weights_version"]
-        self._rng.setstate(_as_tuple(state["rng"]))
-        torch.set_rng_state(state["torch"])
+        self.weights_version, self._kl.value = state["weights_version"], state["kl_coef"]
+        self._num_restores, self._num_skipped = state["num_restores"], state["num_skipped"]
+        self._set_learning_rate(state["learning_rate_factor"])
+        own = state["random"]
+        if len(own) != ranks.num_ranks():
+            return (f"random state of {ranks.num_ranks()} ranks (the checkpoint has {len(own)})",)
+        order, noise = own[ranks.rank()]
+        self._rng.setstate(order)
+        torch.set_rng_state(noise)
+        return ()
+
+    def restore(self, directory: str, learning_rate_factor: float) -> None:
+        """Go back to a checkpoint's weights, optimizer and KL coefficient with a lower learning rate.
+
+        The weights version, the random state and the counts go on: engines must see a new version, and going over the
+        same minibatches again would lead to the same place.
+        """
+        kept = self.weights_version, self._num_restores, self._rng.getstate(), torch.get_rng_state()
+        factor = self._learning_rate_factor * learning_rate_factor
+        self.load_checkpoint(directory)
+        self.weights_version, self._num_restores, order, noise = kept
+        self._rng.setstate(order)
+        torch.set_rng_state(noise)
+        self._set_learning_rate(factor)
+
+    def _set_learning_rate(self, factor: float) -> None:
+        self._learning_rate_factor = factor
+        scale_learning_rate(self._engine, factor)
+
+    def _require_on_policy(self, samples: Sequence[TrainingSample]) -> None:
+        require_strictly_on_policy(
+            sampled_versions=tuple({version for sample in samples for version in sample.weights_versions}),
+            weights_version=self.weights_version,
+            num_epochs=self._settings.epochs,
+            num_minibatches=self._settings.num_minibatches,
+        )
 
     @torch.no_grad()
-    def _old_pass(self, batches: Sequence[Microbatch]) -> dict[str, float]:
-        """Fill old and reference log-probabilities and values; report the engine-learner gap and the KL."""
-        num_tokens, parts = num_loss_tokens(batches), []
+    def _look(self, batches: Sequence[Microbatch]) -> dict[str, float]:
+        """Fill old and reference log-probabilities and values; report the engine-learner gap, entropy and KL.
+
+        Without an old pass the first forward pass of the update fills them, and `_gradients` reports.
+        """
+        temperature, entropies = self._settings.temperature, []
         for batch in batches:
             ids, attention = batch.inputs.token_ids_BT, batch.inputs.attention_mask_BT.long()
-            outputs = self._engine(ids, attention, self._settings.temperature)
-            batch.old_logprobs, batch.values = outputs.logprobs_BT, outputs.values_BT
             logits = self._reference(input_ids=ids, attention_mask=attention).logits
-            batch.ref_logprobs, _ = token_logprobs_and_entropy(logits, ids, self._settings.temperature)
-            parts.append(_old_metrics(batch, outputs.entropy_BT, num_tokens))
-        return ranks.merge_ranks(merge_metrics(parts))
+            batch.ref_logprobs, _ = token_logprobs_and_entropy(logits, ids, temperature)
+            if self._settings.recipe.skip_old_pass:
+                continue
+            outputs = self._engine(ids, attention, temperature)
+            batch.old_logprobs, batch.values = outputs.logprobs_BT, outputs.values_BT
+            batch.final_values = outputs.final_values_B
+            correct(batch, self._settings.recipe)
+            entropies.append(outputs.entropy_BT)
+        return self._seen(batches, entropies) if entropies else {}
 
-    @torch.no_grad()
-    def _fill_advantages(self, batches: Sequence[Microbatch]) -> dict[str, float]:
-        """KL in the reward, GAE carried across tool tokens, whitening over the whole batch."""
-        s = self._settings
-        for batch in batches:
-            mask = batch.inputs.loss_mask_BT
-            kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, kind="k1")
-            rewards = token_rewards(batch.inputs.rewards_B, kl, mask, kl_coef=s.kl_coef)
-            batch.advantages, batch.returns = gae_advantages(rewards, batch.values, mask, gamma=s.gamma, lam=s.lam)
-        moments = {name: _global_moments(batches, name) for name in ("advantages", "returns", "residuals")}
-        for batch in batches:
-            batch.advantages = whiten(batch.advantages, batch.inputs.loss_mask_BT, moments=moments["advantages"])
-        explained = 1.0 - _variance(moments["residuals"]) / max(_variance(moments["returns"]), 1e-12)
-        return {"explained_variance": explained, "advantage_std": _variance(moments["advantages"]) ** 0.5}
+    def _seen(self, batches: Sequence[Microbatch], entropies: Sequence[torch.Tensor]) -> dict[str, float]:
+        counts = global_counts(batches)
+        shares = [look_shares(batch, entropy, counts) for batch, entropy in zip(batches, entropies, strict=True)]
+        return finish_look(ranks.merge_ranks(merge_metrics(shares)))
 
-    def _epochs(self, parts: Sequence[Minibatch], gap: Mapping[str, float]) -> dict[str, float]:
-        """Run the optimizer steps; a tripwire skips one, ends the update, or ends the run."""
+    def _epochs(
+        self, parts: Sequence[Minibatch], seen: Mapping[str, float]
+    ) -> tuple[RestoreLastGood | None, dict[str, float]]:
+        """Run the optimizer steps; a tripwire skips one, ends the update, asks for a restore, or ends the run."""
         order, history = list(parts), []
         for _ in range(self._settings.epochs):
             self._rng.shuffle(order)
             for part in order:
                 history.append(self._gradients(part))
-                if not self._act(check_stability({**history[-1], **gap}, self._settings.limits)):
-                    return _summary(history, stopped_early=True)
-        return _summary(history, stopped_early=False)
+                decision = self._decide({**seen, **history[-1]})
+                if not self._act(decision, history[-1]["grad_norm"]):
+                    restore = decision if isinstance(decision, RestoreLastGood) else None
+                    return restore, _summary(history, seen, stopped_early=True)
+        return None, _summary(history, seen, stopped_early=False)
 
     def _gradients(self, part: Minibatch) -> dict[str, float]:
         """Accumulate one minibatch's gradients, to be judged before they are applied; returns the metrics of it all."""
-        num_tokens, shares = num_loss_tokens(part), []
+        s, counts, shares, entropies = self._settings, global_counts(part), [], []
+        terms = LossTerms(
+            clip_low=s.clip_low,
+            clip_high=s.clip_high,
+            kl_coef=self._kl.value,
+            value_coef=s.value_coef,
+            is_critic_warmup=self.weights_version < s.recipe.critic_warmup_updates,
+        )
 
         def loss_of(batch: Microbatch) -> torch.Tensor:
-            loss, metrics = self._loss(batch, num_tokens)
+            outputs = self._engine(batch.inputs.token_ids_BT, batch.inputs.attention_mask_BT.long(), s.temperature)
+            if s.recipe.skip_old_pass:
+                batch.old_logprobs = outputs.logprobs_BT.detach()
+                correct(batch, s.recipe)
+                entropies.append(outputs.entropy_BT.detach())
+            loss, metrics = microbatch_loss(outputs, batch, s.recipe, terms, counts)
             shares.append(metrics)
             return loss * ranks.num_ranks()
 
         norm = accumulate(self._engine, part, loss_of)
-        return ranks.merge_ranks(merge_metrics(shares)) | {"grad_norm": norm}
+        metrics = ranks.merge_ranks(merge_metrics(shares)) | {"grad_norm": norm}
+        return self._seen(part, entropies) | metrics if entropies else metrics
 
-    def _act(self, decision: StabilityDecision) -> bool:
-        """Step or discard; returns False when this update is over. Raises InstabilityError when the run is."""
+    def _decide(self, metrics: Mapping[str, float]) -> StabilityDecision:
+        """Judge one minibatch, the streak of skips and the number of restores so far included."""
+        limits = self._settings.limits
+        decision = check_stability(metrics, limits)
         self._num_skipped = self._num_skipped + 1 if isinstance(decision, SkipUpdate) else 0
-        decision = escalate(decision, self._settings.limits, consecutive_skips=self._num_skipped, restores=0)
+        decision = escalate(decision, limits, consecutive_skips=self._num_skipped, restores=self._num_restores)
+        if isinstance(decision, RestoreLastGood):
+            self._num_restores, self._num_skipped = self._num_restores + 1, 0
+            decision = escalate(decision, limits, consecutive_skips=0, restores=self._num_restores)
+        return decision
+
+    def _act(self, decision: StabilityDecision, grad_norm: float) -> bool:
+        """Step or discard; returns False when this update is over. Raises InstabilityError when the run is."""
         if isinstance(decision, Continue):
-            self._engine.step()
+            self._step(grad_norm)
             return True
         discard(self._engine)
-        if isinstance(decision, SkipUpdate | StopUpdate):
+        self._trips.append(str(decision))
+        if isinstance(decision, SkipUpdate | StopUpdate | RestoreLastGood):
             return isinstance(decision, SkipUpdate)
         raise InstabilityError(f"{decision}; the newest checkpoint holds the last good state")
 
-    def _loss(self, batch: Microbatch, num_tokens: float) -> tuple[torch.Tensor, dict[str, float]]:
-        s, mask = self._settings, batch.inputs.loss_mask_BT
-        outputs = self._engine(batch.inputs.token_ids_BT, batch.inputs.attention_mask_BT.long(), s.temperature)
-        correction = rollout_correction(
-            batch.old_logprobs, batch.inputs.rollout_logprobs_BT, mask, mode="token_tis", cap=2.0
-        )
-        policy = policy_loss(
-            outputs.logprobs_BT,
-            batch.old_logprobs,
-            batch.advantages,
-            mask,
-            clip_low=s.clip_low,
-            clip_high=s.clip_high,
-            correction_BT=correction.weights_BT,
-            num_loss_tokens=num_tokens,
-        )
-        value = value_loss(
-            outputs.values_BT, batch.values, batch.returns, mask, clip=s.value_clip, num_loss_tokens=num_tokens
-        )
-        metrics = {
-            "policy_loss": float(policy.loss.detach()),
-            "value_loss": float(value.loss.detach()),
-            "entropy": float(token_share(outputs.entropy_BT.detach(), mask, num_tokens)),
-        }
-        return policy.loss + s.value_coef * value.loss, {**policy.metrics, **metrics}
+    def _step(self, grad_norm: float) -> None:
+        """Apply the gradients; the first time the policy has any, prove that they reach what they should."""
+        is_first = not self._is_checked and grad_norm > 0 and self._policy_has_gradient()
+        before = fingerprints(self._module.policy) if is_first else {}
+        self._engine.step()
+        if is_first:
+            self._check_first_step(before)
+
+    def _policy_has_gradient(self) -> bool:
+        """Whether any rank's policy gradient is not all zero: with a warming critic or equal rewards it is."""
+        if self._settings.zero_stage > 0:
+            return self.weights_version >= self._settings.recipe.critic_warmup_updates
+        own = any(p.grad is not None and bool(p.grad.any()) for p in self._module.policy.parameters())
+        return bool(ranks.largest(int(own)))
+
+    def _check_first_step(self, before: Mapping[str, Fingerprint]) -> None:
+        trainable = [name for name, p in self._module.policy.named_parameters() if p.requires_grad]
+        require_moved(before, fingerprints(self._module.policy), trainable=trainable)
+        self._is_checked = True
 
 
 _TAG = "state"  # DeepSpeed itself writes a file called "latest" beside it
 
 
-def _old_metrics(batch: Microbatch, entropy_BT: torch.Tensor, num_tokens: float) -> dict[str, float]:
-    """Return this microbatch's share of the metrics that the old pass alone can tell."""
-    mask = batch.inputs.loss_mask_BT
-    gap = (batch.old_logprobs - batch.inputs.rollout_logprobs_BT).abs()
-    k1 = kl_estimate(batch.old_logprobs, batch.ref_logprobs, kind="k1")
-    k3 = kl_estimate(batch.old_logprobs, batch.ref_logprobs, kind="k3")
-    means = {"mismatch_abs_mean": gap, "entropy": entropy_BT, "kl_to_reference": k1, "kl_to_reference_k3": k3}
-    metrics = {name: float(token_share(x, mask, num_tokens)) for name, x in means.items()}
-    return metrics | {"mismatch_abs_max": float(torch.where(mask, gap, gap.new_zeros(())).max())}
+def _build_engine(module: PolicyWithValue, settings: PpoSettings) -> Any:
+    """Return a DeepSpeed engine with learning rates of their own for policy and critic."""
+    optimizer = OptimizerSettings(
+        learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm, zero_stage=settings.zero_stage
+    )
+    policy = [p for p in module.policy.parameters() if p.requires_grad]
+    groups = [{"params": policy, "lr": settings.learning_rate}]
+    if module.has_critic:
+        critic_rate = settings.learning_rate * settings.critic_learning_rate_factor
+        groups.append({"params": list(module.value_head.parameters()), "lr": critic_rate})
+    return build_engine(module, optimizer, groups)
 
 
-def _global_moments(batches: Sequence[Microbatch], name: str) -> torch.Tensor:
-    """Return [count, sum, sum of squares] over the loss tokens of all ranks."""
-    arrays = [b.returns - b.values if name == "residuals" else getattr(b, name) for b in batches]
-    masks = [batch.inputs.loss_mask_BT for batch in batches]
-    return ranks.summed(sum((masked_moments(x, m) for x, m in zip(arrays, masks, strict=True)), torch.zeros(3)))
-
-
-def _variance(moments: torch.Tensor) -> float:
-    count, total, squares = moments.tolist()
-    return max(squares - total * total / max(count, 1.0), 0.0) / max(count - 1.0, 1.0)
-
-
-def _summary(history: Sequence[dict[str, float]], *, stopped_early: bool) -> dict[str, float]:
-    """Average the optimizer steps of one update; maxima and the last KL are kept as such."""
-    names = [name for name in history[0] if name != "entropy"]  # the old pass reports it for the whole batch
+def _summary(
+    history: Sequence[Mapping[str, float]], seen: Mapping[str, float], *, stopped_early: bool
+) -> dict[str, float]:
+    """Average the optimizer steps of one update; maxima are kept as such, and what the old pass saw of the whole."""
+    names = [name for name in history[0] if name not in seen]
     summary = {name: sum(step[name] for step in history) / len(history) for name in names}
     summary["ratio_max"] = max(step["ratio_max"] for step in history)
     summary["grad_norm_max"] = max(step["grad_norm"] for step in history)
     return summary | {"num_optimizer_steps": float(len(history)), "stopped_early": float(stopped_early)}
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
 def checkpoint_exists(directory: str) -> bool:

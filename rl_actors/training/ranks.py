@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,20 @@ def largest(value: int) -> int:
 def smallest(value: int) -> int:
     """Return the smallest value of any rank."""
     return int(_reduced(torch.tensor([float(value)]), torch.distributed.ReduceOp.MIN))
+
+
+def gathered(value: Any) -> list[Any]:
+    """Return every rank's value, in order of rank; values are pickled, so keep them small."""
+    if num_ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * num_ranks()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def rank() -> int:
+    """Return this process's place in the group; 0 without one."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def merge_ranks(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -109,7 +109,7 @@ def test_a_spec_cannot_be_changed():
         ("no_safety_regression", "no_safety_regresion", "release.gates.0", "'no_safety_regression'", 9),
         ("rollback_under_5_minutes", "rollback_under_5_min", "release.gates.3", "'rollback_under_5_minutes'", 12),
         ("policy_kl_drift", "kl_drift", "monitoring.2", "'policy_kl_drift'", 16),
-        ("ppo_kl", "ppo", "workflow.policy_training", "'ppo_kl'", 5),
+        ("ppo_kl", "ppo_k", "workflow.policy_training", "'ppo_kl'", 5),
         (
             "canary_traffic_percent",
             "canary_trafic_percent",
@@ -222,6 +222,20 @@ def test_overriding_the_share_moves_a_ramp_nobody_set():
     assert override(parse_spec(ARTICLE), ["release.canary_traffic_percent=100"]).release.ramp == (100,)
     with pytest.raises(BadInputError, match="start at"):
         override(load_spec("support_desk"), ["release.canary_traffic_percent=30"])
+
+
+@pytest.mark.parametrize("algorithm", ["ppo_kl", "grpo", "dr_grpo", "rloo", "gspo", "cispo"])
+def test_an_algorithm_is_chosen_by_its_name(algorithm: str):
+    spec = override(parse_spec(ARTICLE), [f"workflow.policy_training={algorithm}"])
+    assert spec.workflow.policy_training == algorithm
+
+
+def test_a_group_algorithm_needs_groups():
+    single = ["ppo.rollouts_per_task=1", "workflow.policy_training=grpo"]
+    with pytest.raises(BadInputError, match="take 2 or more") as caught:
+        override(parse_spec(ARTICLE), single)
+    assert caught.value.field == "ppo.rollouts_per_task"
+    assert override(parse_spec(ARTICLE), single[:1]).ppo.rollouts_per_task == 1, "negative control: PPO has a critic"
 
 
 @pytest.mark.parametrize(

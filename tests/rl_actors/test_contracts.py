@@ -16,7 +16,8 @@ from rl_actors.errors import BadDataError, BadInputError, SeatrialError
 from tests.rl_actors.fakes import make_rollout, make_task, make_turn
 
 SAMPLE = TrainingSample(
-    rollout_id="r", group_id=0, token_ids=(1, 2, 3), loss_mask=(False, True, True), rollout_logprobs=(0.0, -1.0, -2.0),
+    rollout_id="r", group_id=0, weights_versions=(0,), token_ids=(1, 2, 3), loss_mask=(False, True, True),
+    rollout_logprobs=(0.0, -1.0, -2.0),
     reward=1.0, truncated=False,
 )  # fmt: skip
 TREE = [value for _, value in inspect.getmembers(errors, inspect.isclass) if issubclass(value, SeatrialError)]

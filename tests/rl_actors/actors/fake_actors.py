@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from rl_actors.contracts import LearnerUpdate
 from rl_actors.errors import AttestationError, BadInputError, EngineError
 
 
@@ -67,15 +68,21 @@ class FakeScorer:
         return [SimpleNamespace(rollout_id=r.rollout_id, version=self.version, made_by=id(self)) for r in rollouts]
 
 
+UNSTABLE_VERSION = 50
+
+
 class FakeLearner:
     """One rank; a checkpoint is a file with its rank and version."""
 
     def __init__(self, policy_path: str, reference_path: str, settings: Any, place: dict[str, Any]) -> None:
-        self.place, self.version = place, 0
+        self.place, self.version, self.num_restores = place, 0, 0
 
     def update(self, samples: Sequence[int]) -> Any:
         self.version += 1
-        return SimpleNamespace(weights_version=self.version, metrics={"num": len(samples), "rank": self.place["rank"]})
+        metrics = {"num": float(len(samples)), "rank": float(self.place["rank"]), "restores": float(self.num_restores)}
+        factor = 0.5 if self.version == UNSTABLE_VERSION else 0.0
+        trips = ("entropy_collapse: entropy = 0, limit 0.1",) if factor else ()
+        return LearnerUpdate(weights_version=self.version, metrics=metrics, trips=trips, restore_factor=factor)
 
     def probe(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[-1.0 for _ in sequence[1:]] for sequence in sequences]
@@ -89,9 +96,13 @@ class FakeLearner:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / f"rank{self.place['rank']}").write_text(str(self.version))
 
-    def load_checkpoint(self, directory: str) -> int:
+    def load_checkpoint(self, directory: str) -> tuple[int, tuple[str, ...]]:
         self.version = int((Path(directory) / f"rank{self.place['rank']}").read_text())
-        return self.version
+        return self.version, ("its coffee",)
+
+    def restore(self, directory: str, learning_rate_factor: float) -> None:
+        assert (Path(directory) / f"rank{self.place['rank']}").exists()
+        self.num_restores += 1
 
     def save_policy(self, directory: str) -> None:
         (Path(directory) / f"policy{self.place['rank']}").touch()

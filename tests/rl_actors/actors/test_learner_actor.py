@@ -19,7 +19,7 @@ class FakeLearner:
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments, self.weights_version = arguments, 3
-        self.log: list[tuple[str, Any]] = []
+        self.log: list[tuple[Any, ...]] = []
 
     def update(self, samples: Any) -> LearnerUpdate:
         return LearnerUpdate(weights_version=4, metrics={"num": len(samples)})
@@ -33,8 +33,12 @@ class FakeLearner:
     def save_checkpoint(self, directory: str) -> None:
         self.log.append(("save", directory))
 
-    def load_checkpoint(self, directory: str) -> None:
+    def load_checkpoint(self, directory: str) -> tuple[str, ...]:
         self.weights_version = 9
+        return ("random state of 2 ranks",)
+
+    def restore(self, directory: str, learning_rate_factor: float) -> None:
+        self.log.append(("restore", directory, learning_rate_factor))
 
     def save_policy(self, directory: str) -> None:
         (Path(directory) / "model").touch()
@@ -72,7 +76,9 @@ def test_everything_is_handed_on(actor: tuple[Any, list[Any]], tmp_path: Path):
     assert one.weights() == ("reference to", {"w": 1}), "engines read one copy, from the object store"
     one.save_checkpoint("there")
     assert one._learner.log == [("save", "there")]
-    assert one.load_checkpoint("there") == 9
+    assert one.load_checkpoint("there") == (9, ("random state of 2 ranks",))
+    one.restore("there", 0.5)
+    assert one._learner.log[-1] == ("restore", "there", 0.5)
     one.save_policy(str(tmp_path / "new" / "folder"))
     assert (tmp_path / "new" / "folder" / "model").exists()
 

@@ -22,8 +22,8 @@ from rl_actors.actors.pools import (
     share_by_group,
     wait_for,
 )
-from rl_actors.errors import AttestationError, BadInputError, InfrastructureError
-from tests.rl_actors.actors.fake_actors import FakeLearner, FakeScorer, FakeWorker, Troubled
+from rl_actors.errors import AttestationError, BadInputError, InfrastructureError, InstabilityError
+from tests.rl_actors.actors.fake_actors import UNSTABLE_VERSION, FakeLearner, FakeScorer, FakeWorker, Troubled
 
 needs_ray = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 PROBES = [[1, 2, 3], [4, 5]]
@@ -298,7 +298,7 @@ class TestLearnerGroup:
     def test_ranks_share_the_samples_and_the_first_reports(self, group: LearnerGroup):
         samples: Any = [training_sample(number, group=number // 2, length=10) for number in range(8)]
         update = group.update(samples)
-        assert update.metrics == {"num": 4, "rank": 0}
+        assert update.metrics == {"num": 4, "rank": 0, "restores": 0}
         assert group.weights() == {"version": 1}
         assert group.probe(PROBES) == [[-1.0, -1.0], [-1.0]]
 
@@ -312,7 +312,10 @@ class TestLearnerGroup:
         assert self.names(group) == ["step_000004", "step_000010"]
         self.jump_to(local_ray, group, 77)
         assert group.load_newest_checkpoint() == 10
-        assert local_ray.get(group._ranks[1].load_checkpoint.remote(str(group._checkpoints / "step_000010"))) == 10
+        assert local_ray.get(group._ranks[1].load_checkpoint.remote(str(group._checkpoints / "step_000010"))) == (
+            10,
+            ("its coffee",),
+        )
 
     def test_saving_again_replaces(self, local_ray: Any, group: LearnerGroup):
         self.jump_to(local_ray, group, 11)
@@ -328,6 +331,27 @@ class TestLearnerGroup:
         (group._checkpoints / "step_000012.tmp").mkdir(exist_ok=True)
         assert group.load_newest_checkpoint() == 11
         assert "step_000012" not in self.names(group)
+
+    def test_what_could_not_be_restored_is_named(self, group: LearnerGroup, caplog: pytest.LogCaptureFixture):
+        with caplog.at_level("WARNING"):
+            group.load_newest_checkpoint()
+        assert "resumed from step_000011 without its coffee" in caplog.text
+
+    def test_an_unstable_update_puts_every_rank_back(self, local_ray: Any, group: LearnerGroup):
+        samples: Any = [training_sample(number, group=number // 2, length=10) for number in range(8)]
+        self.jump_to(local_ray, group, UNSTABLE_VERSION - 1)
+        assert group.update(samples).restore_factor == 0.5
+        after = local_ray.get([rank.update.remote(samples) for rank in group._ranks])
+        assert [update.metrics["restores"] for update in after] == [1, 1]
+
+    def test_without_a_checkpoint_there_is_nothing_to_go_back_to(self, local_ray: Any, group: LearnerGroup):
+        samples: Any = [training_sample(number, group=number // 2, length=10) for number in range(8)]
+        kept, group._checkpoints = group._checkpoints, group._checkpoints / "empty"
+        group._checkpoints.mkdir()
+        self.jump_to(local_ray, group, UNSTABLE_VERSION - 1)
+        with pytest.raises(InstabilityError, match=r"^entropy_collapse: .*no checkpoint to go back to"):
+            group.update(samples)
+        group._checkpoints = kept
 
     def test_a_policy_is_written_by_every_rank(self, group: LearnerGroup, tmp_path: Path):
         group.save_policy(str(tmp_path))

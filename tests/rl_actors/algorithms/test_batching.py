@@ -32,6 +32,7 @@ def sample(length: int, *, prompt: int = 1, name: str = "r", **changes: object) 
     fields: dict[str, object] = {
         "rollout_id": name,
         "group_id": 4,
+        "weights_versions": (0,),
         "token_ids": tuple(range(10, 10 + length)),
         "loss_mask": tuple(i >= prompt for i in range(length)),
         "rollout_logprobs": tuple(-float(i) for i in range(length)),

@@ -76,7 +76,7 @@ def test_the_value_of_a_token_is_that_of_the_state_it_is_sampled_in():
 
 def test_the_first_column_is_nothing():
     outputs = module()(IDS, ATTENTION, 1.0)
-    for field in outputs:
+    for field in (outputs.logprobs_BT, outputs.entropy_BT, outputs.values_BT):
         assert field.shape == IDS.shape
         assert field[:, 0].tolist() == [0.0, 0.0]
 
@@ -137,5 +137,25 @@ def test_padding_changes_nothing_of_a_real_model(tiny_dir: Path):
     with torch.no_grad():
         padded = one(IDS, ATTENTION, 1.0)
         alone = one(IDS[1:, :3], ATTENTION[1:, :3], 1.0)
-    for with_padding, without in zip(padded, alone, strict=True):
+    for with_padding, without in zip(padded[:3], alone[:3], strict=True):
         torch.testing.assert_close(with_padding[1:, :3], without, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(padded.final_values_B[1:], alone.final_values_B, rtol=1e-4, atol=1e-5)
+
+
+def test_the_final_value_is_that_of_the_state_after_the_last_token():
+    """What the critic would say of one more token, whatever that token is and however much padding follows."""
+    one = module()
+    torch.nn.init.normal_(one.value_head[-1].weight)
+    longer = torch.cat([IDS, torch.full((len(IDS), 1), 3)], dim=1)
+    values = one(longer, torch.ones_like(longer), 1.0).values_BT
+    lengths = ATTENTION.sum(-1)
+    expected = torch.stack([row[length] for row, length in zip(values, lengths.tolist(), strict=True)])
+    torch.testing.assert_close(one(IDS, ATTENTION, 1.0).final_values_B, expected)
+
+
+def test_without_a_critic_there_are_no_values_and_nothing_to_train():
+    one = PolicyWithValue(Lookup(), 8, has_critic=False)
+    outputs = one(IDS, ATTENTION, 1.0)
+    assert not outputs.values_BT.any()
+    assert outputs.final_values_B.tolist() == [0.0] * len(IDS)
+    assert all(name.startswith("policy.") for name, _ in one.named_parameters())

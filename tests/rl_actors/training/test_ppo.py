@@ -12,6 +12,7 @@ from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
 from rl_actors.errors import AttestationError, InfrastructureError, InstabilityError
+from rl_actors.training.divergence_watch import WINDOW_STEPS
 from rl_actors.training.ppo import PpoPlan, PpoPorts, requests_for_step, require_stable, run_ppo, run_step, summarise
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_score, make_task
 
@@ -103,7 +104,8 @@ def test_generate_score_train_publish_report_save():
     ]
     steps[1].append(("checkpoint", 2))
     steps[2].append(("checkpoint", 3))
-    assert run(Actors()).log == [call for step in steps for call in step]
+    first = ("checkpoint", 0)  # what a tripwire of the first steps goes back to
+    assert run(Actors()).log == [first, *(call for step in steps for call in step)]
 
 
 def test_no_rollout_is_made_by_weights_that_were_not_published():
@@ -138,8 +140,8 @@ def test_a_run_that_is_done_does_nothing():
     assert run(Actors(), start=3).log == []
 
 
-@pytest.mark.parametrize(("every", "saved"), [(1, [1, 2, 3]), (2, [2, 3]), (3, [3]), (10, [3])])
-def test_the_last_step_is_always_saved(every: int, saved: list[int]):
+@pytest.mark.parametrize(("every", "saved"), [(1, [0, 1, 2, 3]), (2, [0, 2, 3]), (3, [0, 3]), (10, [0, 3])])
+def test_the_start_and_the_last_step_are_always_saved(every: int, saved: list[int]):
     plan = PpoPlan(num_steps=3, tasks_per_step=1, rollouts_per_task=1, checkpoint_every=every, seed=0)
     assert [values[0] for name, *values in run(Actors(), plan=plan).log if name == "checkpoint"] == saved
 
@@ -201,7 +203,7 @@ def test_an_engine_that_is_not_attested_trains_nothing_more():
     actors = Actors(fail_at="publish")
     with pytest.raises(AttestationError):
         run(actors)
-    assert [name for name, *_ in actors.log] == ["rollouts", "score", "update", "publish"]
+    assert [name for name, *_ in actors.log] == ["checkpoint", "rollouts", "score", "update", "publish"]
 
 
 def test_scores_and_rollouts_must_match_one_to_one():
@@ -251,17 +253,37 @@ def test_without_a_tool_call_there_is_no_error_rate_to_divide_by():
 # --- stability ------------------------------------------------------------------------------------
 
 
-def test_a_tripwire_stops_after_its_row_was_written_and_before_its_state_is_saved():
-    actors = Actors(metrics={"reward_outcome_divergence": 1.5})
+class Hacked(Actors):
+    """The critic's score climbs from step to step while the verified outcome stays what it is."""
+
+    slope: float = 1.0
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        return [replace(score, critic_score=self.slope * self.version) for score in super().score(rollouts)]
+
+
+LONG = PpoPlan(num_steps=20, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=1, seed=0)
+
+
+def test_a_hacked_reward_stops_after_its_row_was_written_and_before_its_state_is_saved():
+    actors = Hacked()
     with pytest.raises(InstabilityError, match=r"^reward_outcome_divergence: "):
-        run(actors, plan=PpoPlan(num_steps=3, tasks_per_step=1, rollouts_per_task=1, checkpoint_every=1, seed=0))
-    assert [step for step, _ in actors.rows] == [1]
-    assert "checkpoint" not in [name for name, *_ in actors.log]
+        run(actors, plan=LONG)
+    last = actors.rows[-1][0]
+    assert last == 2 * WINDOW_STEPS, "as soon as two windows can be compared"
+    assert max(values[0] for name, *values in actors.log if name == "checkpoint") == last - 1
+    assert actors.rows[-1][1]["reward_outcome_divergence"] > 1.0
 
 
-def test_within_its_limit_nothing_stops():
-    actors = run(Actors(metrics={"reward_outcome_divergence": 0.9}))
-    assert len(actors.rows) == 3
+def test_a_critic_that_rises_with_the_outcome_stops_nothing():
+    """Negative control: the same climb, where what is verified climbs as well."""
+
+    class Honest(Hacked):
+        def rollouts(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout]:
+            outcome = GOOD if self.version >= WINDOW_STEPS else BAD
+            return [replace(rollout, outcome=outcome) for rollout in super().rollouts(requests, temperature)]
+
+    assert len(run(Honest(), plan=LONG).rows) == LONG.num_steps
 
 
 @pytest.mark.parametrize(
@@ -276,7 +298,28 @@ def test_what_no_later_step_can_heal_stops_the_run(metrics: dict[str, float], re
     actors = Actors(metrics=metrics)
     with pytest.raises(InstabilityError, match=f"^{reason}: .*last good state"):
         run(actors)
-    assert "checkpoint" not in [name for name, *_ in actors.log]
+    assert [values[0] for name, *values in actors.log if name == "checkpoint"] == [0]
+
+
+@dataclass
+class Tripped(Actors):
+    """Every update says which tripwires it met, and what it did."""
+
+    trips: tuple[str, ...] = ()
+    restore_factor: float = 0.0
+
+    def update(self, samples: Sequence[TrainingSample]) -> LearnerUpdate:
+        return replace(super().update(samples), trips=self.trips, restore_factor=self.restore_factor)
+
+
+def test_what_the_learner_acted_on_is_recorded_and_the_run_goes_on():
+    poison, thin = "non_finite: policy_loss = nan, limit inf", "entropy_collapse: entropy = 0.0001, limit 0.0005"
+    metrics = {"policy_loss": float("nan"), "entropy": 0.0001}
+    actors = run(Tripped(trips=(poison, poison, thin), restore_factor=0.5, metrics=metrics))
+    assert len(actors.rows) == 3
+    row = actors.rows[0][1]
+    assert (row["trip_non_finite"], row["trip_entropy_collapse"], row["restored"]) == (2, 1, 1.0)
+    assert run(Actors()).rows[0][1]["restored"] == 0.0
 
 
 def test_what_the_learner_already_acted_on_does_not_stop_the_run():

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_actors.contracts import TrainingSample
-from rl_actors.training.ppo_batch import Minibatch, against_group, minibatches, num_loss_tokens
+from rl_actors.training.ppo_batch import Minibatch, against_group, minibatches
+from rl_actors.training.ppo_loss import global_counts
 
 
 def sample(number: int, length: int, reward: float) -> TrainingSample:
     """Ids that name the sample; everything after the first two tokens was sampled."""
     return TrainingSample(
-        rollout_id=f"r{number}", group_id=number, token_ids=(number,) * length,
+        rollout_id=f"r{number}", group_id=number, weights_versions=(0,), token_ids=(number,) * length,
         loss_mask=(False, False, *(True,) * (length - 2)), rollout_logprobs=(0.0,) * length, reward=reward,
         truncated=False,
     )  # fmt: skip
@@ -109,4 +110,4 @@ def test_loss_tokens_are_counted_over_the_whole_minibatch():
     samples = [sample(number, 10, 0.0) for number in range(5)]
     (part,) = deal(samples, 1, budget=20)
     assert len(part) > 1
-    assert num_loss_tokens(part) == 5 * 8
+    assert global_counts(part).num_loss_tokens == 5 * 8

@@ -16,6 +16,7 @@ from rl_actors.contracts import TrainingSample
 from rl_actors.errors import InstabilityError
 from rl_actors.models.value_head import token_logprobs_and_entropy
 from rl_actors.training.ppo_learner import PpoLearner, PpoSettings, checkpoint_exists
+from rl_actors.training.recipe import Recipe
 
 torch.set_num_threads(1)
 slow = pytest.mark.slow
@@ -45,8 +46,8 @@ def sample(number: int, length: int, reward: float) -> TrainingSample:
     middle = length // 2
     mask = tuple(index >= 4 and index not in {middle, middle + 1} for index in range(length))
     return TrainingSample(
-        rollout_id=f"r{number}", group_id=number, token_ids=ids, loss_mask=mask, rollout_logprobs=(0.0,) * length,
-        reward=reward, truncated=False,
+        rollout_id=f"r{number}", group_id=number, weights_versions=(0,), token_ids=ids, loss_mask=mask,
+        rollout_logprobs=(0.0,) * length, reward=reward, truncated=False,
     )  # fmt: skip
 
 
@@ -164,7 +165,7 @@ def test_published_weights_are_the_policys_by_the_names_an_engine_knows(tiny_dir
 def test_the_critic_learns_what_rollouts_are_worth(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
     """All rollouts are worth 2: a critic that starts at 0 must come closer."""
     worth = [replace(one, reward=2.0) for one in batch]
-    one = learner(tiny_dir, learning_rate=1e-2, value_clip=10.0)
+    one = learner(tiny_dir, learning_rate=1e-2, recipe=Recipe(value_clip=10.0))
     losses = [one.update(worth).metrics["value_loss"] for _ in range(12)]
     assert losses[0] > 1.0
     assert losses[-1] < 0.6 * losses[0]
@@ -361,22 +362,66 @@ def test_a_poisoned_batch_moves_nothing_and_the_next_one_trains(
 
 
 @slow
-def test_a_poison_that_stays_ends_the_run_with_its_reason(
-    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+def test_a_poison_that_stays_asks_for_the_last_good_state_and_then_for_the_end(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None, tmp_path: Path
 ):
     one = learner(tiny_dir)
+    one.save_checkpoint(str(tmp_path))
     poisoned = [replace(sample, reward=float("nan")) for sample in batch]
+    for _ in range(2):
+        assert [one.update(poisoned).restore_factor for _ in range(3)] == [0.0] * 3, "three skips in a row are borne"
+        asked = one.update(poisoned)
+        assert asked.restore_factor == 0.5
+        assert asked.trips[-1].startswith("repeated_skips: consecutive_skips = 4, limit 3; non_finite: ")
+        one.restore(str(tmp_path), asked.restore_factor)
     for _ in range(3):
         one.update(poisoned)
-    with pytest.raises(InstabilityError, match=r"^repeated_skips: .*non_finite.*last good state"):
+    with pytest.raises(InstabilityError, match=r"^repeated_restores: restores = 3, limit 2; repeated_skips"):
         one.update(poisoned)
-    assert one.weights_version == 3, "three skips in a row are borne, the fourth is not"
 
 
 @slow
-def test_collapsed_entropy_ends_the_run_at_once(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
-    with pytest.raises(InstabilityError, match=r"^entropy_collapse: entropy = "):
-        learner(tiny_dir, limits=replace(OFF, min_entropy=100.0)).update(batch)
+def test_a_restore_brings_back_weights_and_optimizer_and_lowers_the_learning_rate(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None, tmp_path: Path
+):
+    one = learner(tiny_dir)
+    one.update(batch)
+    one.save_checkpoint(str(tmp_path))
+    good = one.weights()
+    for _ in range(2):
+        one.update(batch)
+    assert any(not torch.equal(good[name], tensor) for name, tensor in one.weights().items())
+    one.restore(str(tmp_path), 0.5)
+    assert all(torch.equal(good[name], tensor) for name, tensor in one.weights().items())
+    assert one.weights_version == 3, "engines must see a version they have not seen"
+    rates = [group["lr"] for group in one._engine.optimizer.param_groups]
+    assert rates == pytest.approx([0.5e-3, 0.5e-2])
+    one.restore(str(tmp_path), 0.5)
+    assert one._engine.optimizer.param_groups[0]["lr"] == pytest.approx(0.25e-3), "a second cut comes on top"
+    one.save_checkpoint(str(tmp_path / "later"))
+    other = learner(tiny_dir)
+    assert other.load_checkpoint(str(tmp_path / "later")) == ()
+    assert other._engine.optimizer.param_groups[0]["lr"] == pytest.approx(0.25e-3), "and survives a resume"
+
+
+@slow
+def test_collapsed_entropy_asks_for_the_last_good_state(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    one = learner(tiny_dir, limits=replace(OFF, min_entropy=100.0))
+    update = one.update(batch)
+    assert (update.restore_factor, update.metrics["stopped_early"]) == (0.5, 1.0)
+    assert update.trips[0].startswith("entropy_collapse: entropy = ")
+    assert not moved(one, tiny_dir)
+
+
+@slow
+def test_a_parameter_that_the_optimizer_does_not_move_stops_the_run(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    """Steps too small for float32 stand for any reason why a parameter stays where it is."""
+    with pytest.raises(InstabilityError, match=r"^parameter_not_trained: \d+ of \d+ trainable parameters did not move"):
+        learner(tiny_dir, learning_rate=1e-30).update(batch)
 
 
 @slow

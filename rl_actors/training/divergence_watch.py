@@ -1,0 +1,30 @@
+"""Watches whether the learned reward still measures what the verifier verifies, over a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rl_actors.algorithms.stability import reward_outcome_divergence
+from rl_actors.contracts import Rollout, Score
+
+WINDOW_STEPS = 4
+
+
+class DivergenceWatch:
+    """Compares the first steps it saw with the latest ones. A resumed run starts a watch of its own."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self._steps: list[tuple[list[float], list[float]]] = []
+
+    def observe(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> float:
+        """Take in one step; returns the divergence in standard deviations, 0.0 until two windows do not overlap."""
+        critic = [score.critic_score for score in scores]
+        self._steps.append((critic, [float(rollout.outcome.success) for rollout in rollouts]))
+        if len(self._steps) > 2 * WINDOW_STEPS:
+            del self._steps[WINDOW_STEPS]  # between the two windows
+        if len(self._steps) < 2 * WINDOW_STEPS:
+            return 0.0
+        early, late = self._steps[:WINDOW_STEPS], self._steps[-WINDOW_STEPS:]
+        columns = [[x for step in window for x in step[column]] for window in (early, late) for column in (0, 1)]
+        return reward_outcome_divergence(*columns)

@@ -1,0 +1,50 @@
+"""After the first step, prove that the optimizer reaches every trainable parameter and no frozen one.
+
+A parameter that never moves is the quietest failure of training: an attention sink that no kernel reads, a tensor the
+optimizer was not given, a bfloat16 weight that rounds every small step away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from rl_actors.errors import InstabilityError
+from rl_actors.training import ranks
+
+Fingerprint = tuple[float, float]
+
+
+@torch.no_grad()
+def fingerprints(module: torch.nn.Module) -> dict[str, Fingerprint]:
+    """Return (sum, sum of squares) of each parameter in float64, added over ranks: under ZeRO-3 each holds a shard."""
+    names, sums = [], []
+    for name, parameter in module.named_parameters():
+        held = getattr(parameter, "ds_tensor", parameter).detach().double()
+        names.append(name)
+        sums.append(torch.stack([held.sum(), held.square().sum()]).cpu())
+    rows = ranks.summed(torch.stack(sums)).tolist()
+    return {name: (row[0], row[1]) for name, row in zip(names, rows, strict=True)}
+
+
+def require_moved(
+    before: Mapping[str, Fingerprint], after: Mapping[str, Fingerprint], *, trainable: Sequence[str]
+) -> None:
+    """Compare fingerprints taken around a step with gradient.
+
+    Raises:
+        InstabilityError: names trainable parameters that did not move, or frozen ones that did.
+    """
+    moved = {name for name, fingerprint in before.items() if after[name] != fingerprint}
+    still = sorted(set(trainable) - moved)
+    if still:
+        raise InstabilityError(
+            f"parameter_not_trained: {len(still)} of {len(trainable)} trainable parameters did not move in the first "
+            f"step, {', '.join(still[:3])}; look for a kernel that ignores them, or weights kept in too few bits"
+        )
+    drifted = sorted(moved - set(trainable))
+    if drifted:
+        raise InstabilityError(
+            f"frozen_parameter_moved: {len(drifted)} frozen parameters moved, {', '.join(drifted[:3])}"
+        )

@@ -1,0 +1,110 @@
+"""What an update aims at: rewards shaped by the recipe, then advantages and returns on every microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rl_actors.algorithms.advantages import (
+    gae_advantages,
+    group_advantages,
+    groups_with_signal,
+    masked_moments,
+    overlong_penalty,
+    spread_over_tokens,
+    token_rewards,
+    whiten,
+)
+from rl_actors.algorithms.kl import kl_estimate
+from rl_actors.algorithms.losses import zero_masked
+from rl_actors.contracts import TrainingSample
+from rl_actors.training import ranks
+from rl_actors.training.ppo_batch import Microbatch, against_group
+from rl_actors.training.recipe import Recipe
+
+
+def shaped(samples: Sequence[TrainingSample], recipe: Recipe) -> list[TrainingSample]:
+    """Return this rank's samples with rewards as the recipe wants them; groups must be whole on a rank.
+
+    In this order: the overlong penalty enters the reward, groups without signal are left out, rewards become group
+    advantages (or lose the group's baseline), truncated rollouts lose their loss tokens.
+    """
+    kept = with_signal([_penalised(sample, recipe) for sample in samples], recipe)
+    if recipe.advantages != "gae":
+        scores, groups = _rewards_and_groups(kept)
+        values = group_advantages(scores, groups, kind=recipe.advantages).tolist()
+        kept = [replace(sample, reward=value) for sample, value in zip(kept, values, strict=True)]
+    elif recipe.group_baseline:
+        kept = against_group(kept)
+    return [_without_loss(sample) if recipe.mask_truncated and sample.truncated else sample for sample in kept]
+
+
+def with_signal(samples: Sequence[TrainingSample], recipe: Recipe) -> list[TrainingSample]:
+    """Leave out groups in which all attempts scored alike; all stay where any rank would be left with nothing."""
+    if not recipe.drop_flat_groups:
+        return list(samples)
+    has_signal = groups_with_signal(*_rewards_and_groups(samples)).tolist()
+    kept = [sample for sample, keep in zip(samples, has_signal, strict=True) if keep]
+    return kept if ranks.smallest(len(kept)) else list(samples)
+
+
+def fill_advantages(
+    batches: Sequence[Microbatch], recipe: Recipe, *, kl_coef: float, gamma: float, lam: float
+) -> dict[str, float]:
+    """Set advantages and returns of every microbatch; returns metrics of the whole batch over all ranks.
+
+    With a critic: KL in the reward where the recipe says so, GAE carried across tool tokens, whitening over the whole
+    batch. With group advantages: the rollout's advantage on each of its tokens, as it is.
+    """
+    if not recipe.has_critic:
+        for batch in batches:
+            mask = batch.inputs.loss_mask_BT
+            batch.advantages = spread_over_tokens(batch.inputs.rewards_B, mask)
+        moments = _global_moments([b.advantages for b in batches], batches)
+        return {"advantage_std": _variance(moments) ** 0.5}
+    for batch in batches:
+        mask = batch.inputs.loss_mask_BT
+        kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, kind=recipe.kl_kind)
+        rewards = token_rewards(batch.inputs.rewards_B, kl, mask, kl_coef=kl_coef if recipe.kl_in == "reward" else 0.0)
+        beyond = zero_masked(batch.final_values, batch.inputs.truncated_B) if recipe.bootstrap_truncated else None
+        batch.advantages, batch.returns = gae_advantages(
+            rewards, batch.values, mask, gamma=gamma, lam=lam, bootstrap_B=beyond
+        )
+    advantages = _global_moments([b.advantages for b in batches], batches)
+    returns = _global_moments([b.returns for b in batches], batches)
+    residuals = _global_moments([b.returns - b.values for b in batches], batches)
+    for batch in batches:
+        batch.advantages = whiten(batch.advantages, batch.inputs.loss_mask_BT, moments=advantages)
+    explained = 1.0 - _variance(residuals) / max(_variance(returns), 1e-12)
+    return {"explained_variance": explained, "advantage_std": _variance(advantages) ** 0.5}
+
+
+def _rewards_and_groups(samples: Sequence[TrainingSample]) -> tuple[Tensor, Tensor]:
+    rewards = torch.tensor([sample.reward for sample in samples])
+    return rewards, torch.tensor([sample.group_id for sample in samples])
+
+
+def _penalised(sample: TrainingSample, recipe: Recipe) -> TrainingSample:
+    if not recipe.overlong_buffer:
+        return sample
+    length = torch.tensor(sum(sample.loss_mask))
+    penalty = overlong_penalty(length, max_tokens=recipe.overlong_max, buffer_tokens=recipe.overlong_buffer)
+    return replace(sample, reward=sample.reward + float(penalty))
+
+
+def _without_loss(sample: TrainingSample) -> TrainingSample:
+    return replace(sample, loss_mask=(False,) * len(sample.loss_mask))
+
+
+def _global_moments(arrays: Sequence[Tensor], batches: Sequence[Microbatch]) -> Tensor:
+    """Return [count, sum, sum of squares] over the loss tokens of all ranks."""
+    parts = [masked_moments(x, batch.inputs.loss_mask_BT) for x, batch in zip(arrays, batches, strict=True)]
+    return ranks.summed(sum(parts, torch.zeros(3)))
+
+
+def _variance(moments: Tensor) -> float:
+    count, total, squares = moments.tolist()
+    return max(squares - total * total / max(count, 1.0), 0.0) / max(count - 1.0, 1.0)
