@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from rl_actors.models.sink_attention import check_sinks_reach_kernel, use_sink_attention
+
 SORTED_EXPERTS: Final = "seatrial_sorted"
 
 
@@ -54,8 +56,18 @@ def load_backbone(path: str | Path) -> Any:
 
 
 def _fast_on_cpu(model: Any) -> Any:
-    """Choose the sorted expert path for GPT-OSS on CPU; any other model, and any GPU, keeps Transformers' choice."""
-    if model.config.model_type == "gpt_oss" and not torch.cuda.is_available():
+    """Choose sorted experts and the sink kernel for GPT-OSS on CPU; any other model, and any GPU, keeps Transformers'.
+
+    On a GPU the sink kernel has not been measured yet (`benchmarks/gpu_learner.py`); eager attention is right there.
+
+    Raises:
+        AttestationError: The attention sinks do not reach the kernel.
+    """
+    if model.config.model_type != "gpt_oss":
+        return model
+    if not torch.cuda.is_available():
         ALL_EXPERTS_FUNCTIONS.register(SORTED_EXPERTS, sorted_experts)
         model.set_experts_implementation(SORTED_EXPERTS)
+        use_sink_attention(model)
+    check_sinks_reach_kernel(model)
     return model

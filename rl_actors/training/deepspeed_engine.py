@@ -11,7 +11,7 @@ import torch
 
 from rl_actors.errors import BadInputError
 
-INITIAL_MICRO_STEP = -1  # DeepSpeed's own mark of "no backward pass yet"
+INITIAL_MICRO_STEP = -1  # DeepSpeed's own mark of "no backward pass yet" in ZeRO 1 and 2; in ZeRO-3 it is 0
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -122,8 +122,8 @@ def discard(engine: Any) -> None:
     """Drop accumulated gradients without a step, clearing what DeepSpeed itself clears after an overflow."""
     engine.zero_grad()
     optimizer = engine.optimizer
-    optimizer.zero_grad()
-    if engine.zero_optimization_stage() > 0:  # ZeRO keeps its own copies, and adds to them until a step
+    optimizer.zero_grad()  # under ZeRO-3 this also says that the next gradient is the first of its sum
+    if engine.zero_optimization_stage() in (1, 2):  # these keep copies of their own, and add to them until a step
         optimizer.micro_step_id = INITIAL_MICRO_STEP
         for name in ("averaged_gradients", "all_grad_tensors"):
             held = getattr(optimizer, name, {})
@@ -146,3 +146,14 @@ def scale_learning_rate(engine: Any, factor: float) -> None:
     """Set the learning rate of every parameter group to this share of its own peak."""
     for group in engine.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+def whole_parameters(module: torch.nn.Module, *, is_sharded: bool) -> dict[str, torch.Tensor]:
+    """Return a CPU copy of a module's state, by name; shards are gathered one parameter at a time, by all ranks."""
+    import deepspeed
+
+    found = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([tensor], enabled=is_sharded and hasattr(tensor, "ds_id")):
+            found[name] = tensor.detach().to("cpu", copy=True)
+    return found

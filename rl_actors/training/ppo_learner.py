@@ -33,6 +33,7 @@ from rl_actors.training.deepspeed_engine import (
     build_engine,
     discard,
     scale_learning_rate,
+    whole_parameters,
 )
 from rl_actors.training.first_step_check import Fingerprint, fingerprints, require_moved
 from rl_actors.training.kl_coefficient import KLCoefficient
@@ -134,14 +135,18 @@ class PpoLearner:
         return rows
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return a copy of the policy's parameters on the CPU, by Hugging Face name (critic excluded)."""
-        state = self._module.policy.state_dict()
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        """Return a copy of the policy's parameters on the CPU, by Hugging Face name (critic excluded).
+
+        All ranks must call it: under ZeRO-3 each holds a shard of every parameter.
+        """
+        return whole_parameters(self._module.policy, is_sharded=self._settings.zero_stage == 3)
 
     def save_policy(self, directory: str) -> None:
-        """Write the policy as a Hugging Face model directory."""
+        """Write the policy as a Hugging Face model directory; all ranks must call it, the first one writes."""
         policy: Any = self._module.policy
-        policy.save_pretrained(directory)
+        weights = self.weights()
+        if ranks.rank() == 0:
+            policy.save_pretrained(directory, state_dict=weights)
 
     def save_checkpoint(self, directory: str) -> None:
         """Write everything `load_checkpoint` needs to continue, random state of every rank included."""

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
 
 from rl_actors.errors import BadDataError
+from rl_actors.models.experts import load_backbone
 from rl_actors.models.reward_model import RewardModel, read_temperature
 
 torch.set_num_threads(1)
@@ -21,7 +21,7 @@ ATTENTION = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 def fresh(tiny_dir: Path) -> RewardModel:
-    backbone: Any = AutoModel.from_pretrained(tiny_dir, dtype=torch.float32)
+    backbone: Any = load_backbone(tiny_dir)
     return RewardModel(backbone, CRITERIA).eval()
 
 
