@@ -6,16 +6,13 @@ python benchmarks/expert_path.py [--threads 2] [--out benchmarks/results/expert_
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import write_results
 
 from rl_actors.models.experts import SORTED_EXPERTS, sorted_experts
 from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
@@ -66,16 +63,7 @@ def main() -> None:
         speeds = "  ".join(f"{path} {speed:,.0f} tokens/s" for path, speed in row["tokens_per_s"].items())
         print(f"{row['shape']}: {speeds}  ratio {row['ratio']:.2f}")  # noqa: T201
     if arguments.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        about = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "commit": commit,
-            "hardware": f"{platform.machine()}, {arguments.threads} threads, no GPU",
-            "torch": torch.__version__,
-        }
-        arguments.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf8")
+        write_results(arguments.out, f"{arguments.threads} threads, no GPU", {"rows": rows})
 
 
 if __name__ == "__main__":

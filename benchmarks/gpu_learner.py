@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import write_results
 from torch import Tensor
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -297,31 +294,18 @@ def main() -> int:
         return 3
     device, dtype = ("cpu", torch.float32) if arguments.tiny else ("cuda", torch.bfloat16)
     shapes = TINY if arguments.tiny else Shapes(rows=arguments.rows, length=arguments.length)
-    hardware = f"{platform.machine()}, no GPU" if arguments.tiny else torch.cuda.get_device_name()
+    hardware = "no GPU" if arguments.tiny else torch.cuda.get_device_name()
     peak = None if arguments.tiny else arguments.peak_tflops or known_peak(hardware)
     rows = []
     for make_part in make_parts(shapes, device, dtype):
         rows.append(measure(make_part(), shapes, device, arguments.repeats, peak))
         print(describe(rows[-1]), flush=True)  # noqa: T201
     if arguments.out:
-        write(arguments.out, hardware, shapes, rows)
+        write_results(arguments.out, hardware, {"shapes": asdict(shapes), "rows": rows})
     if wrong := differing(rows, TOLERANCES[dtype]):
         print(f"gpu_learner: gradients differ from eager's: {', '.join(wrong)}", file=sys.stderr)  # noqa: T201
         return 1
     return 0
-
-
-def write(path: Path, hardware: str, shapes: Shapes, rows: list[dict[str, Any]]) -> None:
-    """Write date, commit, hardware, shapes and rows."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    about = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
-        "hardware": hardware,
-        "torch": torch.__version__,
-        "shapes": {name: getattr(shapes, name) for name in Shapes.__dataclass_fields__},
-    }
-    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf8")
 
 
 if __name__ == "__main__":

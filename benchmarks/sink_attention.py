@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import multiprocessing
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import write_results
 
 from rl_actors.models.sink_attention import (
     allowed_pairs,
@@ -144,16 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = measure(arguments.threads, arguments.repeats)
     if arguments.out:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        about = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "commit": commit,
-            "hardware": f"{platform.machine()}, {arguments.threads} threads, no GPU",
-            "torch": torch.__version__,
-        }
-        arguments.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", encoding="utf8")
+        write_results(arguments.out, f"{arguments.threads} threads, no GPU", {"rows": rows})
 
 
 if __name__ == "__main__":

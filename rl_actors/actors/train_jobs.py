@@ -13,7 +13,7 @@ from ray.train import RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer
 
 from rl_actors.errors import InfrastructureError
-from rl_actors.models.experts import load_backbone, load_causal_lm
+from rl_actors.models.loading import load_backbone, load_causal_lm
 from rl_actors.models.reward_model import RewardModel
 from rl_actors.training.metrics_log import MetricsLog
 from rl_actors.training.reward import PreferencePair, RewardProgress, RewardSettings, calibrate, train_reward_model

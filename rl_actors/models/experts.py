@@ -1,4 +1,4 @@
-"""Loading models to train, with an expert path for CPU that spends no time on scattered writes.
+"""An expert path for CPU that spends no time on scattered writes.
 
 Transformers' grouped path gathers one bias row per (token, expert) pair; the backward of that gather is a serial
 scatter, a fifth of a training step on CPU. Here each expert is one `addmm` over its own tokens: equal up to rounding,
@@ -7,15 +7,11 @@ the same in train and no-grad passes. `benchmarks/expert_path.py` shows the diff
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-from rl_actors.models.sink_attention import check_sinks_reach_kernel, use_sink_attention
 
 SORTED_EXPERTS: Final = "seatrial_sorted"
 
@@ -45,29 +41,7 @@ def _one_expert(experts: Any, index: int, tokens_MH: Tensor) -> Tensor:
     return torch.addmm(experts.down_proj_bias[index], experts._apply_gate(gate_up), experts.down_proj[index])
 
 
-def load_causal_lm(path: str | Path) -> Any:
-    """Load a causal LM to train, in float32."""
-    return _fast_on_cpu(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
-
-
-def load_backbone(path: str | Path) -> Any:
-    """Load a model without its language head, in float32."""
-    return _fast_on_cpu(AutoModel.from_pretrained(path, dtype=torch.float32))
-
-
-def _fast_on_cpu(model: Any) -> Any:
-    """Choose sorted experts and the sink kernel for GPT-OSS on CPU; any other model, and any GPU, keeps Transformers'.
-
-    On a GPU the sink kernel has not been measured yet (`benchmarks/gpu_learner.py`); eager attention is right there.
-
-    Raises:
-        AttestationError: The attention sinks do not reach the kernel.
-    """
-    if model.config.model_type != "gpt_oss":
-        return model
-    if not torch.cuda.is_available():
-        ALL_EXPERTS_FUNCTIONS.register(SORTED_EXPERTS, sorted_experts)
-        model.set_experts_implementation(SORTED_EXPERTS)
-        use_sink_attention(model)
-    check_sinks_reach_kernel(model)
-    return model
+def use_sorted_experts(model: Any) -> None:
+    """Switch a GPT-OSS model to the sorted expert path."""
+    ALL_EXPERTS_FUNCTIONS.register(SORTED_EXPERTS, sorted_experts)
+    model.set_experts_implementation(SORTED_EXPERTS)

@@ -108,7 +108,7 @@ def accumulate(engine: Any, microbatches: Iterable[Any], loss_of: Callable[[Any]
     for index, microbatch in enumerate(batches):
         engine.set_gradient_accumulation_boundary(is_boundary=index == len(batches) - 1)
         engine.backward(loss_of(microbatch))
-    return _gradient_norm(engine)
+    return gradient_norm(engine, engine.module)
 
 
 def accumulate_and_step(engine: Any, microbatches: Iterable[Any], loss_of: Callable[[Any], torch.Tensor]) -> float:
@@ -130,11 +130,11 @@ def discard(engine: Any) -> None:
             held.update(dict.fromkeys(held))
 
 
-def _gradient_norm(engine: Any) -> float:
-    """Return the norm over all parameters, at any ZeRO stage."""
+def gradient_norm(engine: Any, module: torch.nn.Module) -> float:
+    """Return the norm over a module's parameters, at any ZeRO stage, of the whole accumulated batch."""
     from deepspeed.utils import safe_get_full_grad
 
-    parameters = [p for p in engine.module.parameters() if p.requires_grad]
+    parameters = [p for p in module.parameters() if p.requires_grad]
     if engine.zero_optimization_stage() > 0:
         gradients = [gradient for p in parameters if (gradient := safe_get_full_grad(p)) is not None]
     else:

@@ -117,7 +117,7 @@ def run_step(
     ports: PpoPorts,
     weights_version: int,
     temperature: float,
-    watch: DivergenceWatch | None = None,
+    watch: DivergenceWatch,
 ) -> dict[str, float]:
     """Generate, score, train, publish once; returns the step's metrics with the seconds of each part.
 
@@ -140,7 +140,7 @@ def run_step(
         **update.metrics,
         **Counter(f"trip_{trip.partition(':')[0]}" for trip in update.trips),
         "restored": float(update.restore_factor > 0),
-        "reward_outcome_divergence": (watch or DivergenceWatch()).observe(rollouts, scores),
+        "reward_outcome_divergence": watch.observe(rollouts, scores),
         **seconds,
         "attestation_gap": gap,
         "weights_version": float(update.weights_version),

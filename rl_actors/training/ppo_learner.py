@@ -24,7 +24,7 @@ from rl_actors.algorithms.stability import (
 )
 from rl_actors.contracts import LearnerUpdate, TrainingSample
 from rl_actors.errors import InstabilityError
-from rl_actors.models.experts import load_causal_lm
+from rl_actors.models.loading import load_causal_lm
 from rl_actors.models.value_head import PolicyWithValue, token_logprobs_and_entropy
 from rl_actors.training import ranks
 from rl_actors.training.deepspeed_engine import (
@@ -32,6 +32,7 @@ from rl_actors.training.deepspeed_engine import (
     accumulate,
     build_engine,
     discard,
+    gradient_norm,
     scale_learning_rate,
     whole_parameters,
 )
@@ -162,8 +163,8 @@ class PpoLearner:
 
     def load_checkpoint(self, directory: str) -> tuple[str, ...]:
         """Restore weights, optimizer, critic, KL coefficient and random state; returns what could not be restored."""
-        _, state = self._engine.load_checkpoint(directory, tag=_TAG)
-        self.weights_version, self._kl.value = state["weights_version"], state["kl_coef"]
+        state = self._load_weights(directory)
+        self.weights_version = state["weights_version"]
         self._num_restores, self._num_skipped = state["num_restores"], state["num_skipped"]
         self._set_learning_rate(state["learning_rate_factor"])
         own = state["random"]
@@ -180,13 +181,14 @@ class PpoLearner:
         The weights version, the random state and the counts go on: engines must see a new version, and going over the
         same minibatches again would lead to the same place.
         """
-        kept = self.weights_version, self._num_restores, self._rng.getstate(), torch.get_rng_state()
-        factor = self._learning_rate_factor * learning_rate_factor
-        self.load_checkpoint(directory)
-        self.weights_version, self._num_restores, order, noise = kept
-        self._rng.setstate(order)
-        torch.set_rng_state(noise)
-        self._set_learning_rate(factor)
+        self._load_weights(directory)
+        self._set_learning_rate(self._learning_rate_factor * learning_rate_factor)
+
+    def _load_weights(self, directory: str) -> dict[str, Any]:
+        """Load weights, optimizer, critic and KL coefficient; returns the rest of the state."""
+        _, state = self._engine.load_checkpoint(directory, tag=_TAG)
+        self._kl.value = state["kl_coef"]
+        return state
 
     def _set_learning_rate(self, factor: float) -> None:
         self._learning_rate_factor = factor
@@ -289,18 +291,15 @@ class PpoLearner:
 
     def _step(self, grad_norm: float) -> None:
         """Apply the gradients; the first time the policy has any, prove that they reach what they should."""
-        is_first = not self._is_checked and grad_norm > 0 and self._policy_has_gradient()
+        is_first = not self._is_checked and grad_norm > 0 and self._policy_gradient_norm() > 0
         before = fingerprints(self._module.policy) if is_first else {}
         self._engine.step()
         if is_first:
             self._check_first_step(before)
 
-    def _policy_has_gradient(self) -> bool:
-        """Whether any rank's policy gradient is not all zero: with a warming critic or equal rewards it is."""
-        if self._settings.zero_stage > 0:
-            return self.weights_version >= self._settings.recipe.critic_warmup_updates
-        own = any(p.grad is not None and bool(p.grad.any()) for p in self._module.policy.parameters())
-        return bool(ranks.largest(int(own)))
+    def _policy_gradient_norm(self) -> float:
+        """Return the norm without the critic's part: 0 with a warming critic, or equal rewards."""
+        return gradient_norm(self._engine, self._module.policy)
 
     def _check_first_step(self, before: Mapping[str, Fingerprint]) -> None:
         trainable = [name for name, p in self._module.policy.named_parameters() if p.requires_grad]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def microbatch_loss(
     critic). While the critic warms up, the policy's part is multiplied by 0.
     """
     mask = batch.inputs.loss_mask_BT
-    shape = {"aggregation": recipe.aggregation, "num_loss_tokens": counts.num_loss_tokens}
+    shape = {"aggregation": recipe.aggregation, **asdict(counts)}
     policy = policy_loss(
         outputs.logprobs_BT,
         batch.old_logprobs,
@@ -66,7 +66,6 @@ def microbatch_loss(
         clip_high=terms.clip_high,
         dual_clip=recipe.dual_clip,
         correction_BT=batch.correction,
-        num_sequences=counts.num_sequences,
         **shape,
     )
     loss, metrics = policy.loss, {**policy.metrics, "policy_loss": float(policy.loss.detach())}
@@ -77,7 +76,6 @@ def microbatch_loss(
             mask,
             kind=recipe.kl_kind,
             old_logprobs_BT=batch.old_logprobs,
-            num_sequences=counts.num_sequences,
             **shape,
         )
         loss, metrics = loss + terms.kl_coef * pull.loss, metrics | {"kl_loss": float(pull.loss.detach())}

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rl_actors.models.experts import SORTED_EXPERTS, load_backbone, load_causal_lm
+from rl_actors.models.experts import SORTED_EXPERTS
+from rl_actors.models.loading import load_backbone, load_causal_lm
 from tests.rl_actors.fakes import save_tiny_model
 
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rl_actors.errors import BadDataError
-from rl_actors.models.experts import load_backbone
+from rl_actors.models.loading import load_backbone
 from rl_actors.models.reward_model import RewardModel, read_temperature
 
 torch.set_num_threads(1)

@@ -32,7 +32,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from rl_actors.errors import BadInputError
-from rl_actors.models.experts import SORTED_EXPERTS, load_causal_lm, sorted_experts
+from rl_actors.models.experts import SORTED_EXPERTS, sorted_experts
+from rl_actors.models.loading import load_causal_lm
 from rl_actors.models.router_replay import (
     _GATES,
     NO_ROUTE,

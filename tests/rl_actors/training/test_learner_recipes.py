@@ -150,3 +150,16 @@ def test_flat_groups_are_left_out_and_change_nothing_but_the_denominator(
     assert kept["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-3)
     everything = [replace(one, reward=1.0) for one in batch]
     assert learner(tiny_dir, recipe=replace(GROUP, drop_flat_groups=True)).update(everything).weights_version == 1
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_first_batch_without_signal_is_no_reason_to_stop(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None, zero_stage: int
+):
+    """Nothing moves because nothing pulls: the check of the first step waits for the first gradient, at any stage."""
+    one = learner(tiny_dir, recipe=GROUP, zero_stage=zero_stage)
+    one.update([replace(item, reward=0.7) for item in batch])
+    assert not one._is_checked
+    one.update(batch)
+    assert one._is_checked
+    assert moved(one, tiny_dir)

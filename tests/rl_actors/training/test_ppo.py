@@ -12,7 +12,7 @@ from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
 from rl_actors.errors import AttestationError, InfrastructureError, InstabilityError
-from rl_actors.training.divergence_watch import WINDOW_STEPS
+from rl_actors.training.divergence_watch import WINDOW_STEPS, DivergenceWatch
 from rl_actors.training.ppo import PpoPlan, PpoPorts, requests_for_step, require_stable, run_ppo, run_step, summarise
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_score, make_task
 
@@ -220,7 +220,7 @@ def test_scores_and_rollouts_must_match_one_to_one():
 
 def test_a_step_reports_what_a_person_watches():
     actors = Actors(metrics={"entropy": 0.7})
-    metrics = run_step(requests_for_step(TASKS, PLAN, 0), actors.ports(), 0, 1.0)
+    metrics = run_step(requests_for_step(TASKS, PLAN, 0), actors.ports(), 0, 1.0, DivergenceWatch())
     assert metrics["reward"] == metrics["success"] == 0.5
     assert metrics["violation_rate"] == 0.5
     assert (metrics["entropy"], metrics["approx_kl"]) == (0.7, 0.01)
