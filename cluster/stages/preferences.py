@@ -30,8 +30,9 @@ _ROLLOUTS = pa.schema(
     ]
 )
 TABLES: Mapping[str, pa.Schema] = {**SCHEMAS, "rollouts": _ROLLOUTS}
-NUM_CALIBRATION_FRACTION = 0.25
-"""Share of the pairs that comes from calibration tasks, which never train."""
+NUM_CALIBRATION_FRACTION = 0.45
+"""Share of the pairs that comes from calibration tasks, which never train: with half as many, chance alone can look like
+miscalibration (decision 20)."""
 
 
 def collect_preferences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersion) -> DataSnapshot:
