@@ -31,8 +31,7 @@ _ROLLOUTS = pa.schema(
 )
 TABLES: Mapping[str, pa.Schema] = {**SCHEMAS, "rollouts": _ROLLOUTS}
 NUM_CALIBRATION_FRACTION = 0.45
-"""Share of the pairs that comes from calibration tasks, which never train: with half as many, chance alone can look like
-miscalibration (decision 20)."""
+"""Share of the pairs that comes from calibration tasks, which never train (decision 20 says why it is so large)."""
 
 
 def collect_preferences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersion) -> DataSnapshot:

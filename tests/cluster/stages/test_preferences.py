@@ -159,8 +159,8 @@ def test_about_as_many_pairs_as_the_spec_asks_for(home: Path, snapshot: DataSnap
     run = make_run(home, "reward.num_pairs=40")
     frozen, _ = collect(run, snapshot, monkeypatch, Sampler(tokens=(10, 11, 12, 13)))
     numbers = {split: len(read_pairs(frozen, run.workflow.rubric, split)) for split in ("train", "calibration")}
-    assert 30 <= numbers["train"] <= 33
-    assert 10 <= numbers["calibration"] <= 13
+    assert 22 <= numbers["train"] <= 25  # 55 % of 40, up to one task more
+    assert 18 <= numbers["calibration"] <= 21
 
 
 def test_every_run_is_labelled_by_every_annotator(run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
