@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import multiprocessing
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from record import write_results
+from resident import resident_mib
 
 from rl_actors.models.sink_attention import (
     allowed_pairs,
@@ -72,12 +72,6 @@ def model_step(path: str, shape: tuple[int, ...], window: int | None) -> Callabl
         model.zero_grad()
 
     return step
-
-
-def resident_mib(field: str) -> float:
-    """Return VmRSS or VmHWM (the highest VmRSS so far) of this process."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf8"), re.MULTILINE)
-    return int(found[1]) / 1024 if found else float("nan")
 
 
 def timed(make_step: Callable[[], Callable[[], None]], threads: int, repeats: int) -> dict[str, float]:

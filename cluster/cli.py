@@ -31,6 +31,9 @@ SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a spec file, 
 OptionalSpec = Annotated[str, typer.Argument(metavar="SPEC", help="as for validate; left out with --resume RUN_ID")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN_ID", help="a run; the newest when left out")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a knob; repeatable")]
+ExplainOption = Annotated[
+    list[str] | None, typer.Option("--explain", metavar="KNOB", help="what a knob does, halved and doubled; repeatable")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON line on stdout and nothing else")]
 ResumeOption = Annotated[
     str, typer.Option("--resume", metavar="[RUN_ID]", help="go on with a run; without an id, the newest unfinished")
@@ -80,14 +83,15 @@ def validate(spec: SpecArgument, settings: SetOption = None, as_json: JsonOption
 
 
 @app.command()
-def plan(spec: SpecArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
-    """Estimate tokens, memory, placement and minutes of each stage."""
+def plan(
+    spec: SpecArgument, settings: SetOption = None, explain: ExplainOption = None, as_json: JsonOption = False
+) -> None:
+    """Estimate each stage's tokens, memory and minutes, and what changed knobs do."""
 
     def work(_: Scene) -> Reply:
-        from cluster.planning import plan_run, render_plan
+        from cluster.cli_plan import show_plan
 
-        found = plan_run(requested_spec(RunRequest(spec=spec, settings=settings or ())))
-        return Reply(data={"plan": found.to_json()}, show=render_plan(found))
+        return show_plan(RunRequest(spec=spec, settings=settings or ()), explain or ())
 
     answer(work, as_json)
 

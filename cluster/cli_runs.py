@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from cluster.paths import RunFolder, list_runs, new_run_id, write_json
+from cluster.planning import plan_run
 from cluster.preflight import check_model, probe_machine, require_ready
 from cluster.spec import WorkflowSpec, load_spec, override, packaged_workflows, parse_spec
 from cluster.spec_errors import SpecSource, leaf_paths, unknown_name
@@ -121,9 +122,6 @@ def _refuse_other_spec(spec: WorkflowSpec, folder: RunFolder) -> None:
 
 def require_machine(spec: WorkflowSpec, home: Path, until: str = "") -> None:
     """Refuse a machine that cannot finish. Raises InfrastructureError naming each missing item and its remedy."""
-    # Imported here: its tables are rich ones, and `validate` shows none.
-    from cluster.planning import plan_run
-
     machine = probe_machine(spec, home)
     if until not in STAGES_WITH_SERVING:
         machine = replace(machine, port_is_free=True)

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from cluster.spec import ModelSection
 
+MIN_SHARDED_PARAMS = 500_000_000  # 8 GB of weights, gradients and optimizer state on each learner
+MIN_PARTITIONED_PARAMS = 8_000_000_000  # 2 bytes each of weights and gradients alone fill 32 GB
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -86,3 +89,14 @@ def shape_of(model: ModelSection) -> ModelShape:
         active_experts=config.get("num_experts_per_tok", 1 if config else 4),
         vocab_size=config.get("vocab_size", 201088),
     )
+
+
+def zero_stage(params: int, num_learners: int) -> int:
+    """Return how DeepSpeed shards the learner: nothing (0), optimizer state and gradients (2), parameters too (3).
+
+    All three take the same steps (`tests/rl_actors/training/test_rank_agreement.py`); sharding costs communication, so
+    it begins where replicas would crowd a device: 16 bytes a parameter in mixed precision (arXiv 1910.02054 section 3).
+    """
+    if num_learners == 1 or params < MIN_SHARDED_PARAMS:
+        return 0
+    return 2 if params < MIN_PARTITIONED_PARAMS else 3

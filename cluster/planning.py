@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
-
-from rich.console import Group
-from rich.table import Table
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
 
 from cluster.model_shape import ModelShape, shape_of
 from cluster.placement import Placement, Stage, place
+from cluster.plan_memory import PROCESS_BYTES, Device, MemoryModel, Parts
 from cluster.spec import WorkflowSpec
-
-GIB = 1024**3
 
 # Rates to estimate minutes with. CPU: measured on 2 AMX cores with the 1.1M-parameter model (notes.md); they scale with
 # active parameters. GPU: not measured, one H100 at about 40 % of its bfloat16 peak; calibrate before you believe them.
-RATES: dict[str, dict[str, float]] = {
+RATES: dict[Device, dict[str, float]] = {
     "cpu": {"train_params_tokens_per_s": 1.2e10, "generate_params_tokens_per_s": 8.0e9, "max_tokens_per_s": 8e3},
     "gpu": {"train_params_tokens_per_s": 6.0e13, "generate_params_tokens_per_s": 1.8e13, "max_tokens_per_s": 3e4},
 }
@@ -30,10 +27,10 @@ TYPICAL: dict[str, float] = {
     "engine_start_s": 13.0,
     "serve_start_s": 30.0,
     "ray_start_s": 8.0,
-    "process_bytes": 0.9 * GIB,
-    "engine_bytes": 1.4 * GIB,
-    "cpu_kv_cache_bytes": 1.0 * GIB,
 }
+TRAIN_PAIRS_FRACTION: Final = 0.55  # the others calibrate, as in cluster.stages.preferences
+BATCH_PAIRS: Final = 32  # as in cluster.stages.training
+FORWARD: Final = 1 / 3  # of a training pass, whose backward costs two forwards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +48,12 @@ class BatchPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
-    """One stage: tokens it touches, memory by use over all its processes, what it reserves and how long it may take."""
+    """One stage: tokens it touches, optimizer steps, memory by part over all its processes, resources and minutes."""
 
     stage: str
     tokens: int
-    memory_bytes: dict[str, int]
+    optimizer_steps: int
+    memory_bytes: Mapping[str, int]
     cpus: float
     gpus: float
     minutes: float
@@ -68,13 +66,15 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything `seatrial plan` prints."""
+    """Everything `seatrial plan` prints. `tickets_needed` is what the ramp cannot do with less of."""
 
     params: int
     active_params: int
-    device: str
+    device: Device
     batch: BatchPlan
     stages: tuple[StagePlan, ...]
+    tickets_needed: int
+    tickets_given: int
 
     @property
     def total_minutes(self) -> float:
@@ -89,26 +89,10 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON."""
         stages = [
-            {
-                "stage": s.stage,
-                "tokens": s.tokens,
-                "memory_bytes": dict(s.memory_bytes),
-                "cpus": s.cpus,
-                "gpus": s.gpus,
-                "minutes": round(s.minutes, 2),
-            }
-            for s in self.stages
+            asdict(s) | {"memory_bytes": dict(s.memory_bytes), "minutes": round(s.minutes, 2)} for s in self.stages
         ]
-        batch = {name: getattr(self.batch, name) for name in BatchPlan.__dataclass_fields__}
-        return {
-            "params": self.params,
-            "active_params": self.active_params,
-            "device": self.device,
-            "batch": batch,
-            "stages": stages,
-            "total_minutes": round(self.total_minutes, 2),
-            "peak_memory_bytes": self.peak_memory_bytes,
-        }
+        totals = {"total_minutes": round(self.total_minutes, 2), "peak_memory_bytes": self.peak_memory_bytes}
+        return asdict(self) | {"stages": stages} | totals
 
 
 def plan_batch(spec: WorkflowSpec) -> BatchPlan:
@@ -136,6 +120,12 @@ def _rollout_tokens(spec: WorkflowSpec) -> int:
     return round(spec.model.max_length * TYPICAL["filled_length_fraction"])
 
 
+def tickets_needed(spec: WorkflowSpec) -> int:
+    """Return how many live tickets bring every ramp step its candidate runs: at least this many, at its share."""
+    release = spec.release
+    return sum(math.ceil(release.min_canary_requests * 100 / min(share, 99.0)) for share in release.ramp)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Costs:
     """Spec, shape and rates together: what every stage's estimate is made of."""
@@ -145,59 +135,33 @@ class _Costs:
     placement: Placement
 
     @property
-    def device(self) -> str:
-        return "gpu" if self.spec.cluster.uses_gpu else "cpu"
-
-    @property
-    def bytes_per_value(self) -> int:
-        return 2 if self.spec.cluster.dtype == "bfloat16" else 4
-
-    @property
-    def weights(self) -> int:
-        return self.shape.params * self.bytes_per_value
-
-    def training_memory(self, tokens_per_batch: int) -> dict[str, int]:
-        """Adam keeps two float32 moments, and a float32 copy of bfloat16 weights; ranks split them (ZeRO-2)."""
-        ranks = self.spec.ppo.num_learners
-        master = 4 * self.shape.params if self.bytes_per_value == 2 else 0
-        tokens = tokens_per_batch // ranks
-        activations = tokens * (self.shape.num_layers * self.shape.hidden_size * 18 + 3 * self.shape.vocab_size)
-        return {
-            "processes": round(ranks * TYPICAL["process_bytes"]),
-            "params": ranks * self.weights,
-            "grads": self.weights,
-            "optimizer": 8 * self.shape.params + master,
-            "activations": ranks * activations * self.bytes_per_value,
-        }
-
-    def engine_memory(self, engines: int, sequences: int) -> dict[str, int]:
-        """KV cache: what the sequences need, and on CPU at least what vLLM sets aside."""
-        per_token = self.shape.kv_bytes_per_token(self.bytes_per_value)
-        needed = math.ceil(sequences / engines) * self.spec.model.max_length * per_token
-        kept = max(needed, round(TYPICAL["cpu_kv_cache_bytes"])) if self.device == "cpu" else needed
-        return {
-            "engine_processes": round(engines * TYPICAL["engine_bytes"]),
-            "engine_params": engines * self.weights,
-            "kv_cache": engines * kept,
-        }
+    def memory(self) -> MemoryModel:
+        return MemoryModel(spec=self.spec, shape=self.shape)
 
     def train_seconds(self, tokens: float) -> float:
-        rate = RATES[self.device]["train_params_tokens_per_s"] / self.shape.active_params
+        rate = RATES[self.memory.device]["train_params_tokens_per_s"] / self.shape.active_params
         return tokens / rate / self.spec.ppo.num_learners
 
     def generate_seconds(self, tokens: float) -> float:
-        rates = RATES[self.device]
+        device = self.memory.device
+        rates = RATES[device]
         rate = min(rates["generate_params_tokens_per_s"] / self.shape.active_params, rates["max_tokens_per_s"])
-        workers = self.spec.ppo.num_rollout_workers if self.device == "gpu" else 1  # CPU workers share the cores
+        workers = self.spec.ppo.num_rollout_workers if device == "gpu" else 1  # CPU workers share the cores
         return tokens / rate / workers
 
     def stage(
-        self, stage: Stage | Literal["snapshot"], tokens: float, memory: dict[str, int], seconds: float
+        self,
+        stage: Stage | Literal["snapshot"],
+        tokens: float,
+        memory: Parts,
+        seconds: float,
+        optimizer_steps: int = 0,
     ) -> StagePlan:
         demand = {"CPU": 1.0, "GPU": 0.0} if stage == "snapshot" else self.placement.demand(stage)
         return StagePlan(
             stage=stage,
             tokens=round(tokens),
+            optimizer_steps=optimizer_steps,
             memory_bytes=memory,
             cpus=demand["CPU"],
             gpus=demand["GPU"],
@@ -212,46 +176,49 @@ def plan_run(spec: WorkflowSpec, shape: ModelShape | None = None) -> Plan:
     return Plan(
         params=costs.shape.params,
         active_params=costs.shape.active_params,
-        device=costs.device,
+        device=costs.memory.device,
         batch=plan_batch(spec),
         stages=(*stages, _plan_evaluation(costs), _plan_canary(costs)),
+        tickets_needed=tickets_needed(spec),
+        tickets_given=spec.data.num_live,
     )
 
 
 def _plan_snapshot(costs: _Costs) -> StagePlan:
     tasks = sum(costs.spec.num_tasks.values())
-    memory = {"processes": round(TYPICAL["process_bytes"])}
+    memory = {"processes": PROCESS_BYTES}
     return costs.stage("snapshot", tasks * _rollout_tokens(costs.spec), memory, TYPICAL["ray_start_s"] + tasks * 2e-3)
 
 
 def _plan_sft(costs: _Costs) -> StagePlan:
+    """Each learner takes batches of its own, so that more of them take fewer steps on larger batches."""
     spec = costs.spec
     tokens = spec.data.num_train * _rollout_tokens(spec) * spec.sft.epochs
+    steps = math.ceil(tokens / (spec.sft.batch_tokens * spec.ppo.num_learners))
     seconds = TYPICAL["engine_start_s"] + costs.train_seconds(tokens)
-    return costs.stage("sft", tokens, costs.training_memory(spec.sft.batch_tokens), seconds)
+    return costs.stage("sft", tokens, costs.memory.sft(), seconds, steps)
 
 
 def _plan_reward(costs: _Costs) -> StagePlan:
-    """Pairs are made of rollouts that the baseline samples first."""
-    spec = costs.spec
-    sampled = spec.reward.num_pairs * spec.reward.rollouts_per_task * _sampled_tokens(spec) / 2
-    trained = 2 * spec.reward.num_pairs * _rollout_tokens(spec) * spec.reward.epochs
+    """Pairs are made of rollouts that the baseline samples first, about one for each; some pairs only calibrate."""
+    reward = costs.spec.reward
+    pairs = reward.num_pairs * TRAIN_PAIRS_FRACTION
+    sampled = reward.num_pairs * _sampled_tokens(costs.spec)
+    trained = 2 * pairs * _rollout_tokens(costs.spec) * reward.epochs
+    steps = reward.epochs * max(1, round(pairs) // BATCH_PAIRS)
     seconds = 2 * TYPICAL["engine_start_s"] + costs.generate_seconds(sampled) + costs.train_seconds(trained)
-    return costs.stage("reward_model", sampled + trained, costs.training_memory(spec.sft.batch_tokens), seconds)
+    return costs.stage("reward_model", sampled + trained, costs.memory.reward_model(), seconds, steps)
 
 
 def _plan_ppo(costs: _Costs) -> StagePlan:
-    """Per rollout token: old and reference forwards (2/3 of a training pass), a pass each for policy and critic."""
+    """Per rollout token a forward each of old policy, reference and reward model, and a training pass an epoch."""
     spec, batch = costs.spec, plan_batch(costs.spec)
     sampled = batch.sampled_tokens_per_step * spec.ppo.num_steps
     trained = batch.trained_tokens_per_step * spec.ppo.num_steps
-    memory = costs.training_memory(batch.rollouts_per_minibatch * _rollout_tokens(spec))
-    ranks = spec.ppo.num_learners
-    memory |= {"reference": ranks * costs.weights, "critic": ranks * costs.weights + 12 * costs.shape.params}
-    memory |= {"scorer": round(TYPICAL["process_bytes"]) + costs.weights}
-    memory |= costs.engine_memory(spec.ppo.num_rollout_workers, spec.ppo.rollouts_per_step)
-    seconds = 2 * TYPICAL["engine_start_s"] + costs.generate_seconds(sampled) + costs.train_seconds(trained * 8 / 3)
-    return costs.stage("ppo", sampled + trained, memory, seconds)
+    looked = trained / spec.ppo.epochs * 3 * FORWARD
+    memory = costs.memory.ppo(batch.rollouts_per_minibatch * _rollout_tokens(spec))
+    seconds = 2 * TYPICAL["engine_start_s"] + costs.generate_seconds(sampled) + costs.train_seconds(trained + looked)
+    return costs.stage("ppo", sampled + trained, memory, seconds, batch.optimizer_steps)
 
 
 def _plan_evaluation(costs: _Costs) -> StagePlan:
@@ -260,8 +227,7 @@ def _plan_evaluation(costs: _Costs) -> StagePlan:
     rollouts = 2 * (data.num_held_out + data.num_frozen + data.num_adversarial)
     tokens = rollouts * _sampled_tokens(costs.spec)
     seconds = 2 * TYPICAL["engine_start_s"] + costs.generate_seconds(tokens)
-    memory = costs.engine_memory(costs.spec.ppo.num_rollout_workers, costs.spec.ppo.rollouts_per_step)
-    return costs.stage("offline_eval", tokens, memory, seconds)
+    return costs.stage("offline_eval", tokens, costs.memory.evaluation(), seconds)
 
 
 def _plan_canary(costs: _Costs) -> StagePlan:
@@ -269,24 +235,4 @@ def _plan_canary(costs: _Costs) -> StagePlan:
     tokens = spec.data.num_live * _sampled_tokens(spec)
     traffic = max(spec.data.num_live / TYPICAL["serve_requests_per_s"], costs.generate_seconds(tokens))
     seconds = TYPICAL["serve_start_s"] + min(traffic, spec.release.max_minutes * 60)
-    memory = costs.engine_memory(2, 2 * spec.release.concurrency) | {"gateway": round(TYPICAL["process_bytes"])}
-    return costs.stage("canary", tokens, memory, seconds)
-
-
-def render_plan(plan: Plan) -> Group:
-    """Return the plan as tables for people."""
-    batch = Table(title="One PPO step", show_header=False)
-    for name in BatchPlan.__dataclass_fields__:
-        batch.add_row(name.replace("_", " "), f"{getattr(plan.batch, name):,}")
-    stages = Table(title=f"{plan.params:,} parameters ({plan.active_params:,} active), {plan.device}; estimates")
-    for column in ("stage", "tokens", "memory", "CPU", "GPU", "minutes"):
-        stages.add_column(column, justify="left" if column == "stage" else "right")
-    for stage in plan.stages:
-        memory = f"{stage.total_memory_bytes / GIB:.1f} GiB"
-        stages.add_row(
-            stage.stage, f"{stage.tokens:,}", memory, f"{stage.cpus:g}", f"{stage.gpus:g}", f"{stage.minutes:.1f}"
-        )
-    peak = f"{plan.peak_memory_bytes / GIB:.1f} GiB"
-    stages.add_section()
-    stages.add_row("all", "", f"peak {peak}", "", "", f"{plan.total_minutes:.1f}")
-    return Group(batch, stages)
+    return costs.stage("canary", tokens, costs.memory.canary(), seconds)

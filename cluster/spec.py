@@ -13,6 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cluster.recipe_choice import chosen_recipe
 from cluster.spec_errors import SpecSource, bad_input, parse_yaml, unknown_name
 from cluster.spec_sections import (
     ALGORITHMS,
@@ -36,7 +37,7 @@ from cluster.spec_sections import (
 )
 from rl_actors.contracts import Split
 from rl_actors.errors import BadInputError
-from rl_actors.training.recipe import RECIPES, require_batch_choices
+from rl_actors.training.recipe import Recipe, require_batch_choices
 
 __all__ = [
     "ALGORITHMS",
@@ -73,19 +74,25 @@ class WorkflowSpec(Section):
         return closed_list(names, MONITORS)
 
     @model_validator(mode="after")
-    def _batch_suits_the_recipe(self) -> WorkflowSpec:
+    def _recipe_is_sound(self) -> WorkflowSpec:
         ppo = self.ppo
         try:
             require_batch_choices(
-                RECIPES[self.workflow.policy_training],
+                self.recipe,
                 kl_coef=ppo.kl_coef,
                 epochs=ppo.epochs,
                 num_minibatches=ppo.minibatches,
                 group_size=ppo.rollouts_per_task,
             )
         except BadInputError as error:
-            raise refuse(error.remedy, *error.field.split(".")) from error
+            path = error.field if error.field.startswith("ppo.") else f"ppo.{error.field}"
+            raise refuse(error.remedy, *path.split("."), found=error.value) from error
         return self
+
+    @property
+    def recipe(self) -> Recipe:
+        """How PPO updates the policy. Raises BadInputError for changes that contradict each other."""
+        return chosen_recipe(self.workflow.policy_training, self.ppo.recipe)
 
     @property
     def num_tasks(self) -> dict[Split, int]:

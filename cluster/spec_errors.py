@@ -139,7 +139,7 @@ def bad_input(error: ValidationError, source: SpecSource, model: type[BaseModel]
     )
     first, others = problems[0], problems[1:]
     path = _dotted(first)
-    value = source.value(path)
+    value = first.get("ctx", {}).get("found", source.value(path))
     remedy = _remedy(first, value, path, model) + source.place(path)
     if others:
         remedy += f"; also wrong: {', '.join(dict.fromkeys(map(_dotted, others)))}"
@@ -158,7 +158,7 @@ def _remedy(problem: ErrorDetails, value: object, path: str, model: type[BaseMod
         return "required key is missing; add it"
     if value is None and problem["type"] != "refused":
         return "must not be empty; give a value or remove the key"
-    if problem["type"] in {"model_type", "model_attributes_type"}:
+    if problem["type"] in {"model_type", "model_attributes_type", "dict_type"}:
         return "must be a mapping of keys to values"
     return problem["msg"].replace("Input should be", "must be")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -30,9 +30,12 @@ def packaged_workflows() -> list[str]:
     return sorted(path.parent.name for path in WORKFLOWS_DIRECTORY.glob("*/spec.yaml"))
 
 
-def refuse(remedy: str, *below: str | int) -> PydanticCustomError:
-    """Return an error on the field being checked, or on a path below it."""
-    return PydanticCustomError("refused", "{remedy}", {"remedy": remedy, "below": below})
+def refuse(remedy: str, *below: str | int, **found: object) -> PydanticCustomError:
+    """Return an error on the field being checked, or on a path below it.
+
+    `found=` gives the value to show where it is not the one at that path.
+    """
+    return PydanticCustomError("refused", "{remedy}", {"remedy": remedy, "below": below, **found})
 
 
 def closed_list(names: object, known: Sequence[str]) -> object:
@@ -158,6 +161,9 @@ class PpoSection(Section):
     num_learners: int = Field(default=1, ge=1)
     attestation_tolerance: float = Field(default=0.01, gt=0, description="mean |engine - learner logprob|, in nats")
     checkpoint_every: int = Field(default=5, ge=1, description="steps")
+    recipe: dict[Any, Any] = Field(
+        default={}, description="changes to the recipe of workflow.policy_training, by field of Recipe"
+    )
 
     @property
     def clip_low(self) -> float:
@@ -187,6 +193,7 @@ class PpoSection(Section):
                 f"minibatches * num_learners = {parts} cannot exceed tasks_per_step * rollouts_per_task = "
                 f"{self.rollouts_per_step}",
                 "minibatches",
+                found=self.minibatches,
             )
         return self
 

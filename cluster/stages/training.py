@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluster.hashing import sha256_directory
+from cluster.model_shape import shape_of, zero_stage
 from cluster.stages.context import NUM_THREADS, Run
 from cluster.stages.data import read_demonstrations, read_tasks
 from cluster.stages.preferences import read_pairs
@@ -26,7 +27,6 @@ from rl_actors.training.copy_drills import drill_batches
 from rl_actors.training.metrics_log import MetricsLog
 from rl_actors.training.ppo import PpoPlan, PpoPorts, run_ppo
 from rl_actors.training.ppo_learner import PpoSettings
-from rl_actors.training.recipe import RECIPES
 from rl_actors.training.reward import RewardSettings
 from rl_actors.training.sft import Example, SftSettings
 
@@ -130,10 +130,10 @@ def train_policy(
     with placed(run.placement, "ppo") as options:
         learners, scorers, pool = _start_actors(run, baseline, reward_model, checkpoints, options)
         sync = AttestedSync(learners, pool, probes, tolerance=ppo.attestation_tolerance)
-        start = learners.load_newest_checkpoint()
+        start, loop_state = learners.load_newest_checkpoint()
         sync.publish(start)
         ports = PpoPorts(source=pool, scorer=scorers, learner=learners, sync=sync, report=report)
-        run_ppo(tasks, ppo_plan(run), ports, stability_limits(run), start=start)
+        run_ppo(tasks, ppo_plan(run), ports, stability_limits(run), start=start, loop_state=loop_state)
         learners.save_policy(str(directory))
         for group in (pool, scorers, learners):
             group.close()
@@ -214,7 +214,8 @@ def ppo_settings(run: Run) -> PpoSettings:
         temperature=ppo.temperature,
         microbatch_tokens=MICROBATCH_TOKENS,
         seed=run.spec.seed,
-        recipe=RECIPES[run.spec.workflow.policy_training],
+        recipe=run.spec.recipe,
+        zero_stage=zero_stage(shape_of(run.spec.model).params, ppo.num_learners),
         limits=stability_limits(run),
     )
 

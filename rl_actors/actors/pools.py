@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import socket
@@ -18,11 +19,13 @@ from rl_actors.actors.rollout_worker import RolloutBatch, RolloutWorker, Rollout
 from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
 from rl_actors.errors import InfrastructureError, InstabilityError, SeatrialError
+from rl_actors.training.ppo import LoopState
 from rl_actors.training.ppo_learner import PpoSettings
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0
 MAX_DROPPED_FRACTION = 0.25
+LOOP_STATE = "loop.json"  # in a checkpoint, beside the ranks' own state
 Options = Callable[[str, int], Mapping[str, Any]]
 """(role, rank) -> Ray actor options: placement decides them, this module only passes them on."""
 
@@ -182,29 +185,35 @@ class LearnerGroup:
         """Return an object reference to the policy's weights."""
         return wait_for([a.weights.remote() for a in self._ranks], timeout_s=START_TIMEOUT_S, what="learners")[0]
 
-    def save_checkpoint(self, weights_version: int) -> None:
-        """Write all ranks' state, then give the directory its final name; keep the newest two."""
+    def save_checkpoint(self, weights_version: int, loop_state: LoopState) -> None:
+        """Write all ranks' and the loop's state, then give the directory its final name; keep the newest two."""
         final = self._checkpoints / f"step_{weights_version:06d}"
         temporary = final.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         self._call("save_checkpoint", str(temporary))
+        (temporary / LOOP_STATE).write_text(json.dumps(loop_state), encoding="utf8")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         for old in complete_checkpoints(self._checkpoints)[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def load_newest_checkpoint(self) -> int:
-        """Restore the newest complete checkpoint and return its weights version; 0 when there is none.
+    def load_newest_checkpoint(self) -> tuple[int, LoopState]:
+        """Restore the newest complete checkpoint; returns its weights version and the loop's state, or (0, nothing).
 
         What could not be restored is logged by name.
         """
         found = complete_checkpoints(self._checkpoints)
         if not found:
-            return 0
+            return 0, {}
         version, missing = self._call("load_checkpoint", str(found[-1]))
+        state, kept = {}, found[-1] / LOOP_STATE
+        if kept.is_file():
+            state = json.loads(kept.read_text(encoding="utf8"))
+        else:
+            missing = (*missing, "the window of the reward-outcome watch")
         for name in missing:
             logger.warning("resumed from %s without %s", found[-1].name, name)
-        return version
+        return version, state
 
     def save_policy(self, directory: str) -> None:
         """Write the policy as a Hugging Face model directory."""

@@ -12,6 +12,7 @@ import ray
 import torch
 
 from rl_actors.contracts import LearnerUpdate, TrainingSample
+from rl_actors.training.operator_build import ensure_operators
 from rl_actors.training.ppo_learner import PpoLearner, PpoSettings
 
 
@@ -78,6 +79,7 @@ def join_process_group(rank: LearnerRank) -> None:
         }
     )
     torch.set_num_threads(rank.num_threads)
+    ensure_operators()
     import deepspeed
 
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rl_actors.contracts import TrainingSample
 from rl_actors.errors import BadDataError, BadInputError
@@ -179,6 +180,7 @@ def chunked_token_logprobs_and_entropy(
     *,
     temperature: float = 1.0,
     mask_BT: Tensor | None = None,
+    with_entropy: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of each token from the last hidden states, exact in forward and backward.
 
@@ -194,6 +196,7 @@ def chunked_token_logprobs_and_entropy(
         temperature: the sampler's temperature, > 0.
         mask_BT: score only these tokens (normally the loss mask), 0 elsewhere: tool tokens then cost nothing and a
             NaN in their hidden state stays where it is. None scores all tokens.
+        with_entropy: without it entropies are 0, and a third of the work on logits is saved.
 
     Returns:
         Log-probabilities and entropies in nats, `[B, T]`, aligned with the token they score; entry 0 is 0. The entropy
@@ -207,7 +210,8 @@ def chunked_token_logprobs_and_entropy(
     targets_BT = token_ids_BT[:, 1:]
     is_scored_BT = torch.ones_like(targets_BT, dtype=torch.bool) if mask_BT is None else mask_BT[:, 1:]
     hidden_NH = hidden_BTH[:, :-1][is_scored_BT]
-    logprobs_N, entropy_N = _ChunkedHead.apply(hidden_NH, weight_VH, targets_BT[is_scored_BT], chunk, temperature)
+    targets_N = targets_BT[is_scored_BT]
+    logprobs_N, entropy_N = _ChunkedHead.apply(hidden_NH, weight_VH, targets_N, chunk, temperature, with_entropy)
     empty_BT = logprobs_N.new_zeros(targets_BT.shape)
     return (
         _shifted(empty_BT.masked_scatter(is_scored_BT, logprobs_N)),
@@ -218,7 +222,8 @@ def chunked_token_logprobs_and_entropy(
 class _ChunkedHead(torch.autograd.Function):
     """Rows of hidden states to (log p(target), entropy), recomputing each chunk's logits in the backward pass.
 
-    With p = softmax(z): d log p_y / dz = onehot(y) - p, and dH / dz = -p * (log p + H).
+    With p = softmax(z): d log p_y / dz = onehot(y) - p, and dH / dz = -p * (log p + H). Logits are worked on in place:
+    at a large vocabulary, time goes by passes over [chunk, V].
     """
 
     @staticmethod
@@ -229,24 +234,29 @@ class _ChunkedHead(torch.autograd.Function):
         targets_N: Tensor,
         chunk: int,
         temperature: float,
+        with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Score chunk by chunk; keep inputs only."""
-        ctx.save_for_backward(hidden_NH, weight_VH, targets_N)
-        ctx.chunk, ctx.temperature = chunk, temperature
-        ctx.set_materialize_grads(False)
+        """Score chunk by chunk; keep inputs and entropies."""
         logprobs_N = hidden_NH.new_empty(len(targets_N), dtype=_wide_dtype(hidden_NH))
-        entropy_N = torch.empty_like(logprobs_N)
+        entropy_N = torch.zeros_like(logprobs_N)
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
             logp_CV = _log_softmax_rows(hidden_NH[part], weight_VH, temperature)
             logprobs_N[part] = logp_CV.gather(-1, targets_N[part].unsqueeze(-1)).squeeze(-1)
-            entropy_N[part] = -_p_log_p(logp_CV).sum(-1)
+            if with_entropy:
+                entropy_N[part] = -logp_CV.exp().mul_(logp_CV).sum(-1)
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, entropy_N)
+        ctx.chunk, ctx.temperature = chunk, temperature
+        ctx.set_materialize_grads(False)
         return logprobs_N, entropy_N
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of hidden states and head weight; a gradient that is not needed is not computed."""
-        hidden_NH, weight_VH, targets_N = ctx.saved_tensors
+        hidden_NH, weight_VH, targets_N, entropy_N = ctx.saved_tensors
         grad_hidden_NH = torch.zeros_like(hidden_NH) if ctx.needs_input_grad[0] else None
         # The head's gradient sums thousands of chunks: half precision would lose the small ones.
         grad_weight_VH = torch.zeros_like(weight_VH, dtype=_wide_dtype(weight_VH)) if ctx.needs_input_grad[1] else None
@@ -254,39 +264,49 @@ class _ChunkedHead(torch.autograd.Function):
             part = slice(start, start + ctx.chunk)
             logp_CV = _log_softmax_rows(hidden_NH[part], weight_VH, ctx.temperature)
             grad_logprob_C, grad_entropy_C = (grad_N if grad_N is None else grad_N[part] for grad_N in grad_outputs)
-            grad_CV = _logit_gradient(logp_CV, targets_N[part], grad_logprob_C, grad_entropy_C)
-            grad_CV = (grad_CV / ctx.temperature).to(weight_VH.dtype)
+            grad_CV = _logit_gradient(logp_CV, targets_N[part], entropy_N[part], grad_logprob_C, grad_entropy_C)
+            if ctx.temperature != 1.0:
+                grad_CV.div_(ctx.temperature)
+            grad_CV = grad_CV.to(weight_VH.dtype)
             if grad_hidden_NH is not None:
                 grad_hidden_NH[part] = grad_CV @ weight_VH
             if grad_weight_VH is not None:
-                grad_weight_VH += grad_CV.T @ hidden_NH[part]
-        return grad_hidden_NH, None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype), None, None, None
+                _add_product(grad_weight_VH, grad_CV.T, hidden_NH[part])
+        grad_weight = None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype)
+        return grad_hidden_NH, grad_weight, None, None, None, None
 
 
 def _log_softmax_rows(hidden_CH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
-    return (_wide(hidden_CH @ weight_VH.T) / temperature).log_softmax(-1)
+    """Return log-probabilities; minus infinity becomes finite, so that p log p has its limit 0.
+
+    A NaN stays a NaN, so that a diverged model is seen.
+    """
+    logits_CV = _wide(hidden_CH @ weight_VH.T)
+    if temperature != 1.0:
+        logits_CV.div_(temperature)
+    return logits_CV.log_softmax(-1).clamp_(min=torch.finfo(logits_CV.dtype).min)
 
 
 def _logit_gradient(
-    logp_CV: Tensor, targets_C: Tensor, grad_logprob_C: Tensor | None, grad_entropy_C: Tensor | None
+    logp_CV: Tensor, targets_C: Tensor, entropy_C: Tensor, grad_logprob_C: Tensor | None, grad_entropy_C: Tensor | None
 ) -> Tensor:
-    """Gradient with respect to the (temperature-scaled) logits of one chunk."""
-    p_CV = logp_CV.exp()
-    grad_CV = torch.zeros_like(p_CV)
-    if grad_logprob_C is not None:
-        grad_CV -= grad_logprob_C.unsqueeze(-1) * p_CV
-        grad_CV.scatter_add_(-1, targets_C.unsqueeze(-1), grad_logprob_C.unsqueeze(-1))
-    if grad_entropy_C is not None:
-        p_logp_CV = _p_log_p(logp_CV)
-        entropy_C1 = -p_logp_CV.sum(-1, keepdim=True)
-        grad_CV -= grad_entropy_C.unsqueeze(-1) * (p_logp_CV + p_CV * entropy_C1)
-    return grad_CV
+    """Gradient with respect to the (temperature-scaled) logits of one chunk; uses up `logp_CV`."""
+    grad_CV = logp_CV.exp()
+    logprob_C = torch.zeros_like(entropy_C) if grad_logprob_C is None else grad_logprob_C
+    if grad_entropy_C is None:
+        grad_CV.mul_(-logprob_C.unsqueeze(-1))
+    else:
+        pull_CV = logp_CV.add_(entropy_C.unsqueeze(-1)).mul_(grad_entropy_C.unsqueeze(-1))
+        grad_CV.mul_(pull_CV.add_(logprob_C.unsqueeze(-1))).neg_()
+    return grad_CV.scatter_add_(-1, targets_C.unsqueeze(-1), logprob_C.unsqueeze(-1))
 
 
-def _p_log_p(logp_CV: Tensor) -> Tensor:
-    """P log p with its limit 0 at p = 0; a NaN stays a NaN, so that a diverged model is seen."""
-    p_CV = logp_CV.exp()
-    return torch.where(p_CV == 0, p_CV, p_CV * logp_CV)
+def _add_product(total_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
+    """Add left @ right to the total, without a [V, H] tensor in between where the precisions allow it."""
+    if left_VC.dtype == right_CH.dtype == total_VH.dtype:
+        total_VH.addmm_(left_VC, right_CH)
+    else:
+        total_VH += left_VC @ right_CH
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:

@@ -9,12 +9,19 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
 from rl_actors.models.experts import use_sorted_experts
+from rl_actors.models.scoring_head import use_scoring_head
 from rl_actors.models.sink_attention import check_sinks_reach_kernel, use_sink_attention
 
 
 def load_causal_lm(path: str | Path) -> Any:
-    """Load a causal LM to train, in float32. Raises AttestationError when its attention sinks do not act."""
-    return _ready_to_train(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    """Load a causal LM to train, in float32, with a head that scores chunk by chunk where the model allows it.
+
+    Raises:
+        AttestationError: Its attention sinks do not act.
+    """
+    model = _ready_to_train(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+    use_scoring_head(model)
+    return model
 
 
 def load_backbone(path: str | Path) -> Any:

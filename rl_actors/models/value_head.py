@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from rl_actors.models.scoring_head import score_tokens, shift_right
 
 
 class TokenOutputs(NamedTuple):
@@ -33,31 +35,24 @@ class PolicyWithValue(torch.nn.Module):
             torch.nn.LayerNorm(hidden_size), torch.nn.Linear(hidden_size, hidden_size), torch.nn.GELU(), last
         )
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, temperature: float) -> TokenOutputs:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        temperature: float,
+        mask_BT: torch.Tensor | None = None,
+    ) -> TokenOutputs:
         """Return log p(token | before) [B, T] in nats, entropy [B, T] and V(state in which the token is sampled).
 
-        `temperature` is the rollout's: the learner must score the distribution that was sampled from.
+        `temperature` is the rollout's: the learner must score the distribution that was sampled from. With a mask only
+        its tokens are scored, and log-probability and entropy are 0 elsewhere; values are those of every state.
         """
-        outputs: Any = self.policy(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-        logprobs, entropy = token_logprobs_and_entropy(outputs.logits, input_ids, temperature)
+        logprobs, entropy, hidden = score_tokens(
+            self.policy, input_ids, attention_mask, temperature=temperature, mask_BT=mask_BT
+        )
         if not self.has_critic:
             return TokenOutputs(logprobs, entropy, torch.zeros_like(logprobs), logprobs.new_zeros(len(logprobs)))
-        values = self.value_head(outputs.hidden_states[-1].detach().float()).squeeze(-1)
+        precision = next(self.value_head.parameters()).dtype
+        values = self.value_head(hidden.detach().to(precision)).squeeze(-1).float()
         last = attention_mask.long().sum(-1, keepdim=True).sub(1).clamp(min=0)
         return TokenOutputs(logprobs, entropy, shift_right(values[:, :-1]), values.gather(-1, last).squeeze(-1))
-
-
-def token_logprobs_and_entropy(
-    logits_BTV: torch.Tensor, token_ids_BT: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (log-probability of each token, entropy of its distribution), [B, T] float32, column 0 is 0."""
-    scaled = logits_BTV[:, :-1].float() / temperature
-    logp = torch.log_softmax(scaled, dim=-1)
-    chosen = logp.gather(-1, token_ids_BT[:, 1:, None]).squeeze(-1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return shift_right(chosen), shift_right(entropy)
-
-
-def shift_right(x_BT: torch.Tensor) -> torch.Tensor:
-    """Prepend a column of zeros: what was computed at t-1 belongs to token t."""
-    return torch.nn.functional.pad(x_BT, (1, 0))

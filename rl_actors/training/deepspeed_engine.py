@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from rl_actors.errors import BadInputError
+from rl_actors.training.operator_build import ensure_operators
 
 INITIAL_MICRO_STEP = -1  # DeepSpeed's own mark of "no backward pass yet" in ZeRO 1 and 2; in ZeRO-3 it is 0
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -21,6 +22,7 @@ class OptimizerSettings:
 
     With `muon_learning_rate` above 0, matrices between embedding and head are trained by Muon (orthogonalised momentum,
     kellerjordan.github.io/posts/muon) and everything else by AdamW at `learning_rate`; ZeRO 0 only.
+    With `is_bf16` weights and gradients are bfloat16, and the optimizer steps float32 masters of them.
     """
 
     learning_rate: float
@@ -29,10 +31,15 @@ class OptimizerSettings:
     zero_stage: int = 0
     beta2: float = 0.98
     muon_learning_rate: float = 0.0
+    is_bf16: bool = field(default_factory=torch.cuda.is_available)
 
 
 def deepspeed_config(settings: OptimizerSettings) -> dict[str, Any]:
-    """Return DeepSpeed's own configuration. Microbatches vary in size, so the loss is scaled by us, not by it."""
+    """Return DeepSpeed's own configuration. Microbatches vary in size, so the loss is scaled by us, not by it.
+
+    Muon trains in float32: only models built from nothing use it, and it wants whole matrices.
+    """
+    is_bf16 = settings.is_bf16 and not settings.muon_learning_rate
     parameters = {
         "lr": settings.learning_rate,
         "betas": [0.9, settings.beta2],
@@ -45,9 +52,10 @@ def deepspeed_config(settings: OptimizerSettings) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": settings.max_grad_norm,
         "optimizer": {"type": "AdamW", "params": parameters},
-        "zero_optimization": {"stage": settings.zero_stage},
+        # Stage 1 is the least with float32 masters of bfloat16 weights; stage 0 would round small steps away.
+        "zero_optimization": {"stage": max(settings.zero_stage, 1) if is_bf16 else settings.zero_stage},
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": torch.cuda.is_available()},
+        "bf16": {"enabled": is_bf16},
         "steps_per_print": 1 << 30,
     }
 
@@ -62,6 +70,7 @@ def build_engine(
     Raises:
         BadInputError: Muon together with ZeRO, which shards the matrices it needs whole.
     """
+    ensure_operators()
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")

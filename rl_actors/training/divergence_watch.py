@@ -8,14 +8,20 @@ from rl_actors.algorithms.stability import reward_outcome_divergence
 from rl_actors.contracts import Rollout, Score
 
 WINDOW_STEPS = 4
+Window = tuple[Sequence[float], Sequence[float]]
 
 
 class DivergenceWatch:
-    """Compares the first steps it saw with the latest ones. A resumed run starts a watch of its own."""
+    """Compares the first steps it saw with the latest ones. `seen` is its whole state, plain JSON."""
 
-    def __init__(self) -> None:
-        """Nothing seen yet."""
-        self._steps: list[tuple[list[float], list[float]]] = []
+    def __init__(self, seen: Sequence[Window] = ()) -> None:
+        """Go on from what another watch has seen."""
+        self._steps = [(list(critic), list(outcome)) for critic, outcome in seen]
+
+    @property
+    def seen(self) -> list[Window]:
+        """Critic scores and verified outcomes of the steps it still needs."""
+        return [*self._steps]
 
     def observe(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> float:
         """Take in one step; returns the divergence in standard deviations, 0.0 until two windows do not overlap."""

@@ -18,14 +18,28 @@ Fingerprint = tuple[float, float]
 
 @torch.no_grad()
 def fingerprints(module: torch.nn.Module) -> dict[str, Fingerprint]:
-    """Return (sum, sum of squares) of each parameter in float64, added over ranks: under ZeRO-3 each holds a shard."""
+    """Return (sum, sum of squares) of each parameter in float64, added over ranks: under ZeRO-3 each holds a shard.
+
+    Of bfloat16 weights the float32 masters count: a norm's weight of 1 may take many steps to reach the next bfloat16.
+    """
     names, sums = [], []
     for name, parameter in module.named_parameters():
-        held = getattr(parameter, "ds_tensor", parameter).detach().double()
+        held = _stepped(parameter).detach().double()
         names.append(name)
         sums.append(torch.stack([held.sum(), held.square().sum()]).cpu())
     rows = ranks.summed(torch.stack(sums)).tolist()
     return {name: (row[0], row[1]) for name, row in zip(names, rows, strict=True)}
+
+
+def _stepped(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return what the optimizer steps, or this rank's part of it; a frozen parameter has only itself."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param
+
+    is_sharded = hasattr(parameter, "ds_tensor")
+    master = None
+    if parameter.requires_grad:
+        master = (safe_get_local_fp32_param if is_sharded else safe_get_full_fp32_param)(parameter)
+    return getattr(parameter, "ds_tensor", parameter) if master is None else master
 
 
 def require_moved(

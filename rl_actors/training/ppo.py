@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from rl_actors.agent.rollout import RolloutRequest, training_sample
 from rl_actors.algorithms.stability import (
@@ -20,6 +20,9 @@ from rl_actors.algorithms.stability import (
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, Task, TrainingSample
 from rl_actors.errors import AttestationError, InstabilityError
 from rl_actors.training.divergence_watch import DivergenceWatch
+
+LoopState = Mapping[str, Any]
+"""Plain JSON: what the loop knows and the learner does not."""
 
 
 class RolloutSource(Protocol):
@@ -45,8 +48,8 @@ class Learner(Protocol):
         """Take one update."""
         ...
 
-    def save_checkpoint(self, weights_version: int) -> None:
-        """Make the state after this version durable."""
+    def save_checkpoint(self, weights_version: int, loop_state: LoopState) -> None:
+        """Make the state after this version durable, with what the loop itself must remember."""
         ...
 
 
@@ -94,22 +97,37 @@ def requests_for_step(tasks: Sequence[Task], plan: PpoPlan, step: int) -> list[R
     return requests
 
 
-def run_ppo(tasks: Sequence[Task], plan: PpoPlan, ports: PpoPorts, limits: StabilityLimits, *, start: int = 0) -> None:
+def run_ppo(
+    tasks: Sequence[Task],
+    plan: PpoPlan,
+    ports: PpoPorts,
+    limits: StabilityLimits,
+    *,
+    start: int = 0,
+    loop_state: LoopState | None = None,
+) -> None:
     """Run steps `start..num_steps-1`; the engines must already serve the weights of version `start`.
+
+    To resume, give what `save_checkpoint` was given with that version: the steps then are those of a run that never
+    stopped, bit for bit where rollouts are (an engine that batches by arrival time is not).
 
     Raises:
         InstabilityError: A tripwire asked to stop; its message begins with the reason code.
         AttestationError: An engine does not serve what was published, or a rollout was made by other weights.
     """
+    watch = DivergenceWatch((loop_state or {}).get("divergence_watch", ()))
     if start == 0:
-        ports.learner.save_checkpoint(0)  # what a tripwire of the first steps goes back to
-    watch = DivergenceWatch()
+        ports.learner.save_checkpoint(0, _loop_state(watch))  # what a tripwire of the first steps goes back to
     for step in range(start, plan.num_steps):
         metrics = run_step(requests_for_step(tasks, plan, step), ports, step, plan.temperature, watch)
         ports.report(step + 1, metrics)
         require_stable(metrics, limits)
         if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.num_steps:
-            ports.learner.save_checkpoint(step + 1)
+            ports.learner.save_checkpoint(step + 1, _loop_state(watch))
+
+
+def _loop_state(watch: DivergenceWatch) -> LoopState:
+    return {"divergence_watch": watch.seen}
 
 
 def run_step(

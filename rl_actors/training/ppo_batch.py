@@ -14,7 +14,7 @@ from rl_actors.algorithms.batching import TrainingBatch, collate, filler_batch, 
 from rl_actors.contracts import TrainingSample
 from rl_actors.training import ranks
 
-MAX_WASTE_FRACTION = 0.25
+MAX_WASTE_FRACTION = 0.1
 _NOTHING = torch.zeros(0)
 
 
@@ -31,6 +31,8 @@ class Microbatch:
     correction: Tensor = field(default_factory=lambda: _NOTHING)  # engine-learner weights, 0 where rejected
     kept: Tensor = field(default_factory=lambda: _NOTHING)  # loss tokens that were not rejected
     final_values: Tensor = field(default_factory=lambda: _NOTHING)  # [B], the critic on the state after the last token
+    routes: Tensor = field(default_factory=lambda: _NOTHING)  # [layers, B, T, K], experts of the old pass, for replay
+    route_agreement: float = 1.0  # share of those that the router would choose again
 
 
 Minibatch = list[Microbatch]

@@ -24,8 +24,6 @@ from rl_actors.algorithms.stability import (
 )
 from rl_actors.contracts import LearnerUpdate, TrainingSample
 from rl_actors.errors import InstabilityError
-from rl_actors.models.loading import load_causal_lm
-from rl_actors.models.value_head import PolicyWithValue, token_logprobs_and_entropy
 from rl_actors.training import ranks
 from rl_actors.training.deepspeed_engine import (
     OptimizerSettings,
@@ -34,10 +32,10 @@ from rl_actors.training.deepspeed_engine import (
     discard,
     gradient_norm,
     scale_learning_rate,
-    whole_parameters,
 )
 from rl_actors.training.first_step_check import Fingerprint, fingerprints, require_moved
 from rl_actors.training.kl_coefficient import KLCoefficient
+from rl_actors.training.learner_models import LearnerModels
 from rl_actors.training.ppo_batch import Microbatch, Minibatch, minibatches
 from rl_actors.training.ppo_loss import (
     LossTerms,
@@ -72,6 +70,7 @@ class PpoSettings:
     value_coef: float = 0.5
     critic_learning_rate_factor: float = 10.0
     zero_stage: int = 0
+    is_bf16: bool = field(default_factory=torch.cuda.is_available)
 
 
 class PpoLearner:
@@ -80,19 +79,17 @@ class PpoLearner:
     def __init__(self, policy_path: str, reference_path: str, settings: PpoSettings) -> None:
         """Load the policy and the frozen reference and build the DeepSpeed engine."""
         torch.manual_seed(settings.seed)
-        policy = load_causal_lm(policy_path)
-        self._reference = load_causal_lm(reference_path).eval()
-        self._reference.requires_grad_(False)
-        self._module = PolicyWithValue(policy, int(policy.config.hidden_size), has_critic=settings.recipe.has_critic)
         self._settings = settings
-        self._engine = _build_engine(self._module, settings)
-        self._reference.to(self._engine.device)
+        self._models = LearnerModels(policy_path, reference_path, settings.recipe)
+        self._engine = _build_engine(self._models, settings)
+        self._models.place_reference(self._engine.device, torch.bfloat16 if settings.is_bf16 else torch.float32)
         self._rng = random.Random(settings.seed)
         self._kl = KLCoefficient(settings.kl_coef, settings.recipe)
         self._num_skipped = 0  # optimizer steps in a row, across updates
         self._num_restores = 0
         self._learning_rate_factor = 1.0
-        self._is_checked = False  # whether the first step with gradient was seen to move what it should
+        self._before: dict[str, Fingerprint] = {}  # of the weights before the first step with gradient
+        self._num_checked = 0  # steps with gradient since then, up to the one that is judged
         self._trips: list[str] = []
         self.weights_version = 0
 
@@ -140,14 +137,13 @@ class PpoLearner:
 
         All ranks must call it: under ZeRO-3 each holds a shard of every parameter.
         """
-        return whole_parameters(self._module.policy, is_sharded=self._settings.zero_stage == 3)
+        return self._models.weights(is_sharded=self._settings.zero_stage == 3)
 
     def save_policy(self, directory: str) -> None:
         """Write the policy as a Hugging Face model directory; all ranks must call it, the first one writes."""
-        policy: Any = self._module.policy
         weights = self.weights()
         if ranks.rank() == 0:
-            policy.save_pretrained(directory, state_dict=weights)
+            self._models.policy.save_pretrained(directory, state_dict=weights)
 
     def save_checkpoint(self, directory: str) -> None:
         """Write everything `load_checkpoint` needs to continue, random state of every rank included."""
@@ -208,17 +204,15 @@ class PpoLearner:
 
         Without an old pass the first forward pass of the update fills them, and `_gradients` reports.
         """
-        temperature, entropies = self._settings.temperature, []
+        s, entropies = self._settings, []
         for batch in batches:
-            ids, attention = batch.inputs.token_ids_BT, batch.inputs.attention_mask_BT.long()
-            logits = self._reference(input_ids=ids, attention_mask=attention).logits
-            batch.ref_logprobs, _ = token_logprobs_and_entropy(logits, ids, temperature)
-            if self._settings.recipe.skip_old_pass:
+            batch.ref_logprobs = self._models.reference_logprobs(batch, s.temperature)
+            if s.recipe.skip_old_pass:
                 continue
-            outputs = self._engine(ids, attention, temperature)
+            outputs = self._models.old_pass(self._engine, batch, s.temperature)
             batch.old_logprobs, batch.values = outputs.logprobs_BT, outputs.values_BT
             batch.final_values = outputs.final_values_B
-            correct(batch, self._settings.recipe)
+            correct(batch, s.recipe)
             entropies.append(outputs.entropy_BT)
         return self._seen(batches, entropies) if entropies else {}
 
@@ -254,7 +248,7 @@ class PpoLearner:
         )
 
         def loss_of(batch: Microbatch) -> torch.Tensor:
-            outputs = self._engine(batch.inputs.token_ids_BT, batch.inputs.attention_mask_BT.long(), s.temperature)
+            outputs = self._models.update_pass(self._engine, batch, s.temperature)
             if s.recipe.skip_old_pass:
                 batch.old_logprobs = outputs.logprobs_BT.detach()
                 correct(batch, s.recipe)
@@ -291,36 +285,42 @@ class PpoLearner:
 
     def _step(self, grad_norm: float) -> None:
         """Apply the gradients; the first time the policy has any, prove that they reach what they should."""
-        is_first = not self._is_checked and grad_norm > 0 and self._policy_gradient_norm() > 0
-        before = fingerprints(self._module.policy) if is_first else {}
+        is_due = self._num_checked < self._settings.recipe.steps_to_move_all
+        is_counted = is_due and grad_norm > 0 and self._policy_gradient_norm() > 0
+        if is_counted and not self._before:
+            self._before = fingerprints(self._models.policy)
         self._engine.step()
-        if is_first:
-            self._check_first_step(before)
+        if is_counted:
+            self._num_checked += 1
+            self._check_first_step()
 
     def _policy_gradient_norm(self) -> float:
         """Return the norm without the critic's part: 0 with a warming critic, or equal rewards."""
-        return gradient_norm(self._engine, self._module.policy)
+        return gradient_norm(self._engine, self._models.policy)
 
-    def _check_first_step(self, before: Mapping[str, Fingerprint]) -> None:
-        trainable = [name for name, p in self._module.policy.named_parameters() if p.requires_grad]
-        require_moved(before, fingerprints(self._module.policy), trainable=trainable)
-        self._is_checked = True
+    def _check_first_step(self) -> None:
+        if self._num_checked < self._settings.recipe.steps_to_move_all:
+            return
+        trainable = [name for name, p in self._models.policy.named_parameters() if p.requires_grad]
+        require_moved(self._before, fingerprints(self._models.policy), trainable=trainable)
 
 
 _TAG = "state"  # DeepSpeed itself writes a file called "latest" beside it
 
 
-def _build_engine(module: PolicyWithValue, settings: PpoSettings) -> Any:
+def _build_engine(models: LearnerModels, settings: PpoSettings) -> Any:
     """Return a DeepSpeed engine with learning rates of their own for policy and critic."""
     optimizer = OptimizerSettings(
-        learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm, zero_stage=settings.zero_stage
+        learning_rate=settings.learning_rate,
+        max_grad_norm=settings.max_grad_norm,
+        zero_stage=settings.zero_stage,
+        is_bf16=settings.is_bf16,
     )
-    policy = [p for p in module.policy.parameters() if p.requires_grad]
-    groups = [{"params": policy, "lr": settings.learning_rate}]
-    if module.has_critic:
+    groups = [{"params": models.trainable(), "lr": settings.learning_rate}]
+    if models.module.has_critic:
         critic_rate = settings.learning_rate * settings.critic_learning_rate_factor
-        groups.append({"params": list(module.value_head.parameters()), "lr": critic_rate})
-    return build_engine(module, optimizer, groups)
+        groups.append({"params": list(models.module.value_head.parameters()), "lr": critic_rate})
+    return build_engine(models.module, optimizer, groups)
 
 
 def _summary(

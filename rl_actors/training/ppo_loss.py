@@ -91,6 +91,8 @@ def microbatch_loss(
             num_loss_tokens=counts.num_loss_tokens,
         )
         loss, metrics = loss + terms.value_coef * value.loss, metrics | {"value_loss": float(value.loss.detach())}
+    if recipe.routing == "replay":
+        metrics["route_agreement"] = batch.route_agreement * float(mask.sum()) / max(counts.num_loss_tokens, 1.0)
     metrics["entropy"] = float(token_share(outputs.entropy_BT.detach(), mask, counts.num_loss_tokens))
     return loss, metrics
 

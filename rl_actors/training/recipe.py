@@ -22,6 +22,7 @@ from rl_actors.errors import BadInputError
 
 AdvantageKind = Literal["gae"] | GroupAdvantageKind
 KLPlace = Literal["reward", "loss"]
+Routing = Literal["free", "replay", "frozen"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,9 @@ class Recipe:
         mask_truncated: truncated rollouts train nothing (overlong filtering, DAPO section 3.4).
         drop_flat_groups: groups whose attempts all scored alike are left out (dynamic sampling, DAPO section 3.2).
         skip_old_pass: on strictly on-policy updates take old = current log-probabilities, ratio exactly 1.
+        routing: of a model with experts: `replay` visits the old pass's experts in the update (arXiv 2507.18071
+            section 5.3), `frozen` does not train the routers.
+        lora_rank: train adapters of this rank instead of all weights (arXiv 2106.09685); 0 trains all weights.
     """
 
     advantages: AdvantageKind = "gae"
@@ -70,6 +74,8 @@ class Recipe:
     mask_truncated: bool = False
     drop_flat_groups: bool = False
     skip_old_pass: bool = False
+    routing: Routing = "free"
+    lora_rank: int = 0
 
     def __post_init__(self) -> None:
         """Refuse choices that contradict each other, with the reason."""
@@ -84,6 +90,11 @@ class Recipe:
         """Whether a critic is trained."""
         return self.advantages == "gae"
 
+    @property
+    def steps_to_move_all(self) -> int:
+        """Steps after which all that trains has moved: an adapter's B begins at 0, so its A has no gradient then."""
+        return 2 if self.lora_rank else 1
+
 
 _CLOSED: Final[Mapping[str, object]] = {
     "loss": PolicyLossKind,
@@ -91,6 +102,7 @@ _CLOSED: Final[Mapping[str, object]] = {
     "kl_in": KLPlace,
     "kl_kind": KLKind,
     "correction": CorrectionMode,
+    "routing": Routing,
 }
 
 
@@ -131,6 +143,13 @@ def _contradictions(r: Recipe) -> list[tuple[str, bool, str]]:
             r.has_critic and r.skip_old_pass,
             "the critic's values come from that pass; group kinds only",
         ),
+        (
+            "routing",
+            r.routing == "replay" and r.skip_old_pass,
+            "the routes to replay come from the old pass; take skip_old_pass: false",
+        ),
+        ("routing", r.routing == "frozen" and r.lora_rank > 0, "adapters leave the routers as they are; use free"),
+        ("lora_rank", r.lora_rank < 0, "must be 0 (train all weights) or more"),
         ("kl_target", r.kl_target is not None and not r.kl_target > 0, "must be positive, or null for a fixed KL"),
         ("kl_horizon", not r.kl_horizon > 0, "must be positive"),
         ("overlong_buffer", not 0 <= r.overlong_buffer <= r.overlong_max, "must lie between 0 and overlong_max"),

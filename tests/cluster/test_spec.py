@@ -151,7 +151,7 @@ def test_a_wrong_value_is_named_with_line_and_remedy(old: str, new: str, field: 
         ("ppo: {num_steps: ten}", "ppo.num_steps", "ten", "valid integer"),
         ("ppo: {num_step: 2}", "ppo.num_step", 2, "'ppo.num_steps'"),
         ("ppo: {kl_coef: 0}", "ppo.kl_coef", 0, "greater than 0"),
-        ("ppo: {tasks_per_step: 1, rollouts_per_task: 2}", "ppo.minibatches", None, "cannot exceed"),
+        ("ppo: {tasks_per_step: 1, rollouts_per_task: 2}", "ppo.minibatches", 4, "cannot exceed"),
         ("ppo: 3", "ppo", 3, "mapping"),
         ("num_steps: 3", "num_steps", 3, "'ppo.num_steps'"),
         ("data: {num_held_out: 0}", "data.num_held_out", 0, "greater than or equal to 1"),

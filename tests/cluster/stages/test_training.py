@@ -34,8 +34,9 @@ from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion
 from rl_actors.errors import InstabilityError, StageRefusedError, TamperedError
 from rl_actors.models.tokenizer import HARMONY_TOKENS
-from rl_actors.training.ppo import PpoPlan, PpoPorts
+from rl_actors.training.ppo import LoopState, PpoPlan, PpoPorts
 from rl_actors.training.ppo_learner import PpoSettings
+from rl_actors.training.recipe import RECIPES
 from rl_actors.training.sft import Example
 from tests.cluster.stages.fakes import CALIBRATION, NUM_TASKS, Places, make_reward_model, make_run, watch_of
 
@@ -276,10 +277,33 @@ def test_every_ppo_setting_comes_from_the_spec(home: Path):
 
 
 def test_no_ppo_setting_of_the_spec_is_forgotten(run: Run):
-    """Each knob that shares its name with a setting has its default's value there: nothing is crossed over."""
-    names = {field.name for field in fields(PpoSettings)} & set(type(run.spec.ppo).model_fields)
+    """Each number that shares its name with a setting has its default's value there: nothing is crossed over."""
+    names = {field.name for field in fields(PpoSettings)} & set(type(run.spec.ppo).model_fields) - {"recipe"}
     assert len(names) >= 6
     assert {n: getattr(ppo_settings(run), n) for n in names} == {n: getattr(run.spec.ppo, n) for n in names}
+
+
+def test_the_learner_updates_by_the_recipe_that_the_spec_chose_and_changed(home: Path):
+    settings = ppo_settings(make_run(home, "workflow.policy_training=gspo", "ppo.recipe.correction=none"))
+    assert settings.recipe == replace(RECIPES["gspo"], correction="none")
+    assert ppo_settings(make_run(home, run_id="run-2")).recipe == RECIPES["ppo_kl"], "negative control: no changes"
+
+
+LARGER = ("model.hidden_size=2048", "model.num_experts=2", "model.num_layers=30")
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage"),
+    [
+        (("ppo.num_learners=2",), 0),
+        ((*LARGER, "ppo.num_learners=1"), 0),
+        ((*LARGER, "ppo.num_learners=2"), 2),
+        (("model.path=openai/gpt-oss-20b", "ppo.num_learners=1"), 0),
+        (("model.path=openai/gpt-oss-20b", "ppo.num_learners=2"), 3),
+    ],
+)
+def test_learners_are_sharded_as_far_as_the_model_is_large(home: Path, settings: tuple[str, ...], stage: int):
+    assert ppo_settings(make_run(home, *settings)).zero_stage == stage
 
 
 class Group:
@@ -289,8 +313,8 @@ class Group:
         self.stage, self.kind, self.args, self.options = stage, kind, args, options
         stage.log.append(f"start {kind}")
 
-    def load_newest_checkpoint(self) -> int:
-        return self.stage.checkpoint
+    def load_newest_checkpoint(self) -> tuple[int, LoopState]:
+        return self.stage.checkpoint, self.stage.kept
 
     def save_policy(self, directory: str) -> None:
         self.stage.log.append("save")
@@ -312,9 +336,11 @@ class PpoStage:
     groups: dict[str, Group] = field(default_factory=dict)
     places: Places = field(default_factory=Places)
     checkpoint: int = 0
+    kept: LoopState = field(default_factory=dict)
     script: Callable[[PpoPorts], None] = lambda ports: None
     plan: PpoPlan | None = None
     tasks: Sequence[Any] = ()
+    loop_state: LoopState | None = None
 
     def maker(self, kind: str) -> Callable[..., Group]:
         def make(*args: Any, **options: Any) -> Group:
@@ -323,9 +349,18 @@ class PpoStage:
 
         return make
 
-    def run_ppo(self, tasks: Sequence[Any], plan: PpoPlan, ports: PpoPorts, _limits: object, *, start: int) -> None:
+    def run_ppo(
+        self,
+        tasks: Sequence[Any],
+        plan: PpoPlan,
+        ports: PpoPorts,
+        _limits: object,
+        *,
+        start: int,
+        loop_state: LoopState,
+    ) -> None:
         self.log.append(f"ppo from {start}")
-        self.tasks, self.plan = tasks, plan
+        self.tasks, self.plan, self.loop_state = tasks, plan, loop_state
         self.script(ports)
 
 
@@ -374,9 +409,10 @@ def test_ppo_publishes_attested_weights_before_the_first_rollout(
 def test_ppo_goes_on_from_its_newest_checkpoint(
     run: Run, snapshot: DataSnapshot, baseline: PolicyVersion, ppo: PpoStage
 ):
-    ppo.checkpoint = 15
+    ppo.checkpoint, ppo.kept = 15, {"divergence_watch": [[[0.5], [1.0]]]}
     train(run, snapshot, baseline)
     assert [line for line in ppo.log if line.split()[0] in {"publish", "ppo"}] == ["publish 15", "ppo from 15"]
+    assert ppo.loop_state == {"divergence_watch": [[[0.5], [1.0]]]}, "what the loop knew when it was stopped"
 
 
 def test_the_baseline_is_start_and_kl_reference(

@@ -13,6 +13,7 @@ import pytest
 from rl_actors.actors import pools
 from rl_actors.actors.attested_sync import AttestedSync
 from rl_actors.actors.pools import (
+    LOOP_STATE,
     LearnerGroup,
     RolloutPool,
     ScorerPool,
@@ -85,6 +86,64 @@ def test_groups_are_dealt_whole_and_evenly():
 def test_a_rank_without_a_group_is_refused():
     with pytest.raises(InfrastructureError, match="1 groups of rollouts came back for 2 learners"):
         share_by_group([training_sample(0, group=3, length=5)], 2)
+
+
+class LocalGroup(LearnerGroup):
+    """The group's own way with checkpoints around one fake rank in this process."""
+
+    def __init__(self, checkpoints: Path, version: int = 0) -> None:
+        self._checkpoints = checkpoints
+        self.rank = FakeLearner("policy", "reference", None, {"rank": 0})
+        self.rank.jump_to(version)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.rank, method)(*arguments)
+
+
+STATE = {"divergence_watch": [[[0.1 + 0.2, 1 / 3, -5e-324], [1.0, 0.0, 1.0]]]}
+WITHOUT_WATCH = "resumed from step_000003 without the window of the reward-outcome watch"
+
+
+def test_what_the_loop_knew_comes_back_exactly_with_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    LocalGroup(tmp_path, 2).save_checkpoint(2, {"divergence_watch": []})
+    LocalGroup(tmp_path, 3).save_checkpoint(3, STATE)
+    fresh = LocalGroup(tmp_path)
+    with caplog.at_level("WARNING"):
+        assert fresh.load_newest_checkpoint() == (3, STATE)
+    assert fresh.rank.version == 3
+    assert "reward-outcome watch" not in caplog.text
+
+
+def test_a_checkpoint_without_what_the_loop_knew_is_resumed_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    LocalGroup(tmp_path, 3).save_checkpoint(3, STATE)
+    (tmp_path / "step_000003" / LOOP_STATE).unlink()
+    with caplog.at_level("WARNING"):
+        assert LocalGroup(tmp_path).load_newest_checkpoint() == (3, {})
+    assert [record.getMessage() for record in caplog.records] == [
+        "resumed from step_000003 without its coffee", WITHOUT_WATCH,
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_gets_its_name_only_with_what_the_loop_knows(tmp_path: Path):
+    """State that is no JSON is a defect; the checkpoint before it stays the newest."""
+    LocalGroup(tmp_path, 3).save_checkpoint(3, STATE)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        LocalGroup(tmp_path, 4).save_checkpoint(4, {"divergence_watch": object()})
+    assert LocalGroup(tmp_path).load_newest_checkpoint() == (3, STATE)
+
+
+def test_saving_a_version_again_replaces_what_the_loop_knew(tmp_path: Path):
+    LocalGroup(tmp_path, 3).save_checkpoint(3, {"divergence_watch": []})
+    LocalGroup(tmp_path, 3).save_checkpoint(3, STATE)
+    assert LocalGroup(tmp_path).load_newest_checkpoint() == (3, STATE)
+
+
+def test_nothing_to_resume_is_nothing_to_remember(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("WARNING"):
+        assert LocalGroup(tmp_path).load_newest_checkpoint() == (0, {})
+    assert caplog.text == ""
 
 
 # --- with a small local Ray -----------------------------------------------------------------------
@@ -303,15 +362,15 @@ class TestLearnerGroup:
         assert group.probe(PROBES) == [[-1.0, -1.0], [-1.0]]
 
     def test_without_a_checkpoint_a_run_starts_at_zero(self, group: LearnerGroup):
-        assert group.load_newest_checkpoint() == 0
+        assert group.load_newest_checkpoint() == (0, {})
 
     def test_the_newest_two_are_kept_and_the_newest_is_loaded(self, local_ray: Any, group: LearnerGroup):
         for version in (2, 4, 10):
             self.jump_to(local_ray, group, version)
-            group.save_checkpoint(version)
+            group.save_checkpoint(version, {"divergence_watch": [[[version / 3], [1.0]]]})
         assert self.names(group) == ["step_000004", "step_000010"]
         self.jump_to(local_ray, group, 77)
-        assert group.load_newest_checkpoint() == 10
+        assert group.load_newest_checkpoint() == (10, {"divergence_watch": [[[10 / 3], [1.0]]]})
         assert local_ray.get(group._ranks[1].load_checkpoint.remote(str(group._checkpoints / "step_000010"))) == (
             10,
             ("its coffee",),
@@ -319,23 +378,24 @@ class TestLearnerGroup:
 
     def test_saving_again_replaces(self, local_ray: Any, group: LearnerGroup):
         self.jump_to(local_ray, group, 11)
-        group.save_checkpoint(10)
+        group.save_checkpoint(10, STATE)
         assert (group._checkpoints / "step_000010" / "rank0").read_text() == "11"
 
     def test_a_checkpoint_that_was_cut_off_is_not_one(self, local_ray: Any, group: LearnerGroup):
         self.jump_to(local_ray, group, 11)
-        group.save_checkpoint(11)
+        group.save_checkpoint(11, STATE)
         self.jump_to(local_ray, group, 99)
         with pytest.raises(InfrastructureError, match="disk full"):
-            group.save_checkpoint(12)
+            group.save_checkpoint(12, {})
         (group._checkpoints / "step_000012.tmp").mkdir(exist_ok=True)
-        assert group.load_newest_checkpoint() == 11
+        assert group.load_newest_checkpoint() == (11, STATE)
         assert "step_000012" not in self.names(group)
 
     def test_what_could_not_be_restored_is_named(self, group: LearnerGroup, caplog: pytest.LogCaptureFixture):
         with caplog.at_level("WARNING"):
             group.load_newest_checkpoint()
         assert "resumed from step_000011 without its coffee" in caplog.text
+        assert "reward-outcome watch" not in caplog.text
 
     def test_an_unstable_update_puts_every_rank_back(self, local_ray: Any, group: LearnerGroup):
         samples: Any = [training_sample(number, group=number // 2, length=10) for number in range(8)]

@@ -19,7 +19,7 @@ from rl_actors.actors.vllm_engine import VllmEngine
 from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.contracts import Completion, SamplingParams
 from rl_actors.errors import AttestationError, EngineError
-from rl_actors.models.value_head import token_logprobs_and_entropy
+from rl_actors.models.scoring_head import token_logprobs_and_entropy
 from tests.rl_actors.fakes import PROMPT, save_tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]

@@ -230,7 +230,29 @@ def test_chunked_head_against_finite_differences() -> None:
         return chunked_token_logprobs_and_entropy(hidden, weight, tokens, 3, temperature=1.3)
 
     assert torch.autograd.gradcheck(head, (hidden, weight))
-    assert torch.autograd.gradgradcheck(head, (hidden, weight))
+
+
+def test_a_second_derivative_of_the_chunked_head_is_refused_not_wrong() -> None:
+    hidden, weight, tokens = head_inputs(1)
+    total = sum(part.square().sum() for part in chunked_token_logprobs_and_entropy(hidden, weight, tokens, 3))
+    (gradient,) = torch.autograd.grad(total, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_without_entropy_the_rest_is_the_same() -> None:
+    hidden, weight, tokens = head_inputs(4)
+    with_it, without = (
+        chunked_token_logprobs_and_entropy(hidden, weight, tokens, 3, with_entropy=wanted) for wanted in (True, False)
+    )
+    assert torch.equal(with_it[0], without[0])
+    assert not without[1].any()
+    for one, other in zip(
+        torch.autograd.grad(with_it[0].sum(), (hidden, weight)),
+        torch.autograd.grad(without[0].sum(), (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,16 @@ from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
 from rl_actors.errors import AttestationError, InfrastructureError, InstabilityError
 from rl_actors.training.divergence_watch import WINDOW_STEPS, DivergenceWatch
-from rl_actors.training.ppo import PpoPlan, PpoPorts, requests_for_step, require_stable, run_ppo, run_step, summarise
+from rl_actors.training.ppo import (
+    LoopState,
+    PpoPlan,
+    PpoPorts,
+    requests_for_step,
+    require_stable,
+    run_ppo,
+    run_step,
+    summarise,
+)
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_score, make_task
 
 PLAN = PpoPlan(num_steps=3, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=2, seed=4)
@@ -35,6 +45,7 @@ class Actors:
     samples: list[list[TrainingSample]] = field(default_factory=list)
     rows: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     temperatures: set[float] = field(default_factory=set)
+    saved: dict[int, str] = field(default_factory=dict)
     version: int = 0
     stale: int = 0
     now: float = 0.0
@@ -72,8 +83,9 @@ class Actors:
         self._write("publish", weights_version)
         return self.gap
 
-    def save_checkpoint(self, weights_version: int) -> None:
+    def save_checkpoint(self, weights_version: int, loop_state: LoopState) -> None:
         self._write("checkpoint", weights_version)
+        self.saved[weights_version] = json.dumps(loop_state, allow_nan=False)
 
     def report(self, step: int, metrics: Any) -> None:
         self._write("report", step)
@@ -89,8 +101,15 @@ class Actors:
             raise self.error
 
 
-def run(actors: Actors, *, start: int = 0, plan: PpoPlan = PLAN, limits: StabilityLimits = LIMITS) -> Actors:
-    run_ppo(TASKS, plan, actors.ports(), limits, start=start)
+def run(
+    actors: Actors,
+    *,
+    start: int = 0,
+    plan: PpoPlan = PLAN,
+    limits: StabilityLimits = LIMITS,
+    loop_state: LoopState | None = None,
+) -> Actors:
+    run_ppo(TASKS, plan, actors.ports(), limits, start=start, loop_state=loop_state)
     return actors
 
 
@@ -253,13 +272,16 @@ def test_without_a_tool_call_there_is_no_error_rate_to_divide_by():
 # --- stability ------------------------------------------------------------------------------------
 
 
+@dataclass
 class Hacked(Actors):
-    """The critic's score climbs from step to step while the verified outcome stays what it is."""
+    """The critic's score climbs from a step on, while the verified outcome stays what it is."""
 
-    slope: float = 1.0
+    begins: int = 0
+    slope: float = 1.0 / 3.0
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        return [replace(score, critic_score=self.slope * self.version) for score in super().score(rollouts)]
+        climbed = self.slope * max(self.version - self.begins, 0)
+        return [replace(score, critic_score=climbed) for score in super().score(rollouts)]
 
 
 LONG = PpoPlan(num_steps=20, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=1, seed=0)
@@ -284,6 +306,43 @@ def test_a_critic_that_rises_with_the_outcome_stops_nothing():
             return [replace(rollout, outcome=outcome) for rollout in super().rollouts(requests, temperature)]
 
     assert len(run(Honest(), plan=LONG).rows) == LONG.num_steps
+
+
+LATE = 2 * WINDOW_STEPS + 2  # the first step of the climb: both windows are full by then
+FIRES = LATE + 3
+
+
+def stopped(actors: Hacked, *, start: int = 0, loop_state: LoopState | None = None) -> dict[int, float]:
+    """Run until the watch fires; returns the divergence by step."""
+    with pytest.raises(InstabilityError, match=r"^reward_outcome_divergence: "):
+        run(actors, start=start, plan=LONG, loop_state=loop_state)
+    return {step: metrics["reward_outcome_divergence"] for step, metrics in actors.rows}
+
+
+@pytest.mark.parametrize("cut", [1, WINDOW_STEPS, 2 * WINDOW_STEPS - 1, 2 * WINDOW_STEPS, LATE, FIRES - 1])
+def test_a_resumed_watch_fires_at_the_same_step(cut: int):
+    whole = Hacked(begins=LATE)
+    seen = stopped(whole)
+    resumed = Hacked(begins=LATE, version=cut)
+    again = stopped(resumed, start=cut, loop_state=json.loads(whole.saved[cut]))
+    assert max(again) == max(seen) == FIRES
+    assert again == {step: divergence for step, divergence in seen.items() if step > cut}, "to the last bit"
+    kept = {version: state for version, state in whole.saved.items() if version > cut}
+    assert resumed.saved == kept, "and the next resume goes on from the same state"
+
+
+@pytest.mark.parametrize("cut", [WINDOW_STEPS + 2, 2 * WINDOW_STEPS, LATE, FIRES - 1])
+@pytest.mark.parametrize("nothing", [None, {}])
+def test_a_watch_that_lost_its_window_fires_later(cut: int, nothing: LoopState | None):
+    """Negative control: it compares the hacked steps with the hacked steps."""
+    again = stopped(Hacked(begins=LATE, version=cut), start=cut, loop_state=nothing)
+    assert max(again) >= cut + 2 * WINDOW_STEPS > FIRES
+
+
+def test_every_checkpoint_holds_what_the_loop_had_seen_by_then():
+    saved = run(Actors(), plan=replace(LONG, num_steps=10)).saved
+    sizes = {version: len(json.loads(text)["divergence_watch"]) for version, text in saved.items()}
+    assert sizes == {version: min(version, 2 * WINDOW_STEPS) for version in range(11)}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts import TrainingSample
 from rl_actors.errors import InstabilityError
-from rl_actors.models.value_head import token_logprobs_and_entropy
+from rl_actors.models.scoring_head import token_logprobs_and_entropy
 from rl_actors.training.ppo_learner import PpoLearner, PpoSettings, checkpoint_exists
 from rl_actors.training.recipe import Recipe
 
