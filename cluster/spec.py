@@ -83,6 +83,7 @@ class WorkflowSpec(Section):
                 epochs=ppo.epochs,
                 num_minibatches=ppo.minibatches,
                 group_size=ppo.rollouts_per_task,
+                num_rollouts=ppo.rollouts_per_step,
             )
         except BadInputError as error:
             path = error.field if error.field.startswith("ppo.") else f"ppo.{error.field}"

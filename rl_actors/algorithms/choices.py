@@ -12,6 +12,9 @@ Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum"]
 KLKind = Literal["k1", "k2", "k3"]
 CorrectionMode = Literal["none", "token_tis", "sequence_tis", "sequence_mask", "token_icepop"]
 
+MAX_RELATIVE_KL_ERROR = 0.2
+"""The adaptive KL coefficient's error is clipped to this (arXiv 1909.08593 section 2.2)."""
+
 
 def require_choice(field: str, value: str, choices: object) -> None:
     """Refuse a value that is not one of the alternatives of a `Literal`.

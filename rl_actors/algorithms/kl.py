@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rl_actors.algorithms.choices import Aggregation, KLKind, require_choice
+from rl_actors.algorithms.choices import MAX_RELATIVE_KL_ERROR, Aggregation, KLKind, require_choice
 from rl_actors.algorithms.losses import (
     MAX_ABS_LOG_RATIO,
     LossOutput,
@@ -24,8 +24,6 @@ from rl_actors.algorithms.losses import (
     zero_masked,
 )
 from rl_actors.errors import BadInputError
-
-_MAX_RELATIVE_ERROR = 0.2
 
 
 def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, *, kind: KLKind) -> Tensor:
@@ -132,7 +130,7 @@ class AdaptiveKLController:
         if not math.isfinite(observed_kl):
             raise BadInputError("observed_kl", observed_kl, "stop the update: a non-finite KL is an instability")
         error = observed_kl / self.target - 1.0
-        factor = 1.0 + min(max(error, -_MAX_RELATIVE_ERROR), _MAX_RELATIVE_ERROR) * num_samples / self.horizon
+        factor = 1.0 + min(max(error, -MAX_RELATIVE_KL_ERROR), MAX_RELATIVE_KL_ERROR) * num_samples / self.horizon
         if factor <= 0:
             raise BadInputError("kl.horizon", self.horizon, f"must exceed {num_samples} / 5 samples of one update")
         self.value *= factor

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from rl_actors.algorithms.choices import (
+    MAX_RELATIVE_KL_ERROR,
     Aggregation,
     CorrectionMode,
     GroupAdvantageKind,
@@ -170,15 +171,19 @@ RECIPES: Final[Mapping[str, Recipe]] = {
 
 
 def require_batch_choices(
-    recipe: Recipe, *, kl_coef: float, epochs: int, num_minibatches: int, group_size: int
+    recipe: Recipe, *, kl_coef: float, epochs: int, num_minibatches: int, group_size: int, num_rollouts: int
 ) -> None:
-    """Refuse a recipe that the batch's own shape contradicts.
+    """Refuse a recipe that the batch's own shape contradicts; `num_rollouts` are those of one update.
 
     Raises:
         BadInputError: names the field and the reason.
     """
     if recipe.kl_target is not None and kl_coef == 0:
         raise BadInputError("recipe.kl_target", recipe.kl_target, "a coefficient of 0 cannot adapt; give kl_coef > 0")
+    least = MAX_RELATIVE_KL_ERROR * num_rollouts
+    if recipe.kl_target is not None and not recipe.kl_horizon > least:
+        remedy = f"must exceed {least:g}, a fifth of an update's rollouts, or the coefficient would change sign"
+        raise BadInputError("recipe.kl_horizon", recipe.kl_horizon, remedy)
     if recipe.skip_old_pass and (epochs, num_minibatches) != (1, 1):
         raise BadInputError(
             "recipe.skip_old_pass",

@@ -75,11 +75,12 @@ def test_the_default_is_ppo_kl_and_only_it_has_a_critic():
         (Recipe(kl_target=0.1), {"kl_coef": 0.0}, "recipe.kl_target"),
         (Recipe(**GROUP, skip_old_pass=True), {"epochs": 2}, "recipe.skip_old_pass"),
         (Recipe(**GROUP, skip_old_pass=True), {"num_minibatches": 2}, "recipe.skip_old_pass"),
+        (Recipe(kl_target=0.1, kl_horizon=20.0), {"num_rollouts": 100}, "recipe.kl_horizon"),
         (Recipe(**GROUP), {"group_size": 1}, "ppo.rollouts_per_task"),
     ],
 )
 def test_the_batch_must_suit_the_recipe(recipe: Recipe, changes: dict[str, Any], field: str):
-    fitting = {"kl_coef": 0.1, "epochs": 1, "num_minibatches": 1, "group_size": 4}
+    fitting = {"kl_coef": 0.1, "epochs": 1, "num_minibatches": 1, "group_size": 4, "num_rollouts": 16}
     require_batch_choices(recipe, **fitting)
     with pytest.raises(BadInputError) as caught:
         require_batch_choices(recipe, **(fitting | changes))
