@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 from rich.console import Console, Group
@@ -68,6 +69,8 @@ def keep_ui(port: int) -> Reply:
     server = start_ui(store_of(home), home=home, port=port)
     if server.process is not None:
         Console(stderr=True).print(Text(f"MLflow at {server.url} ; Ctrl-C ends it", style="green"))
+    for number in (signal.SIGINT, signal.SIGTERM):  # a service manager's, or one that was started with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     try:
         while server.process is not None and server.is_running:
             time.sleep(0.5)

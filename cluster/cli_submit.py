@@ -11,6 +11,7 @@ from rich.text import Text
 from cluster.cli_answer import Reply, Scene
 from cluster.jobs import connect, entrypoint, follow, submit
 from cluster.spec import WorkflowSpec, spec_to_yaml
+from rl_actors.errors import InfrastructureError
 
 SHIPPED_VARIABLES: Final = ("SEATRIAL_HOME", "MLFLOW_TRACKING_URI")
 
@@ -29,6 +30,11 @@ def submit_and_follow(
     scene.resume = f"the job goes on; ray job logs {job_id} --address {address} --follow"
     write(f"job {job_id} on {address}\n")
     ending = follow(client, job_id, write, timeout_s=timeout_s)
+    if ending.missing_module:
+        raise InfrastructureError(
+            f"job {job_id}: the cluster's python has no {ending.missing_module!r}; start Ray from an activated "
+            "environment with seatrial's dependencies (source .venv/bin/activate; ray start --head), on every node"
+        )
     code = exit_code_of(client, job_id, ending.succeeded)
     line = f"job {job_id}: {ending.status.lower()}, exit code {code}"
     style = "green" if code == 0 else "red"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 SPEC_FILE = "spec.submitted.yaml"
 FINAL_STATUSES = ("SUCCEEDED", "FAILED", "STOPPED")
 MAX_MISSED_POLLS = 5
+_NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
 class JobClient(Protocol):
@@ -42,6 +44,7 @@ class JobEnding:
 
     job_id: str
     status: str
+    missing_module: str = ""  # what the cluster's python could not import before the run began
 
     @property
     def succeeded(self) -> bool:
@@ -129,10 +132,17 @@ def follow(
             write(log[shown:])
         shown = len(log)
         if status in FINAL_STATUSES:
-            return JobEnding(job_id=job_id, status=status)
+            return JobEnding(job_id=job_id, status=status, missing_module=missing_module(log))
         sleep(poll_s)
     remedy = f"it goes on: follow it with `ray job logs {job_id} --follow`, stop it with `ray job stop {job_id}`"
     raise InfrastructureError(f"job {job_id} did not end within {timeout_s:g} s; {remedy}")
+
+
+def missing_module(log: str) -> str:
+    """Return the module that the job's python lacks, when that is what ended it; otherwise nothing."""
+    last = log.rstrip().rpartition("\n")[2]
+    found = _NO_MODULE.match(last)
+    return found[1] if found else ""
 
 
 def stop(client: JobSubmissionClient, job_id: str) -> bool:

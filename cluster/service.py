@@ -224,7 +224,8 @@ def _start_ray(request: UpRequest) -> None:
         return
     request.note("starting Ray")
     log, ports = request.home / "service" / "ray.log", request.ports
-    process = start_process(_ray_command(ports, _logical_cpus(request)), log, {"RAY_DISABLE_IMPORT_WARNING": "1"})
+    environ = {"RAY_DISABLE_IMPORT_WARNING": "1", "PATH": path_with_environment()}
+    process = start_process(_ray_command(ports, _logical_cpus(request)), log, environ)
     url = f"http://127.0.0.1:{ports.dashboard}"
     probe = f"{url}/api/gcs_healthz"  # the one that Ray serves without a token
     part = ServicePart(
@@ -232,6 +233,11 @@ def _start_ray(request: UpRequest) -> None:
     )  # fmt: skip
     _record(request.home, part, ray_address=f"127.0.0.1:{ports.ray}")
     wait_until("Ray", lambda: http_ok(probe), process, log, timeout_s=RAY_START_S)
+
+
+def path_with_environment() -> str:
+    """Return PATH with this environment first: a job's `python` is looked up there, activated or not."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def _ray_command(ports: ServicePorts, num_cpus: int) -> Sequence[str]:

@@ -12,6 +12,8 @@ import jsonschema
 import pytest
 import yaml
 
+from cluster import cli_submit
+from cluster.cli_answer import Scene
 from cluster.jobs import (
     MAX_MISSED_POLLS,
     PACKAGES,
@@ -96,6 +98,29 @@ def test_a_job_that_fails_is_reported_as_such(status: str):
     written: list[str] = []
     ending = follow(FakeClient([(status, "why")]), "j", written.append, timeout_s=1)
     assert (ending.status, ending.succeeded, written) == (status, False, ["why"])
+
+
+@pytest.mark.parametrize(
+    ("log", "missing"),
+    [
+        ("Traceback\n  File x\nModuleNotFoundError: No module named 'typer'\n", "typer"),
+        ("ModuleNotFoundError: No module named 'typer'\nand then it went on\n", ""),
+        ("error: spec = 'x': no such file\n", ""),
+        ("", ""),
+    ],
+)
+def test_a_cluster_without_the_dependencies_is_told_from_a_run_that_failed(log: str, missing: str):
+    ending = follow(FakeClient([("FAILED", log)]), "j", lambda _text: None, timeout_s=1)
+    assert ending.missing_module == missing
+
+
+def test_submit_says_what_the_cluster_lacks(monkeypatch: pytest.MonkeyPatch):
+    client = FakeClient([("FAILED", "ModuleNotFoundError: No module named 'typer'\n")])
+    monkeypatch.setattr(cli_submit, "connect", lambda _address: client)
+    with pytest.raises(InfrastructureError, match="the cluster's python has no 'typer'; start Ray from an activated"):
+        cli_submit.submit_and_follow(
+            load_spec("support_desk"), "http://here", Scene(), write=lambda _text: None, timeout_s=1.0
+        )
 
 
 def test_a_job_that_never_ends_is_left_alone_after_the_bound():

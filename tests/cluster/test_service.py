@@ -505,3 +505,8 @@ def test_a_real_ray_comes_up_and_goes_down(tmp_path: Path, monkeypatch: pytest.M
     finally:
         assert down(tmp_path) == ["ray"]
     assert not any(mark.is_alive for mark in family)
+
+
+def test_what_up_starts_finds_this_environments_python_first(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert service_module.path_with_environment() == f"{Path(sys.executable).parent}:/usr/bin"

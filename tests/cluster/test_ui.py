@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 import urllib.request
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import ui
+from cluster import cli_service, ui
 from cluster.registry import Registry
 from cluster.registry_entries import Lineage, StageLog
 from cluster.registry_store import Store, store_of
@@ -48,6 +50,32 @@ def test_a_tracking_server_is_its_own_ui(tmp_path: Path):
     server = ui.start_ui(Store(uri="http://mlflow.example:5000", artifacts=None), home=tmp_path, port=1)
     assert (server.url, server.is_running) == ("http://mlflow.example:5000", True)
     server.stop()
+
+
+class Dying:
+    """A server that runs until a SIGTERM arrives, which it sends itself."""
+
+    process, url, is_stopped = object(), "http://here", False
+
+    @property
+    def is_running(self) -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    def stop(self) -> None:
+        self.is_stopped = True
+
+
+def test_a_sigterm_ends_the_server_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    server, before = Dying(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setenv("SEATRIAL_HOME", str(tmp_path))
+    monkeypatch.setattr(cli_service, "start_ui", lambda *_arguments, **_options: server)
+    try:
+        assert cli_service.keep_ui(5000).data == {"url": "http://here"}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert server.is_stopped
 
 
 def substitute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, program: str) -> None:
