@@ -32,7 +32,7 @@ def finish_run(request: RunRequest, command: PipelineCommand, scene: Scene) -> R
     """
     home = seatrial_home()
     spec, folder = open_run(request, home)
-    require_machine(spec, home, command.until)
+    require_machine(spec, home, command.until, is_resumed=bool(request.resume))
     record_spec(spec, folder)
     words = ["seatrial", command.name, request.spec, *(f"--set {setting}" for setting in request.settings)]
     scene.resume = " ".join(word for word in (*words, "--resume", folder.run_id) if word)

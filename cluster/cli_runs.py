@@ -10,7 +10,7 @@ from typing import Final
 
 from cluster.paths import RunFolder, list_runs, new_run_id, write_json
 from cluster.planning import plan_run
-from cluster.preflight import check_model, probe_machine, require_ready
+from cluster.preflight import becomes_free, check_model, probe_machine, require_ready
 from cluster.spec import WorkflowSpec, load_spec, override, packaged_workflows, parse_spec
 from cluster.spec_errors import SpecSource, leaf_paths, unknown_name
 from cluster.watch import RunSummary
@@ -18,6 +18,7 @@ from rl_actors.errors import BadInputError, TamperedError
 
 LATEST: Final = "latest"
 STAGES_WITH_SERVING: Final = ("", "release")
+RESUME_PORT_WAIT_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +121,17 @@ def _refuse_other_spec(spec: WorkflowSpec, folder: RunFolder) -> None:
     raise BadInputError(differing[0], asked.value(differing[0]), remedy)
 
 
-def require_machine(spec: WorkflowSpec, home: Path, until: str = "") -> None:
-    """Refuse a machine that cannot finish. Raises InfrastructureError naming each missing item and its remedy."""
+def require_machine(spec: WorkflowSpec, home: Path, until: str = "", *, is_resumed: bool = False) -> None:
+    """Refuse a machine that cannot finish; a resumed run first waits, with a bound, for what it left on its port.
+
+    Raises:
+        InfrastructureError: names each missing item and its remedy.
+    """
     machine = probe_machine(spec, home)
     if until not in STAGES_WITH_SERVING:
         machine = replace(machine, port_is_free=True)
+    elif is_resumed and not machine.port_is_free:
+        machine = replace(machine, port_is_free=becomes_free(spec.cluster.serve_port, timeout_s=RESUME_PORT_WAIT_S))
     require_ready(spec, machine, home, plan_run(spec).peak_memory_bytes)
 
 

@@ -23,6 +23,8 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 SPEC_FILE = "spec.submitted.yaml"
 FINAL_STATUSES = ("SUCCEEDED", "FAILED", "STOPPED")
 MAX_MISSED_POLLS = 5
+SUBMIT_ATTEMPTS, SUBMIT_PAUSE_S = 12, 5.0
+_NO_AGENT_YET = "No available agent"  # in Ray's own words, for some seconds after `ray start`
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
@@ -82,8 +84,18 @@ def entrypoint(python: str = "python", extra: tuple[str, ...] = ()) -> str:
     return shlex.join([python, "-m", "cluster.cli", "run", SPEC_FILE, "--address", "auto", *extra])
 
 
-def submit(client: JobSubmissionClient, spec_text: str, command: str, env: dict[str, str] | None = None) -> str:
-    """Submit a run and return its job id. Raises InfrastructureError when the cluster refuses it.
+def submit(
+    client: JobSubmissionClient,
+    spec_text: str,
+    command: str,
+    env: dict[str, str] | None = None,
+    *,
+    sleep: Callable[[float], object] = time.sleep,
+) -> str:
+    """Submit a run and return its job id; a cluster that has just started gets a minute to find its agent.
+
+    Raises:
+        InfrastructureError: The cluster refuses it.
 
     Args:
         client: from `connect`.
@@ -94,10 +106,20 @@ def submit(client: JobSubmissionClient, spec_text: str, command: str, env: dict[
     with tempfile.TemporaryDirectory(prefix="seatrial-job-") as folder:
         working_dir = stage_working_dir(spec_text, Path(folder))
         runtime_env = {"working_dir": str(working_dir), "env_vars": env or {}}
+        return _once_there_is_an_agent(
+            lambda: client.submit_job(entrypoint=command, runtime_env=runtime_env), sleep=sleep
+        )
+
+
+def _once_there_is_an_agent(submit_job: Callable[[], str], *, sleep: Callable[[float], object]) -> str:
+    for attempts_left in reversed(range(SUBMIT_ATTEMPTS)):
         try:
-            return client.submit_job(entrypoint=command, runtime_env=runtime_env)
+            return submit_job()
         except (ConnectionError, RuntimeError) as error:
-            raise InfrastructureError(f"the cluster refused the job: {error}") from error
+            if _NO_AGENT_YET not in str(error) or not attempts_left:
+                raise InfrastructureError(f"the cluster refused the job: {error}") from error
+        sleep(SUBMIT_PAUSE_S)
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def follow(

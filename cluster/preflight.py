@@ -12,7 +12,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -184,6 +185,22 @@ def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
             probe.bind((host, port))
         except OSError:
             return False
+    return True
+
+
+def becomes_free(
+    port: int,
+    *,
+    timeout_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], object] = time.sleep,
+) -> bool:
+    """Wait for a port: after a kill -9, the killed run's own gateway listens until its Ray has noticed."""
+    deadline = clock() + timeout_s
+    while not is_port_free(port):
+        if clock() >= deadline:
+            return False
+        sleep(0.5)
     return True
 
 

@@ -316,6 +316,20 @@ def test_a_poor_machine_is_refused_before_the_folder_exists(
     assert seatrial("train", "support_desk").exit_code == 0, "training serves nothing and needs no port"
 
 
+def test_only_a_resumed_run_waits_for_its_port(home: Path, pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    """A killed run's gateway listens until its Ray has noticed; a new run's port is somebody else's."""
+    from dataclasses import replace
+
+    waited: list[int] = []
+    monkeypatch.setattr(cli_runs, "probe_machine", lambda _spec, _home: replace(GOOD_MACHINE, port_is_free=False))
+    monkeypatch.setattr(cli_runs, "becomes_free", lambda port, *, timeout_s: waited.append(port) is None)
+    assert seatrial("run", "support_desk").exit_code == 3
+    assert not waited
+    recorded_run(home, "mine")
+    assert seatrial("run", "--resume", "mine").exit_code == 0
+    assert waited == [8000]
+
+
 def test_a_run_id_is_used_once(home: Path, pipeline: SimpleNamespace):
     recorded_run(home, "mine")
     result = seatrial("run", "support_desk", "--run-id", "mine")

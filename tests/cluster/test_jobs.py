@@ -19,6 +19,7 @@ from cluster.jobs import (
     PACKAGES,
     PROJECT_ROOT,
     SPEC_FILE,
+    SUBMIT_PAUSE_S,
     connect,
     entrypoint,
     follow,
@@ -175,6 +176,30 @@ def test_a_cluster_that_refuses_is_an_infrastructure_failure():
         submit(client, "a: 1", entrypoint())  # type: ignore[arg-type]
     with pytest.raises(InfrastructureError, match="could not be stopped"):
         stop(client, "j")  # type: ignore[arg-type]
+
+
+class LateAgent(FakeClient):
+    """A cluster whose agent is there after some refusals."""
+
+    def __init__(self, refusals: int) -> None:
+        super().__init__()
+        self.refusals = refusals
+
+    def submit_job(self, *, entrypoint: str, runtime_env: dict) -> str:
+        self.refusals -= 1
+        if self.refusals >= 0:
+            raise RuntimeError("status code 500: No available agent to submit job, please try again later..")
+        return super().submit_job(entrypoint=entrypoint, runtime_env=runtime_env)
+
+
+def test_a_cluster_that_has_just_started_gets_a_minute():
+    pauses: list[float] = []
+    assert submit(LateAgent(3), spec_to_yaml(load_spec("support_desk")), "true", sleep=pauses.append) == "raysubmit_1"
+    assert pauses == [SUBMIT_PAUSE_S] * 3
+    pauses.clear()
+    with pytest.raises(InfrastructureError, match=r"the cluster refused the job: .*No available agent"):
+        submit(LateAgent(1000), spec_to_yaml(load_spec("support_desk")), "true", sleep=pauses.append)
+    assert 50 <= sum(pauses) <= 60
 
 
 def test_stopping_says_whether_there_was_something_to_stop():

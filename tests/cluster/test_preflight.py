@@ -14,6 +14,7 @@ from cluster.preflight import (
     GIB,
     Machine,
     available_memory,
+    becomes_free,
     check_machine,
     check_model,
     count_gpus,
@@ -188,3 +189,29 @@ def test_this_machine_can_be_probed(tmp_path: Path):
     assert machine.python[0] == 3
     assert min(machine.disk_bytes, machine.memory_bytes) > 0
     assert machine.home_is_writable
+
+
+class Clock:
+    """Time that passes by sleeping only; after `frees_at` seconds the listener closes."""
+
+    def __init__(self, listener: socket.socket, frees_at: float) -> None:
+        self.now, self.listener, self.frees_at = 0.0, listener, frees_at
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now >= self.frees_at:
+            self.listener.close()
+
+
+@pytest.mark.parametrize(("frees_at", "is_free"), [(3.0, True), (30.0, False)])
+def test_a_port_that_a_killed_run_left_is_waited_for_with_a_bound(frees_at: float, is_free: bool):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        clock = Clock(listener, frees_at)
+        port = listener.getsockname()[1]
+        assert becomes_free(port, timeout_s=10.0, clock=clock, sleep=clock.sleep) is is_free
+        assert clock.now <= 10.0
