@@ -72,8 +72,13 @@ class Bundle:
 
     def write(self, path: Path) -> None:
         """Write the manifest with its id, atomically. Raises TamperedError over a different bundle."""
-        if path.exists() and load_bundle(path).id != self.id:
-            raise TamperedError(f"{path} holds another bundle, and a bundle never changes; start a new run")
+        written = load_bundle(path) if path.exists() else self
+        if written.id != self.id:
+            found = diff_bundles(written, self)
+            changes = [f"{change.member} was {change.before.version}, is {change.after.version}" for change in found]
+            raise TamperedError(
+                f"{path} holds another bundle, and a bundle never changes ({'; '.join(changes)}); start a new run"
+            )
         write_json(path, {"bundle_id": self.id, **encode(self)})
 
 
