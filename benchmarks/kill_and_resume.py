@@ -1,6 +1,8 @@
 """Kill -9 a whole run in SFT, in PPO and in its canary, resume it each time, and check that nothing was lost or redone.
 
 SEATRIAL_HOME=/tmp/drill python benchmarks/kill_and_resume.py [--seed 1]   # as long as a demo; exit code 1 on a finding
+
+`--asleep-s` waits that long before it resumes the killed canary.
 """
 
 from __future__ import annotations
@@ -75,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--run-id", default="kill-drill")
+    parser.add_argument("--asleep-s", type=float, default=0.0)
     arguments = parser.parse_args()
     home = Path(os.environ.get("SEATRIAL_HOME", "~/.seatrial")).expanduser()
     drill, before = Drill(home / "runs" / arguments.run_id), dict[str, Any]()
@@ -89,7 +92,8 @@ def main() -> None:
         kill_when(process, is_time, where)
         findings += [f"{stage} changed after {where}" for stage in before if drill.finished()[stage] != before[stage]]
         before = drill.finished()
-        print(f"killed in {where}; finished: {', '.join(before)}")  # noqa: T201
+        print(f"killed in {where}; finished: {', '.join(before)}", flush=True)  # noqa: T201
+        time.sleep(arguments.asleep_s if where == "canary" else 0.0)
         process = seatrial("run", "--resume", arguments.run_id)
     code = process.wait(timeout=BOUND_S)
     findings += [f"{stage} changed at the end" for stage in before if drill.finished()[stage] != before[stage]]
@@ -97,6 +101,7 @@ def main() -> None:
     rows, requests = drill.ledger()
     if not rows == requests == sum(release["requests"] for release in releases):
         findings.append(f"{rows} ledger rows, {requests} distinct requests, {[r['requests'] for r in releases]} sent")
+    findings += [f"{r['ledger_rows']} rows in {r['release_id']}" for r in releases if r["ledger_rows"] != r["requests"]]
     findings += [f"{r['failed_requests']} failed in {r['release_id']}" for r in releases if r["failed_requests"]]
     print(f"run ended with exit code {code}; {rows} rows, {requests} requests; findings: {findings or 'none'}")  # noqa: T201
     sys.exit(1 if findings else 0)

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import httpx
 
+from cluster.ticket_book import TicketBook, TicketResult
 from rl_actors.agent.tool_client import ToolHostPool
 from rl_actors.agent.workflow import Workflow
 from rl_actors.contracts import Outcome, Task
@@ -39,24 +40,13 @@ class TrafficConfig:
     timeout_s: float = 90.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TicketResult:
-    """What became of one ticket. `failure` is empty when answered; `outcome` is None when not verified."""
-
-    task_id: str
-    run_id: str
-    release_channel: str
-    policy_version: str
-    failure: str
-    outcome: Outcome | None
-    duration_ms: float
-
-
 @dataclass(slots=True, kw_only=True)
 class TrafficProgress:
     """Counts so far. `num_failed` is what users would call an outage: no 200 after all polite retries.
 
-    `num_repeated` counts tickets that an earlier, killed driver had sent; they are in no other count.
+    What earlier, killed drivers of the same release sent is in all counts but `seconds`; `num_before` answers are
+    theirs. `num_repeated` counts tickets in flight when one was killed, which had run: their users saw nothing of it,
+    so they are neither answered nor failed.
     """
 
     num_sent: int = 0
@@ -65,6 +55,7 @@ class TrafficProgress:
     num_failed: int = 0
     num_throttled: int = 0
     num_unlabelled: int = 0
+    num_before: int = 0
     seconds: float = 0.0
     successes: Counter[str] = field(default_factory=Counter)
     answered: Counter[str] = field(default_factory=Counter)
@@ -73,8 +64,13 @@ class TrafficProgress:
 
     @property
     def requests_per_s(self) -> float:
-        """Answered tickets over wall time."""
-        return self.num_answered / self.seconds if self.seconds else 0.0
+        """Answered tickets over wall time, both of this driver alone."""
+        return (self.num_answered - self.num_before) / self.seconds if self.seconds else 0.0
+
+    @property
+    def num_requests(self) -> int:
+        """Tickets that ever went out, whatever became of them."""
+        return self.num_sent + self.num_repeated
 
     def success_rate(self, channel: str) -> float:
         """Verified successes over answered tickets of a release channel; 0 without any."""
@@ -104,28 +100,39 @@ class TrafficDriver:
         self,
         workflow: Workflow,
         config: TrafficConfig,
+        book: TicketBook,
         *,
         client: httpx.AsyncClient | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Touch nothing yet. A `client` given is used as it is and left open."""
-        self._workflow, self._config, self._client, self._clock = workflow, config, client, clock
+        """Count what the book holds, send nothing yet. A `client` given is used as it is and left open."""
+        self._workflow, self._config, self._book, self._client, self._clock = workflow, config, book, client, clock
         self.progress = TrafficProgress()
+        for result in book.ended:
+            self.progress.add(result)
+        self.progress.num_before = self.progress.num_answered
 
     async def drive(self, tasks: Iterable[Task], is_over: Callable[[], bool]) -> AsyncIterator[TicketResult]:
         """Yield results as tickets finish. Once `is_over`, no new ticket is sent; those in flight are finished."""
-        started, waiting = self._clock(), iter(tasks)
+        started, waiting = self._clock(), iter(self._book.waiting(tasks))
         async with self._open() as desk:
-            pending = {asyncio.create_task(desk.serve(task)) for task in _take(waiting, self._config.concurrency)}
+            pending = self._send(desk, waiting, self._config.concurrency)
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                fresh = [] if is_over() else _take(waiting, len(done))
-                pending |= {asyncio.create_task(desk.serve(task)) for task in fresh}
+                pending |= set() if is_over() else self._send(desk, waiting, len(done))
                 for finished in done:
+                    self._book.end(finished.result())
                     self.progress.add(finished.result())
                     self.progress.num_throttled = desk.num_throttled
                     self.progress.seconds = self._clock() - started
                     yield finished.result()
+
+    def _send(self, desk: _Desk, waiting: Iterator[Task], count: int) -> set[asyncio.Task[TicketResult]]:
+        """Let up to `count` tickets go out, each written into the book before."""
+        fresh = [task for _, task in zip(range(count), waiting, strict=False)]
+        for task in fresh:
+            self._book.send(task.task_id)
+        return {asyncio.create_task(desk.serve(task)) for task in fresh}
 
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[_Desk]:
@@ -249,8 +256,3 @@ def _failure_of(response: httpx.Response) -> str:
     if response.status_code == httpx.codes.CONFLICT and response.json()["error"]["code"] == ALREADY_RAN:
         return ALREADY_RAN
     return f"http_{response.status_code}"
-
-
-def _take(tasks: Iterator[Task], count: int) -> list[Task]:
-    """Take up to `count` tickets."""
-    return [task for _, task in zip(range(count), tasks, strict=False)]

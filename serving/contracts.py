@@ -21,9 +21,9 @@ EventKind = Literal["violation", "override", "failure"]
 Ending = Literal["rolled_back", "failed_back", "halted"]
 Evidence = Mapping[str, float | str]
 
-UNSCORED: Final = -1.0
-"""`critic_score` of a run that the asynchronous critic has not scored yet: a number, because no column is ever null."""
+UNSCORED: Final = -1.0  # critic_score of a run that the critic has not scored yet: no column is ever null
 
+STALE_AFTER_S: Final = 30.0  # the age at which a split record that nobody refreshes counts as share 0
 ARTICLE_GATES: Final = (
     "no_safety_regression",
     "latency_delta_lt_15_percent",
@@ -178,7 +178,8 @@ class ReleasePlan:
 
     All `gates` must pass to advance; a failing gate or stop rule rolls back. `alpha` bounds the chance of a false roll
     back over the release, and of a false pass per gate. Margins are relative (non-inferiority). `event_rate_tolerance`
-    is the rate of bad sessions that is acceptable even where events are too rare to compare the arms.
+    is the rate of bad sessions that is acceptable even where events are too rare to compare the arms. A controller that
+    comes back after more than `stale_after_s`, the gateways' own bound, does not count its absence as canary time.
     `may_promote=False` is a rollback drill: it can never promote.
     """
 
@@ -200,6 +201,7 @@ class ReleasePlan:
     ack_poll_s: float = 2.0
     may_promote: bool = True
     tick_s: float = 5.0
+    stale_after_s: float = STALE_AFTER_S
     seed: int = 0
 
     def __post_init__(self) -> None:

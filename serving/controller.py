@@ -10,13 +10,11 @@ aliases. A tick that finds a safe split one epoch ahead of the record adopts it 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-from rl_actors.errors import BadInputError, EngineError, StageRefusedError
+from rl_actors.errors import EngineError, StageRefusedError
 from serving import contracts
 from serving.contracts import (
     Canary,
@@ -36,6 +34,8 @@ from serving.contracts import (
     RunEvent,
     SplitRecord,
 )
+from serving.decision_log import DecisionLog
+from serving.durable_files import file_lock
 from serving.gates import ArmEvent, LiveEvidence, check_gate_names, evaluate_live, traffic_result
 from serving.ledger import RunLedger
 from serving.release_state_machine import (
@@ -45,8 +45,9 @@ from serving.release_state_machine import (
     decide,
     desired_split,
     next_state,
+    woken,
 )
-from serving.split import SplitStore, append_durably, file_lock, read_rows
+from serving.split import SplitStore
 
 _POLL_S: Final = 0.05
 _SAFETY_KINDS: Final[tuple[EventKind, ...]] = ("violation", "override")
@@ -128,62 +129,6 @@ def _first_per_session(
     )
 
 
-class DecisionLog:
-    """`decisions.jsonl` of one release: every decision with its evidence, and the state it led to."""
-
-    def __init__(self, directory: Path) -> None:
-        """Name the directory; it is created with the first row."""
-        self.path = directory / "decisions.jsonl"
-
-    def append(
-        self, release: Release, before: ReleaseState, decision: Decision, after: ReleaseState, at: float
-    ) -> None:
-        """Write and sync one row."""
-        row = {
-            "at": at,
-            "release": asdict(release),
-            "state": _state_row(before),
-            "decision": type(decision).__name__,
-            "reason": decision.reason,
-            "evidence": [asdict(result) for result in decision.evidence],
-            "next_state": _state_row(after),
-        }
-        append_durably(self.path, _finite(row))
-
-    def state(self, release: Release) -> ReleaseState | None:
-        """Return the last recorded state, None before the first. Raises BadInputError for another release's log."""
-        rows = read_rows(self.path)
-        if rows and rows[-1]["release"] != asdict(release):
-            raise BadInputError("release", asdict(release), f"{self.path} belongs to {rows[-1]['release']}")
-        return _parse_state(rows[-1]["next_state"]) if rows else None
-
-    def drills(self) -> tuple[Drill, ...]:
-        """Return the timed rollback drills of this release."""
-        rows = [row for row in read_rows(self.path) if row["state"]["kind"] == "Drilling"]
-        return tuple(
-            Drill(at=row["at"], seconds=row["at"] - row["state"]["started_at"])
-            for row in rows
-            if row["decision"] == "Advance"
-        )
-
-
-def _state_row(state: ReleaseState) -> dict[str, Any]:
-    return {"kind": type(state).__name__} | asdict(state)
-
-
-def _parse_state(row: Mapping[str, Any]) -> ReleaseState:
-    return getattr(contracts, row["kind"])(**{name: value for name, value in row.items() if name != "kind"})
-
-
-def _finite(value: Any) -> Any:
-    """Spell out infinities and NaN, for which JSON has no number."""
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
 class ReleaseController:
     """Drives one release to its end. Ticks on one directory exclude each other across processes."""
 
@@ -205,6 +150,7 @@ class ReleaseController:
         self.release, self.plan, self.log = release, plan, DecisionLog(directory)
         self._splits, self._platform, self._evidence, self._aliases = splits, platform, evidence, aliases
         self._clock, self._sleep, self._lock_path = clock, sleep, directory / "controller.lock"
+        self._has_ticked = False
 
     def run(self) -> ReleaseState:
         """Tick until the release is over; waits `tick_s` only while the canary carries traffic."""
@@ -218,7 +164,7 @@ class ReleaseController:
     def tick(self) -> ReleaseState:
         """Take one step: settle, observe, decide, act, record. Returns the state it leaves behind."""
         with file_lock(self._lock_path):
-            state = self._settled()
+            state = self._woken(self._settled())
             if isinstance(state, TERMINAL):
                 return state
             self._beat(state)
@@ -324,6 +270,20 @@ class ReleaseController:
             return self._adopted(state, current, wanted)
         self._splits.compare_and_set(wanted)
         return state
+
+    def _woken(self, state: ReleaseState) -> ReleaseState:
+        """Take the time without any controller out of a canary's clock, on record: its split was stale, so nobody was
+        served by the candidate. Only a new controller may, so that a slow one cannot stretch a release for ever.
+        """
+        is_first, self._has_ticked = not self._has_ticked, True
+        if not is_first or not isinstance(state, Canary):
+            return state
+        now = self._clock()
+        if (asleep_s := now - self.log.last_at()) <= self.plan.stale_after_s:
+            return state
+        after, decision = woken(state, asleep_s)
+        self.log.append(self.release, state, decision, after, now)
+        return after
 
     def _beat(self, state: ReleaseState) -> None:
         """Keep the split in force fresh, and say it again: a kill may have swallowed the first time."""

@@ -29,7 +29,7 @@ from serving.contracts import (
     Success,
     TrafficWindow,
 )
-from serving.split import file_lock
+from serving.durable_files import file_lock
 
 _BUSY_TIMEOUT_MS: Final = 10_000
 _START_COLUMNS: Final = tuple(

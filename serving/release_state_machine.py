@@ -6,6 +6,7 @@ any of them -> Restoring -> RolledBack | FailedBack | Halted
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final, assert_never
 
 from serving.contracts import (
@@ -175,6 +176,17 @@ def _ended(state: Restoring, now: float) -> ReleaseState:
             return Halted(reason=state.reason)
         case _:
             assert_never(state.ending)
+
+
+def woken(state: Canary, asleep_s: float) -> tuple[Canary, Hold]:
+    """Return a canary whose clock leaves out `asleep_s` seconds without a controller, and the decision that says so."""
+    after = replace(
+        state,
+        step_started_at=state.step_started_at + asleep_s,
+        release_started_at=state.release_started_at + asleep_s,
+    )
+    reason = f"resumed after {asleep_s:.0f} s without a controller: the candidate had no traffic, they do not count"
+    return after, Hold(reason=reason, evidence=())
 
 
 def desired_split(state: ReleaseState, release: Release, plan: ReleasePlan, now: float) -> SplitRecord | None:

@@ -15,8 +15,9 @@ from typing import Any
 from rl_actors.agent.loop import AgentLimits
 from rl_actors.agent.workflow import WorkflowRef
 from rl_actors.errors import BadInputError, EngineError, TamperedError
+from serving.contracts import STALE_AFTER_S
+from serving.durable_files import disk_errors, replace_durably
 from serving.openai_api import ApiLimits
-from serving.split import disk_errors, replace_durably
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _STAMP = re.compile(r"[!-~]{1,256}")
@@ -129,7 +130,7 @@ class GatewayConfig:
     engine_timeout_s: float = 15.0
     check_timeout_s: float = 5.0
     poll_s: float = 0.2
-    stale_after_s: float = 30.0
+    stale_after_s: float = STALE_AFTER_S
     num_tool_hosts: int = 2
     cost_per_token_in: float = 0.1
     cost_per_token_out: float = 1.0

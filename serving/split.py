@@ -6,18 +6,15 @@ been refreshed in time gives the candidate nothing: a dead controller fails back
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from rl_actors.errors import BadInputError, InfrastructureError, StageRefusedError, TamperedError
+from rl_actors.errors import BadInputError, StageRefusedError, TamperedError
 from serving.contracts import ReleaseChannel, SplitRecord
+from serving.durable_files import append_durably, disk_errors, file_lock, read_rows, replace_durably
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,69 +105,3 @@ def _parsed(text: str, path: Path) -> SplitRecord:
         return SplitRecord(**json.loads(text))
     except (ValueError, TypeError, BadInputError) as error:
         raise TamperedError(f"{path} is not a split record ({error}); restore it from split_history.jsonl") from error
-
-
-# --- durable files ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError on `path` into an InfrastructureError that names it and the remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise InfrastructureError(f"{path}: {error}; free disk space or check its permissions") from error
-
-
-@contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Wait for, then hold, an exclusive lock; it dies with its process, so a kill never leaves it behind."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def replace_durably(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a restart after kill -9, sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def append_durably(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line and sync it; a line torn by a kill is cut off first."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            file.truncate(_end_of_last_line(path.read_bytes()))
-            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read all complete JSON lines; a torn last line is not a line. Raises TamperedError for a broken one before it."""
-    with disk_errors(path):
-        data = path.read_bytes() if path.exists() else b""
-    try:
-        return [json.loads(line) for line in data[: _end_of_last_line(data)].splitlines()]
-    except ValueError as error:
-        raise TamperedError(f"{path} holds a line that is not JSON ({error}); restore it from a copy") from error
-
-
-def _end_of_last_line(data: bytes) -> int:
-    """Offset just after the last newline."""
-    return data.rfind(b"\n") + 1

@@ -17,7 +17,8 @@ from typing import Final
 
 from rl_actors.errors import InfrastructureError, TamperedError
 from serving.contracts import SplitRecord
-from serving.split import Route, SplitStore, disk_errors, route
+from serving.durable_files import disk_errors
+from serving.split import Route, SplitStore, route
 
 _HEARTBEAT_S: Final = 1.0
 

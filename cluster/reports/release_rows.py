@@ -11,9 +11,9 @@ from typing import Any
 from cluster.codec import decode
 from cluster.reports.brief import CanaryCurve, EvidencePoint, GateRow, ReleaseRow
 from serving.contracts import GateResult
+from serving.durable_files import read_rows
 from serving.gates import GATES
 from serving.release_state_machine import HEALTHY
-from serving.split import read_rows
 
 _EVENT_GATES = ("task_success_not_worse", "no_safety_regression")
 

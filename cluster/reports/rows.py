@@ -8,7 +8,7 @@ Read, all optional (what is missing becomes "not measured"):
   the first output with a `calibration` (a RewardModelVersion: `name`, `calibration`); the last `finished_at`.
 * `eval/*.json`: `codec.encode(EvalReport)`; the one whose suites' candidate `policy` is the bundle's policy version.
 * `metrics.jsonl`, stage `ppo`: `step`, `success`, `kl_to_reference` (or `kl`).
-* `release*/**/decisions.jsonl`: `serving.controller.DecisionLog` rows, one log per release; this brief's is the one
+* `release*/**/decisions.jsonl`: `serving.decision_log.DecisionLog` rows, one log per release; this brief's is the one
   whose candidate is the bundle's policy version, the others appear under rollback.
 * the run ledger at the path given: `serving.ledger.RunLedger`; channel `canary` of the candidate, `general` of stable.
 """
@@ -37,8 +37,8 @@ from rl_actors.contracts import Calibration, EvalReport, SuiteResult
 from rl_actors.training.metrics_log import read_metrics
 from serving.canary_analysis import reliability_score
 from serving.contracts import GateResult, ReleaseChannel, TrafficWindow
+from serving.durable_files import read_rows
 from serving.ledger import RunLedger
-from serving.split import read_rows
 
 OFFLINE_GATES = "offline_gates"
 _SHOWN_HASH = 8

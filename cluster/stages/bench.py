@@ -14,6 +14,7 @@ from cluster.service_gateway import record_gateway
 from cluster.stages.context import NUM_THREADS, Run
 from cluster.stages.data import NUM_RELEASES, read_tasks
 from cluster.stages.traffic_thread import TrafficThread
+from cluster.ticket_book import TicketBook
 from cluster.traffic import TrafficConfig, TrafficDriver, TrafficProgress
 from rl_actors.contracts import DataSnapshot, Task
 from rl_actors.evaluation import CostModel
@@ -38,8 +39,8 @@ _OUTCOMES: dict[str, Outcome] = {
 class ReleaseResult:
     """How one release ended, from the ledger and the controller's own record.
 
-    `requests` counts tickets, those included that a killed driver had sent before; `ledger_rows` the requests of this
-    release that the ledger holds. The two must be equal.
+    `requests` counts the tickets that users wrote down as sent (`tickets.jsonl`), before a kill or after; `ledger_rows`
+    the requests of this release in the ledger, which the gateways wrote. The two must be equal.
     """
 
     release_id: str
@@ -115,8 +116,9 @@ class ReleaseBench:
             release_id=f"{self._run.folder.run_id}-{index}", stable=stable.version, candidate=candidate.version
         )
         over = threading.Event()
-        traffic = TrafficThread(self._driver(index), live_tasks(self._snapshot, index), over, self._run, index)
-        with closing(RunLedger(self.ledger_path, owner="controller")) as ledger:
+        tasks, tickets = live_tasks(self._snapshot, index), TicketBook(directory / "tickets.jsonl")
+        with closing(RunLedger(self.ledger_path, owner="controller")) as ledger, closing(tickets) as book:
+            traffic = TrafficThread(self._driver(index, book), tasks, over, self._run, index)
             controller = self._controller(release, plan, ledger, directory)
             traffic.start()
             try:
@@ -176,7 +178,7 @@ class ReleaseBench:
             candidate=release.candidate,
             outcome=_OUTCOMES[type(state).__name__],
             reason=getattr(state, "reason", "all gates passed at every step of the ramp"),
-            requests=progress.num_sent + progress.num_repeated,
+            requests=progress.num_requests,
             failed_requests=progress.num_failed,
             ledger_rows=ledger.count_requests(release.release_id),
             first_step_requests=first[1],
@@ -187,14 +189,14 @@ class ReleaseBench:
             seconds=seconds,
         )
 
-    def _driver(self, index: int) -> TrafficDriver:
+    def _driver(self, index: int, book: TicketBook) -> TrafficDriver:
         config = TrafficConfig(
             url=self.platform.url,
             live_world=self._world,
             run_name=f"{self._run.folder.run_id}-{index}",
             concurrency=self._run.spec.release.concurrency,
         )
-        return TrafficDriver(self._run.workflow, config)
+        return TrafficDriver(self._run.workflow, config, book)
 
     def _gateway(self) -> GatewayConfig:
         cost = CostModel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.ticket_book import TicketBook
 from cluster.traffic import ACTOR, TrafficConfig, TrafficDriver, TrafficProgress, request_id, run_traffic
 from cluster.workflows.support_desk import WORKFLOW
 from cluster.workflows.support_desk.tools import WORLD
@@ -102,8 +104,9 @@ def drive(
 ) -> TrafficProgress:
     client = httpx.AsyncClient(transport=httpx.MockTransport(gateway), base_url="http://gateway")
     values = {"url": "http://gateway", "live_world": gateway.live_world, "run_name": "r1", "concurrency": 3}
-    driver = TrafficDriver(WORKFLOW, TrafficConfig(**(values | changes)), client=client)
-    return run_traffic(driver, tasks, is_over=is_over, on_progress=on_progress)
+    with closing(TicketBook(Path(gateway.live_world["database"]).with_name("tickets.jsonl"))) as book:
+        driver = TrafficDriver(WORKFLOW, TrafficConfig(**(values | changes)), book, client=client)
+        return run_traffic(driver, tasks, is_over=is_over, on_progress=on_progress)
 
 
 def test_right_answers_are_labelled_and_nobody_complains(gateway: ExpertGateway, tasks: list[Task]) -> None:
@@ -257,3 +260,48 @@ def test_other_conflicts_are_failures(gateway: ExpertGateway, tasks: list[Task])
     gateway.refuse[tasks[0].task_id], gateway.code = [409], "in_flight"
     progress = drive(gateway, tasks[:1])
     assert (progress.num_repeated, dict(progress.failures)) == (0, {"http_409": 1})
+
+
+class Killed(BaseException):
+    """kill -9 of the driver, as seen from inside."""
+
+
+def killed_after(count: int) -> Callable[[TrafficProgress], None]:
+    def on_progress(progress: TrafficProgress) -> None:
+        if progress.num_answered == count:
+            raise Killed
+
+    return on_progress
+
+
+def test_a_driver_after_a_kill_knows_all_that_was_sent(gateway: ExpertGateway, tasks: list[Task]) -> None:
+    """Each ticket reaches the gateway under one key, and the counts are those of both drivers together."""
+    gateway.delay_s = 0.01
+    with pytest.raises(Killed):
+        drive(gateway, tasks, on_progress=killed_after(4))
+    known = set(gateway.keys)
+    progress = drive(gateway, tasks)
+    assert (progress.num_answered, progress.num_failed, progress.num_requests) == (NUM_TASKS, 0, NUM_TASKS)
+    assert set(gateway.keys) == {request_id("r1", task) for task in tasks}
+    assert len(known) == len(gateway.keys[: len(known)]) < NUM_TASKS
+
+
+def test_a_resumed_driver_first_asks_for_what_was_in_flight(gateway: ExpertGateway, tasks: list[Task]) -> None:
+    gateway.delay_s = 0.01
+    with pytest.raises(Killed):
+        drive(gateway, tasks, on_progress=killed_after(4))
+    first, gateway.code = list(gateway.keys), "already_ran"
+    for task in tasks:
+        if request_id("r1", task) in first:
+            gateway.refuse[task.task_id] = [409]
+    progress = drive(gateway, tasks, is_over=lambda: True)
+    again = gateway.keys[len(first) :]
+    assert set(again) <= set(first)
+    assert 0 < progress.num_repeated == len(again) <= 3
+    assert progress.num_requests == len(set(gateway.keys)) < NUM_TASKS
+
+
+def test_the_rate_is_that_of_the_driver_at_work(gateway: ExpertGateway, tasks: list[Task]) -> None:
+    drive(gateway, tasks)
+    progress = drive(gateway, tasks)
+    assert (progress.num_answered, progress.requests_per_s) == (NUM_TASKS, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from cluster.ticket_book import TicketBook
 from cluster.traffic import TrafficConfig, TrafficDriver, TrafficProgress, run_traffic
 from cluster.workflows import locate_workflow
 from rl_actors.agent.harmony import demonstration_texts
@@ -70,7 +72,8 @@ class Site:
     def send(self, count: int, name: str) -> TrafficProgress:
         config = TrafficConfig(url=self.platform.url, live_world=self.config.live_world, run_name=name, concurrency=6)
         self.num_sent += count
-        return run_traffic(TrafficDriver(WORKFLOW, config), [next(self.tickets) for _ in range(count)])
+        with closing(TicketBook(self.ledger.path.with_name(f"tickets-{name}.jsonl"))) as book:
+            return run_traffic(TrafficDriver(WORKFLOW, config, book), [next(self.tickets) for _ in range(count)])
 
 
 def save_model(directory: Path, seed: int) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rl_actors.contracts import EvalReport, Interval, SuiteResult
 from rl_actors.errors import EngineError
-from serving import controller as controller_module
+from serving import decision_log as decision_log_module
 from serving import split as split_module
 from serving.contracts import (
     Canary,
@@ -170,7 +170,7 @@ def killed_at(nth: int, rig: Harness) -> Iterator[list[str]]:
         return wrapper
 
     places: Sequence[tuple[object, str]] = (
-        (controller_module, "append_durably"),
+        (decision_log_module, "append_durably"),
         (split_module, "append_durably"),
         (split_module, "replace_durably"),
         (rig.platform, "set_split"),

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,10 +29,12 @@ from serving.contracts import (
     RolledBack,
     SplitRecord,
 )
-from serving.controller import DecisionLog, LedgerEvidence, ReleaseController
+from serving.controller import LedgerEvidence, ReleaseController
+from serving.decision_log import DecisionLog
+from serving.durable_files import file_lock, read_rows
 from serving.gates import LiveEvidence, evaluate_live
 from serving.ledger import RunLedger
-from serving.split import SplitStore, file_lock, read_rows, route
+from serving.split import SplitStore, route
 from tests.serving.fakes import (
     RELEASE,
     START,
@@ -189,6 +192,64 @@ class TestWholeReleases:
         assert isinstance(rig.controller().tick(), Promoted)
         with pytest.raises(StageRefusedError, match="is next"):
             rig.controller().roll_back(actor="ann", reason="too late: another release runs")
+
+
+class TestLongSleep:
+    """A controller that comes back late: what nobody watched, and no candidate served, is no canary time."""
+
+    def test_time_without_a_controller_does_not_count(self, tmp_path: Path):
+        rig = harness(tmp_path, make=silent)
+        ticks(rig, 2)
+        rig.clock.now += 7200.0
+        state = rig.controller().tick()
+        assert isinstance(state, Canary)
+        assert (state.step_started_at, state.release_started_at) == (START + 7200.0, START + 7200.0)
+        (row,) = [row for row in rows(rig) if row["reason"].startswith("resumed after 7200 s")]
+        assert row["decision"] == "Hold"
+
+    def test_the_bound_still_ends_a_resumed_canary(self, tmp_path: Path):
+        rig = harness(tmp_path, make=silent)
+        ticks(rig, 2)
+        rig.clock.now += 7200.0
+        state = rig.controller().run()
+        assert isinstance(state, RolledBack)
+        assert "no evidence within step 1: 600 s" in state.reason
+        assert rig.clock.now - START <= 7200 + 600 + 2 * rig.plan.tick_s
+
+    def test_a_controller_that_is_merely_slow_stretches_nothing(self, tmp_path: Path):
+        rig = harness(tmp_path, make=silent)
+        ticks(rig, 2)
+        controller = rig.controller()
+        controller.tick()
+        rig.clock.now += 7200.0
+        assert isinstance(controller.tick(), Restoring)
+
+    @pytest.mark.parametrize(("asleep_s", "counts"), [(30.0, True), (30.5, False)])
+    def test_the_gateways_bound_is_the_limit(self, tmp_path: Path, asleep_s: float, counts: bool):
+        rig = harness(tmp_path, make=silent)
+        ticks(rig, 2)
+        rig.clock.now += asleep_s
+        state = rig.controller().tick()
+        assert isinstance(state, Canary)
+        assert (state.step_started_at == START) is counts
+
+    def test_a_kill_while_waking_counts_the_sleep_once(self, tmp_path: Path):
+        rig = harness(tmp_path, make=silent)
+        ticks(rig, 2)
+        rig.clock.now += 7200.0
+        for nth in range(6):
+            with killed_at(nth, rig), suppress(Killed):
+                rig.controller().tick()
+        state = rig.controller().tick()
+        assert isinstance(state, Canary)
+        assert state.step_started_at == START + 7200.0
+
+    def test_bad_news_after_a_long_sleep_still_rolls_back_at_once(self, tmp_path: Path):
+        rig = harness(tmp_path, make=silent)
+        ticks(rig, 2)
+        rig.clock.now += 7200.0
+        rig.evidence.make = unsafe
+        assert isinstance(rig.controller().tick(), Restoring)
 
 
 class TestSickCandidate:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from rl_actors.errors import BadInputError, InfrastructureError
 from serving.contracts import EventKind, RunEvent, TrafficWindow
+from serving.durable_files import file_lock
 from serving.ledger import RunLedger
-from serving.split import file_lock
 from tests.serving.fakes import RELEASE, START, make_completion, make_record, record_run
 
 KINDS: tuple[EventKind, ...] = ("violation", "override", "failure")

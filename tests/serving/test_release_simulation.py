@@ -20,9 +20,10 @@ import pytest
 
 from serving.contracts import Canary, Drill, RampStep, RunSample, Success
 from serving.controller import ReleaseController
+from serving.durable_files import read_rows
 from serving.gates import ArmEvent, LiveEvidence, evaluate_live, traffic_result
 from serving.release_state_machine import decide
-from serving.split import SplitStore, read_rows, route
+from serving.split import SplitStore, route
 from tests.serving.fakes import (
     RELEASE,
     START,

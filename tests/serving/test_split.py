@@ -16,15 +16,8 @@ from hypothesis import strategies as st
 from rl_actors.errors import BadInputError, InfrastructureError, StageRefusedError, TamperedError
 from serving import split as split_module
 from serving.contracts import SplitRecord
-from serving.split import (
-    SplitStore,
-    append_durably,
-    file_lock,
-    read_rows,
-    replace_durably,
-    route,
-    session_position,
-)
+from serving.durable_files import append_durably, file_lock, read_rows, replace_durably
+from serving.split import SplitStore, route, session_position
 from tests.serving.fakes import START, Killed
 
 GOLDEN_POSITION = 0.9891451140891425

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from rl_actors.errors import InfrastructureError, StageRefusedError, TamperedError
 from serving import split as split_module
 from serving.contracts import SplitRecord
-from serving.split import SplitStore, append_durably, file_lock, read_rows, replace_durably, route, session_position
+from serving.durable_files import append_durably, file_lock, read_rows, replace_durably
+from serving.split import SplitStore, route, session_position
 from serving.split_watch import SplitWatcher, acknowledged_epoch, is_live, read_acks
 from tests.serving.fakes import START, FakeClock, Killed
 from tests.serving.test_split_watch import ack, write

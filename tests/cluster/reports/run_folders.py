@@ -30,7 +30,7 @@ from serving.contracts import (
     RolledBack,
     RunRecord,
 )
-from serving.controller import DecisionLog
+from serving.decision_log import DecisionLog
 from serving.ledger import RunCompletion, RunLedger
 
 START = 1_795_370_000.0  # 22 November 2026, UTC

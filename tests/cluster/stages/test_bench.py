@@ -21,6 +21,7 @@ from cluster.stages.bench import ReleaseBench, ReleaseResult, live_tasks
 from cluster.stages.context import NUM_THREADS, Run
 from cluster.stages.data import NUM_RELEASES, read_tasks
 from cluster.stages.release import release_plan
+from cluster.ticket_book import TicketBook, TicketResult
 from cluster.traffic import TrafficDriver, TrafficProgress
 from cluster.workflows.support_desk.desk import SupportDesk
 from rl_actors.contracts import DataSnapshot, Task
@@ -119,16 +120,22 @@ class Users:
         return driver.progress
 
     def _send(self, driver: TrafficDriver, ledger: RunLedger, is_over: Callable[[], bool]) -> None:
-        prefix = driver._config.run_name
+        prefix, before = driver._config.run_name, driver.progress.num_sent
         assert self.bench is not None
         assert isinstance(self.bench.platform, FakeServe)
         splits = self.bench.platform.splits
-        for number in range(self.num_tickets):
+        for number in range(before, before + self.num_tickets):
             if is_over():
                 self.was_stopped = True
                 return
+            driver._book.send(str(number))
             self._serve(ledger, splits, f"{prefix}.{number}", number)
-            driver.progress.num_sent += 1
+            ended = TicketResult(
+                task_id=str(number), run_id="", release_channel="", policy_version="", failure="", outcome=None,
+                duration_ms=1.0,
+            )  # fmt: skip
+            driver._book.end(ended)
+            driver.progress.add(ended)
         if self.failure is not None:
             raise self.failure
 
@@ -273,7 +280,7 @@ def test_a_broken_release_goes_on_where_it_stopped(rig: Rig):
     rig.users.num_tickets, rig.users.failure = 0, None
     result = rig.release()
     assert (result.outcome, result.release_id) == ("rolled_back", "run-1-0")
-    assert result.ledger_rows == 5
+    assert result.ledger_rows == result.requests == 5
 
 
 def test_a_port_in_use_stops_before_any_traffic(rig: Rig):
@@ -454,7 +461,7 @@ def test_gateway_and_platform_follow_the_spec(home: Path, rig: Rig):
     assert (gateway.limits, gateway.temperature, gateway.workflow) == (rig.run.limits, 0.7, rig.run.workflow_ref)
     assert gateway.cost_per_token_in * 1e6 == pytest.approx(cost.usd_per_million_tokens_in)
     assert gateway.cost_per_token_out * 1e6 == pytest.approx(cost.usd_per_million_tokens_out)
-    assert bench._driver(0)._config.concurrency == 3
+    assert bench._driver(0, TicketBook(rig.directory / "tickets.jsonl"))._config.concurrency == 3
     assert bench.ledger_path == rig.run.folder.root / "serving" / "ledger.sqlite"
 
 
