@@ -74,14 +74,42 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Routes:
+    """Experts that an engine's tokens visited: token by token, within it layer by layer, `top_k` numbers each.
+
+    Layers are all those of the model, dense ones included (their numbers mean nothing). Empty where no engine recorded.
+    """
+
+    num_layers: int = 0
+    top_k: int = 0
+    experts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that do not fill whole tokens."""
+        width = self.num_layers * self.top_k
+        if len(self.experts) % width if width else self.experts:
+            raise ValueError(f"{len(self.experts)} experts do not fill tokens of {self.num_layers} x {self.top_k}")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens with a route."""
+        return len(self.experts) // (self.num_layers * self.top_k) if self.experts else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """Token ids an engine sampled in one turn. Lists have equal length; logprobs are nats under the sampler."""
+    """Token ids an engine sampled in one turn. Lists have equal length; logprobs are nats under the sampler.
+
+    `routes`, where the engine records them, are those of the prompt and of all sampled tokens but the last, which no
+    engine has read.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     weights_version: int
     finished: bool
     cached_tokens: int
+    routes: Routes = Routes()
 
     def __post_init__(self) -> None:
         """Refuse a completion whose arrays disagree."""
@@ -167,7 +195,7 @@ class Score:
 class TrainingSample:
     """One rollout as token arrays of one length L; `loss_mask` is True on tokens the policy sampled.
 
-    `weights_versions` are the distinct versions that sampled it, ascending.
+    `weights_versions` are the distinct versions that sampled it, ascending. `routes` cover the first tokens, or none.
     """
 
     rollout_id: str
@@ -178,6 +206,7 @@ class TrainingSample:
     rollout_logprobs: tuple[float, ...]
     reward: float
     truncated: bool
+    routes: Routes = Routes()
 
     def __post_init__(self) -> None:
         """Refuse arrays of different length."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rl_actors.contracts import Completion, ToolCall, ToolResult, Turn
+from rl_actors.contracts import Completion, Routes, ToolCall, ToolResult, Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ def read_traces(path: Path) -> Iterator[LiveTrace]:
 
 
 def _turn(row: dict[str, Any]) -> Turn:
-    completion = {**row["completion"], **_tuples(row["completion"], ("token_ids", "logprobs"))}
+    completion = {**row["completion"], **_tuples(row["completion"], ("token_ids", "logprobs")), "routes": Routes()}
     return Turn(
         kind=row["kind"],
         prompt_token_ids=tuple(row["prompt_token_ids"]),

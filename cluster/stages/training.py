@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cluster.hashing import sha256_directory
@@ -170,7 +171,7 @@ def _start_actors(
     # Last, because it waits for its engines: learners and scorers load meanwhile.
     pool = RolloutPool(
         baseline.path,
-        run.worker_settings,
+        replace(run.worker_settings, wants_routes=ppo_settings(run).recipe.routing == "replay"),
         num_workers=ppo.num_rollout_workers,
         options=options,
         timeout_s=run.spec.agent.timeout_s * 10,

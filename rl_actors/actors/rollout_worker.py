@@ -22,7 +22,10 @@ from rl_actors.errors import EngineError, ToolHostError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutWorkerSettings:
-    """Everything a worker needs to start. `search_path` in the workflow reference may point outside the packages."""
+    """Everything a worker needs to start. `search_path` in the workflow reference may point outside the packages.
+
+    With `wants_routes` engines that can (those on a GPU) record which experts their tokens visited.
+    """
 
     workflow: WorkflowRef
     limits: AgentLimits
@@ -30,6 +33,7 @@ class RolloutWorkerSettings:
     num_threads: int
     max_in_flight: int = 128
     transfer_backend: str | None = None
+    wants_routes: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +66,7 @@ class RolloutWorker:
             max_model_len=limits.max_context_tokens,
             max_num_seqs=settings.max_in_flight,
             transfer_backend=settings.transfer_backend,
+            record_routes=settings.wants_routes and torch.cuda.is_available(),
         )
         # A rollout that waits for the engine must not spend its own time limit doing so.
         self._slots = asyncio.Semaphore(settings.max_in_flight)

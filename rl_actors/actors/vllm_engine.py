@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from rl_actors.actors.checkpoint_tensors import checkpoint_shapes, require_complete
-from rl_actors.contracts import Completion, SamplingParams
+from rl_actors.contracts import Completion, Routes, SamplingParams
 from rl_actors.errors import EngineError
 
 _ENGINE_ENVIRONMENT = {
@@ -30,6 +30,7 @@ _ENGINE_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
+_RECORDING_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "1"}  # the only runner that records routes; it needs a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,18 @@ class VllmEngine:
     """
 
     def __init__(
-        self, model_path: str, *, max_model_len: int, max_num_seqs: int = 64, transfer_backend: str | None = None
+        self,
+        model_path: str,
+        *,
+        max_model_len: int,
+        max_num_seqs: int = 64,
+        transfer_backend: str | None = None,
+        record_routes: bool = False,
     ) -> None:
-        """Load the model and start the thread; returns when the engine can generate."""
+        """Load the model and start the thread; returns when the engine can generate.
+
+        With `record_routes` every completion carries the experts its tokens visited. vLLM records them on a GPU only.
+        """
         self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()
         self._waiting: dict[str, Future[Completion]] = {}
         self._num_requests = 0
@@ -63,7 +73,7 @@ class VllmEngine:
         # Loaded on the thread that steps it: vLLM's CPU attention dies when two threads differ in OpenMP threads.
         self._thread = threading.Thread(
             target=self._run,
-            args=(lambda: _load(model_path, max_model_len, max_num_seqs, transfer_backend), loaded),
+            args=(lambda: _load(model_path, max_model_len, max_num_seqs, transfer_backend, record_routes), loaded),
             name="vllm-engine",
             daemon=True,
         )
@@ -193,6 +203,7 @@ class VllmEngine:
             weights_version=self.weights_version,
             finished=sampled.finish_reason == "stop",
             cached_tokens=output.num_cached_tokens or 0,
+            routes=_routes(output),
         )
 
     def _publish(self, weights: Mapping[str, torch.Tensor], weights_version: int) -> None:
@@ -232,9 +243,11 @@ def _settle(done: Future[Any], function: Callable[[], Any]) -> None:
         done.set_exception(error)
 
 
-def _load(model_path: str, max_model_len: int, max_num_seqs: int, transfer_backend: str | None) -> Any:
+def _load(
+    model_path: str, max_model_len: int, max_num_seqs: int, transfer_backend: str | None, record_routes: bool
+) -> Any:
     """Import vLLM under the right environment and load the model."""
-    for key, value in _ENGINE_ENVIRONMENT.items():
+    for key, value in (_ENGINE_ENVIRONMENT | (_RECORDING_ENVIRONMENT if record_routes else {})).items():
         os.environ.setdefault(key, value)
     from vllm import LLM
     from vllm.config import WeightTransferConfig
@@ -256,6 +269,7 @@ def _load(model_path: str, max_model_len: int, max_num_seqs: int, transfer_backe
         logprobs_mode="processed_logprobs",  # of the distribution that was sampled from, temperature included
         seed=0,
         weight_transfer_config=WeightTransferConfig(backend=transfer_backend or BACKEND),
+        enable_return_routed_experts=record_routes,
     )
 
 
@@ -273,6 +287,21 @@ def _vllm_params(sampling: SamplingParams) -> Any:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
+
+
+def _routes(output: Any) -> Routes:
+    """Return what the engine recorded: one row for each token it read, [tokens, layers, experts]; empty without it.
+
+    Raises:
+        EngineError: A row is missing: the routes of the rest would belong to other tokens.
+    """
+    found = output.outputs[0].routed_experts
+    if found is None:
+        return Routes()
+    num_read = len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1
+    if len(found) != num_read:
+        raise EngineError(f"the engine recorded routes of {len(found)} tokens and read {num_read}")
+    return Routes(num_layers=found.shape[1], top_k=found.shape[2], experts=tuple(found.ravel().tolist()))
 
 
 def _prompt_logprobs(output: Any) -> list[float]:

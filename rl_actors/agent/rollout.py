@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rl_actors.agent.executor import Executor, Toolset
@@ -11,7 +11,7 @@ from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.agent.loop import AgentLimits, AgentRun, Generate, run_agent
 from rl_actors.agent.tool_client import ToolHostPool
 from rl_actors.agent.workflow import RunView, Workflow
-from rl_actors.contracts import Rollout, SamplingParams, Task, TrainingSample
+from rl_actors.contracts import Rollout, Routes, SamplingParams, Task, TrainingSample, Turn
 from rl_actors.errors import BadInputError, EngineError
 
 
@@ -155,4 +155,19 @@ def training_sample(rollout: Rollout, reward: float) -> TrainingSample:
         rollout_logprobs=tuple(logprobs),
         reward=reward,
         truncated=rollout.status != "ok",
+        routes=_joined_routes(rollout.turns),
     )
+
+
+def _joined_routes(turns: Sequence[Turn]) -> Routes:
+    """Return the routes of a whole rollout: each token's from the first turn that read it.
+
+    A later turn may read it again, but these are the experts behind what was sampled. Empty when any turn has none.
+    """
+    first = turns[0].completion.routes
+    experts: list[int] = []
+    for routes in (turn.completion.routes for turn in turns):
+        if not routes.num_tokens or (routes.num_layers, routes.top_k) != (first.num_layers, first.top_k):
+            return Routes()
+        experts += routes.experts[len(experts) :]
+    return Routes(num_layers=first.num_layers, top_k=first.top_k, experts=tuple(experts))

@@ -25,6 +25,8 @@ class TrainingBatch:
 
     `attention_mask_BT` is True on real tokens, `loss_mask_BT` True on tokens the policy sampled, `rollout_logprobs_BT`
     in nats under the engine and 0 where masked. `rewards_B` are float32, `group_ids_B` int64, `truncated_B` bool.
+    `routes_LBTK` are int16, the engine's experts by layer of the model and token read, -1 where it has none; L and K
+    are 0 when it recorded none at all.
     """
 
     token_ids_BT: Tensor
@@ -34,6 +36,7 @@ class TrainingBatch:
     rewards_B: Tensor
     group_ids_B: Tensor
     truncated_B: Tensor
+    routes_LBTK: Tensor
 
     @property
     def num_loss_tokens(self) -> int:
@@ -88,7 +91,19 @@ def collate(samples: Sequence[TrainingSample], *, pad_token_id: int = 0, pad_to_
         rewards_B=torch.tensor([sample.reward for sample in samples], dtype=torch.float32),
         group_ids_B=torch.tensor([sample.group_id for sample in samples], dtype=torch.int64),
         truncated_B=torch.tensor([sample.truncated for sample in samples], dtype=torch.bool),
+        routes_LBTK=_routes(samples, width),
     )
+
+
+def _routes(samples: Sequence[TrainingSample], width: int) -> Tensor:
+    """Lay the engine's routes out as [layers, B, T, K]; what no engine recorded stays -1, for the router to choose."""
+    layers, top_k = max((sample.routes.num_layers, sample.routes.top_k) for sample in samples)
+    routes_BTLK = torch.full((len(samples), width, layers, top_k), -1, dtype=torch.int16)
+    for row, sample in enumerate(samples):
+        if sample.routes.num_tokens:
+            experts = torch.tensor(sample.routes.experts, dtype=torch.int16).view(-1, layers, top_k)
+            routes_BTLK[row, : len(experts)] = experts
+    return routes_BTLK.permute(2, 0, 1, 3).contiguous()
 
 
 def filler_batch(*, pad_token_id: int = 0, width: int = 2) -> TrainingBatch:

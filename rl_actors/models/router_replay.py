@@ -18,101 +18,18 @@ outputs only: the expert implementation may be any, and sharded parameters are n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from rl_actors.errors import BadInputError
+from rl_actors.models.routers import NO_ROUTE, Gates, MoeLayer, moe_layers
 
-NO_ROUTE: Final = -1
 ROUTES_DTYPE: Final = torch.int16
-
-Gates = Callable[[Any, Tensor, Tensor], Tensor]
-"""(router, logits [N, E], forced experts [N, K]) -> gate weights [N, K], as that router computes them itself."""
-
-
-def _gpt_oss_gates(_router: Any, logits_NE: Tensor, experts_NK: Tensor) -> Tensor:
-    """Softmax over the selected logits alone."""
-    chosen = logits_NE.gather(-1, experts_NK)
-    return torch.softmax(chosen, dim=-1, dtype=chosen.dtype)
-
-
-def _mixtral_gates(_router: Any, logits_NE: Tensor, experts_NK: Tensor) -> Tensor:
-    """Softmax over all experts, in float32 and left so; the selected ones made to sum to one."""
-    chosen = torch.softmax(logits_NE.float(), dim=-1).gather(-1, experts_NK)
-    return chosen / chosen.sum(dim=-1, keepdim=True)
-
-
-def _qwen3_gates(router: Any, logits_NE: Tensor, experts_NK: Tensor) -> Tensor:
-    """Softmax over all experts in float32; whether the selected ones sum to one is the model's setting."""
-    chosen = torch.softmax(logits_NE.float(), dim=-1).gather(-1, experts_NK)
-    if router.norm_topk_prob:
-        chosen = chosen / chosen.sum(dim=-1, keepdim=True)
-    return chosen.to(logits_NE.dtype)
-
-
-# Routers that return (logits, gates, experts) and whose choice is the top K of what the gates are computed from.
-_GATES: Final[Mapping[str, Gates]] = {
-    "GptOssTopKRouter": _gpt_oss_gates,
-    "MixtralTopKRouter": _mixtral_gates,
-    "Qwen3MoeTopKRouter": _qwen3_gates,
-}
-
-
-class _MoeLayer(NamedTuple):
-    name: str
-    block: nn.Module
-    router: Any
-    gates: Gates
-
-
-def _moe_layers(model: nn.Module) -> list[_MoeLayer]:
-    """Return the mixture-of-experts layers in order; a layer that routes in a way unknown here is refused."""
-    layers = []
-    for name, block in model.named_modules():
-        children = dict(block.named_children())
-        routers = [(child, gates) for child in children.values() if (gates := _gates_of(child)) is not None]
-        layers += [_MoeLayer(name, block, router, gates) for router, gates in routers]
-        looks_routed = children.keys() & {"experts", "router"} or any(
-            "Router" in type(c).__name__ for c in block.children()
-        )
-        if looks_routed and not routers:
-            remedy = f"its routing cannot be replayed or frozen here; supported are {', '.join(_GATES)}"
-            raise BadInputError(name or "model", type(block).__name__, remedy)
-    return layers
-
-
-def _gates_of(module: nn.Module) -> Gates | None:
-    # By name along the ancestry: sharding wrappers subclass, and importing three model files would cost a second.
-    return next((_GATES[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in _GATES), None)
-
-
-def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the routers' parameters by their name in the model; empty for a model without routers.
-
-    Raises:
-        BadInputError: A mixture-of-experts layer whose router is not supported.
-    """
-    routers = {id(parameter) for layer in _moe_layers(model) for parameter in layer.router.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in routers}
-
-
-def freeze_router(model: nn.Module) -> int:
-    """Take the routers out of training; returns the number of parameter tensors frozen.
-
-    Gradients still flow *through* the gates to earlier layers. Call it before the optimizer is built.
-
-    Raises:
-        BadInputError: A mixture-of-experts layer whose router is not supported.
-    """
-    parameters = router_parameters(model).values()
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    return len(parameters)
 
 
 class RecordedRoutes:
@@ -207,7 +124,7 @@ def record_routes(model: nn.Module) -> Iterator[RecordedRoutes]:
     Raises:
         BadInputError: A mixture-of-experts layer whose router is not supported, or that is bypassed in a pass.
     """
-    layers = _moe_layers(model)
+    layers = moe_layers(model)
     routes = RecordedRoutes(len(layers))
     taps = [_Tap(layer.gates, log) for layer, log in zip(layers, routes._calls, strict=True)]
     with _hooked(layers, taps):
@@ -230,7 +147,7 @@ def replay_routes(model: nn.Module, routes_LBTK: Tensor) -> Iterator[RecordedRou
         BadInputError: Routes that do not fit the model or a pass; a replay inside a replay; an unsupported router;
             re-entrant checkpointing; or a context that ended before the backward of a checkpointed pass.
     """
-    layers = _moe_layers(model)
+    layers = moe_layers(model)
     _require_fitting(routes_LBTK, layers)
     is_checkpointed = _is_checkpointed(model)
     live = RecordedRoutes(len(layers))
@@ -246,7 +163,7 @@ def replay_routes(model: nn.Module, routes_LBTK: Tensor) -> Iterator[RecordedRou
 
 
 @contextmanager
-def _hooked(layers: Sequence[_MoeLayer], taps: Sequence[_Tap]) -> Iterator[None]:
+def _hooked(layers: Sequence[MoeLayer], taps: Sequence[_Tap]) -> Iterator[None]:
     """Hook every layer, and unhook it however the context ends."""
     handles = []
     try:
@@ -261,7 +178,7 @@ def _hooked(layers: Sequence[_MoeLayer], taps: Sequence[_Tap]) -> Iterator[None]
             handle.remove()
 
 
-def _require_fitting(routes_LBTK: Tensor, layers: Sequence[_MoeLayer]) -> None:
+def _require_fitting(routes_LBTK: Tensor, layers: Sequence[MoeLayer]) -> None:
     shape = tuple(routes_LBTK.shape)
     if routes_LBTK.is_floating_point() or routes_LBTK.dtype == torch.bool:
         raise BadInputError("routes.dtype", routes_LBTK.dtype, "expert numbers are integers")

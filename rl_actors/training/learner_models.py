@@ -12,13 +12,8 @@ from torch import Tensor
 from rl_actors.errors import BadInputError
 from rl_actors.models.adapters import adapters_off, add_adapters, merged
 from rl_actors.models.loading import load_causal_lm
-from rl_actors.models.router_replay import (
-    freeze_router,
-    record_routes,
-    replay_routes,
-    route_agreement,
-    router_parameters,
-)
+from rl_actors.models.router_replay import record_routes, replay_routes, route_agreement
+from rl_actors.models.routers import engine_routes, freeze_router, router_parameters
 from rl_actors.models.scoring_head import score_tokens
 from rl_actors.models.value_head import PolicyWithValue, TokenOutputs
 from rl_actors.training.deepspeed_engine import whole_parameters
@@ -79,10 +74,15 @@ class LearnerModels:
             return scores.logprobs_BT
 
     def old_pass(self, engine: Any, batch: Microbatch, temperature: float) -> TokenOutputs:
-        """Score a microbatch before the update; where routes are replayed, the batch keeps the experts it visited."""
+        """Score a microbatch before the update; where routes are replayed, the batch keeps the experts it visited.
+
+        Those are the engine's where it recorded them (R3, arXiv 2510.11370), else the router's own choice now.
+        """
         if self._recipe.routing != "replay":
             return engine(*inputs(batch, temperature))
-        with record_routes(self.policy) as routes:
+        recorded = engine_routes(self.policy, batch.inputs.routes_LBTK)
+        replayed = nullcontext() if recorded is None else replay_routes(self.policy, recorded)
+        with record_routes(self.policy) as routes, replayed:
             outputs = engine(*inputs(batch, temperature))
         batch.routes = routes.joined()
         return outputs

@@ -92,9 +92,23 @@ def microbatch_loss(
         )
         loss, metrics = loss + terms.value_coef * value.loss, metrics | {"value_loss": float(value.loss.detach())}
     if recipe.routing == "replay":
-        metrics["route_agreement"] = batch.route_agreement * float(mask.sum()) / max(counts.num_loss_tokens, 1.0)
+        metrics |= _route_shares(batch, counts)
     metrics["entropy"] = float(token_share(outputs.entropy_BT.detach(), mask, counts.num_loss_tokens))
     return loss, metrics
+
+
+def _route_shares(batch: Microbatch, counts: GlobalCounts) -> dict[str, float]:
+    """Return this microbatch's share of the agreement with the routes replayed, and of routes that engines recorded.
+
+    A loss token comes from what was computed at the token before it.
+    """
+    mask, recorded_LBTK = batch.inputs.loss_mask_BT, batch.inputs.routes_LBTK
+    own = float(mask.sum()) / max(counts.num_loss_tokens, 1.0)
+    metrics = {"route_agreement": batch.route_agreement * own, "engine_routes_fraction": 0.0}
+    if recorded_LBTK.numel():
+        known_BT = (recorded_LBTK[:, :, :-1] >= 0).all(-1).all(0)
+        metrics["engine_routes_fraction"] = float((known_BT & mask[:, 1:]).sum()) / max(counts.num_loss_tokens, 1.0)
+    return metrics
 
 
 @torch.no_grad()

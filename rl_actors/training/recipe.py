@@ -49,8 +49,9 @@ class Recipe:
         mask_truncated: truncated rollouts train nothing (overlong filtering, DAPO section 3.4).
         drop_flat_groups: groups whose attempts all scored alike are left out (dynamic sampling, DAPO section 3.2).
         skip_old_pass: on strictly on-policy updates take old = current log-probabilities, ratio exactly 1.
-        routing: of a model with experts: `replay` visits the old pass's experts in the update (arXiv 2507.18071
-            section 5.3), `frozen` does not train the routers.
+        routing: of a model with experts: `replay` visits in both passes the experts that the engine recorded (arXiv
+            2510.11370; vLLM does on a GPU), or else in the update those of the old pass (arXiv 2507.18071 section
+            5.3); `frozen` does not train the routers.
         lora_rank: train adapters of this rank instead of all weights (arXiv 2106.09685); 0 trains all weights.
     """
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rl_actors import errors
-from rl_actors.contracts import Completion, TrainingSample
+from rl_actors.contracts import Completion, Routes, TrainingSample
 from rl_actors.errors import BadDataError, BadInputError, SeatrialError
 from tests.rl_actors.fakes import make_rollout, make_task, make_turn
 
@@ -90,3 +90,11 @@ def test_every_error_has_the_exit_code_its_docstring_promises(kind: type[Seatria
         assert line.endswith(f"exit code {kind.exit_code}")
     else:
         assert kind.exit_code == 3
+
+
+def test_routes_fill_whole_tokens():
+    assert Routes(num_layers=2, top_k=2, experts=(0, 1) * 6).num_tokens == 3
+    assert Routes().num_tokens == 0
+    for broken in ({"num_layers": 2, "top_k": 2, "experts": (0, 1, 2)}, {"experts": (1,)}):
+        with pytest.raises(ValueError, match="do not fill tokens"):
+            Routes(**broken)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rl_actors.actors.attestation import attestation_gap, require_attested
-from rl_actors.actors.vllm_engine import VllmEngine
+from rl_actors.actors.vllm_engine import VllmEngine, _routes
 from rl_actors.agent.harmony import HarmonyRenderer
-from rl_actors.contracts import Completion, SamplingParams
+from rl_actors.algorithms.batching import collate
+from rl_actors.contracts import Completion, Routes, SamplingParams, TrainingSample
 from rl_actors.errors import AttestationError, EngineError
+from rl_actors.models.router_replay import record_routes, route_agreement
+from rl_actors.models.routers import engine_routes
 from rl_actors.models.scoring_head import token_logprobs_and_entropy
+from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 from tests.rl_actors.fakes import PROMPT, save_tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -260,3 +265,80 @@ def test_closing_fails_whoever_waits(stock_engine: VllmEngine):
     assert all(isinstance(outcome, EngineError | Completion) for outcome in outcomes)
     with pytest.raises(EngineError, match="dead"):
         stock_engine.probe_logprobs(PROBES)
+
+
+# --- routes ---------------------------------------------------------------------------------------
+
+
+class Capturer:
+    """In place of vLLM's own, which needs a GPU: keeps what the routers report, through vLLM's own binding."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.rows: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+
+    def capture(self, layer_id: int, topk_ids: torch.Tensor) -> None:
+        self.rows[layer_id].append(topk_ids.clone())
+
+    def array(self) -> Any:
+        return torch.stack([torch.cat(rows) for rows in self.rows], dim=1).to(torch.uint8).numpy()
+
+
+def output(prompt: Sequence[int], sampled: Sequence[int], routed_experts: Any) -> Any:
+    """What vLLM returns of a finished request, as far as routes go."""
+    completion = SimpleNamespace(token_ids=list(sampled), routed_experts=routed_experts)
+    return SimpleNamespace(prompt_token_ids=list(prompt), outputs=[completion])
+
+
+@pytest.fixture(scope="module")
+def routed_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose routers choose: two of eight experts, by the token and not by a bias that none outweighs."""
+    directory = save_tiny_model(tmp_path_factory.mktemp("routed"), seed=5)
+    vocab = AutoModelForCausalLM.from_pretrained(directory).config.vocab_size
+    config = tiny_config(vocab_size=vocab, hidden_size=64, num_layers=2, num_experts=8, max_length=512, eos_token_id=2)
+    model: Any = build_tiny_model(config, seed=3)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(generator=generator)
+        for layer in model.model.layers:
+            layer.mlp.router.bias.zero_()
+            layer.mlp.router.weight.normal_(generator=generator)
+    model.save_pretrained(directory)
+    return directory
+
+
+def test_the_engines_routes_are_those_of_the_learner_token_by_token(routed_dir: Path):
+    """Layer order, expert numbers and alignment are the same in vLLM and Transformers, prompt and sampled alike."""
+    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import bind_routed_experts_capturer
+
+    engine, capturer = VllmEngine(str(routed_dir), max_model_len=MAX_LEN, max_num_seqs=8), Capturer(num_layers=2)
+    ENGINES.append(engine)
+    engine.call(lambda: engine._llm.apply_model(lambda model: bind_routed_experts_capturer(model, capturer)))
+    prompt = PROBES[0]
+    (found,) = ask(engine, (prompt, SamplingParams(max_tokens=40, seed=4)))
+    engine.close()
+    routes = _routes(output(prompt, found.token_ids, capturer.array()))
+    ids = torch.tensor([[*prompt, *found.token_ids]])
+    learner = AutoModelForCausalLM.from_pretrained(routed_dir, dtype=torch.float32).eval()
+    with torch.no_grad(), record_routes(learner) as own:
+        learner(input_ids=ids, attention_mask=torch.ones_like(ids))
+    row = TrainingSample(
+        rollout_id="r", group_id=0, weights_versions=(0,), token_ids=tuple(ids[0].tolist()), reward=0.0,
+        loss_mask=(False,) * len(prompt) + (True,) * len(found.token_ids), rollout_logprobs=(0.0,) * ids.shape[1],
+        truncated=False, routes=routes,
+    )  # fmt: skip
+    theirs = engine_routes(learner, collate([row]).routes_LBTK)
+    assert theirs is not None
+    read = torch.ones_like(ids, dtype=torch.bool)
+    assert route_agreement(theirs, own.joined(), read) == 1.0
+    assert route_agreement(theirs.flip(0), own.joined(), read) < 0.9, "negative control: layers the wrong way round"
+    assert route_agreement(theirs.roll(1, dims=2), own.joined(), read) < 0.9, "negative control: shifted by a token"
+
+
+def test_an_engine_that_records_nothing_gives_no_routes(engine: VllmEngine):
+    (found,) = ask(engine, (PROBES[0], SamplingParams(max_tokens=4, seed=1)))
+    assert found.routes == Routes()
+
+
+def test_routes_of_another_number_of_tokens_are_refused():
+    with pytest.raises(EngineError, match="routes of 4 tokens and read 5"):
+        _routes(output([1, 2, 3], [4, 5, 6], torch.zeros(4, 2, 1, dtype=torch.uint8).numpy()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from rl_actors.agent.rollout import (
     training_sample,
 )
 from rl_actors.agent.workflow import RunView
-from rl_actors.contracts import Outcome, Rollout, Task
+from rl_actors.contracts import Outcome, Rollout, Routes, Task, Turn
 from rl_actors.errors import BadInputError, EngineError, ToolHostError
 from tests.rl_actors.fakes import (
     BAD,
@@ -297,3 +297,25 @@ def test_any_chain_of_turns_lays_out_without_loss(prompt: list[int], chain: list
     assert not any(sample.loss_mask[: len(prompt)])
     expected = {-float(index + 1) for index in range(len(chain))}
     assert {x for x, own in zip(sample.rollout_logprobs, sample.loss_mask, strict=True) if own} == expected
+
+
+def routed(turn: Turn, first: int, *, top_k: int = 1) -> Turn:
+    """The turn with routes of one layer: token t of it visited expert `first` + t."""
+    num_read = len(turn.prompt_token_ids) + len(turn.completion.token_ids) - 1
+    routes = Routes(num_layers=1, top_k=top_k, experts=tuple(range(first, first + num_read * top_k)))
+    return replace(turn, completion=replace(turn.completion, routes=routes))
+
+
+def test_each_token_keeps_the_experts_of_the_turn_that_sampled_it():
+    """The second turn reads the first one's tokens again; only what it read first counts, its last token never."""
+    first, second = make_turn((10, 11), (12, 13)), make_turn((10, 11, 12, 13, 20), (14, 15))
+    rollout = make_rollout(turns=(routed(first, 100), routed(second, 200)))
+    routes = training_sample(rollout, 1.0).routes
+    assert routes.experts == (100, 101, 102, 203, 204, 205)
+    assert routes.num_tokens == len(rollout_token_ids(rollout)) - 1
+
+
+@pytest.mark.parametrize("second", [lambda turn: turn, lambda turn: routed(turn, 200, top_k=2)])
+def test_routes_that_do_not_cover_a_rollout_are_left_out(second: Callable[[Turn], Turn]):
+    turns = (routed(make_turn((10, 11), (12, 13)), 100), second(make_turn((10, 11, 12, 13, 20), (14, 15))))
+    assert training_sample(make_rollout(turns=turns), 1.0).routes == Routes()

@@ -20,7 +20,7 @@ from rl_actors.algorithms.batching import (
     token_logprobs,
 )
 from rl_actors.algorithms.losses import policy_loss
-from rl_actors.contracts import TrainingSample
+from rl_actors.contracts import Routes, TrainingSample
 from rl_actors.errors import BadDataError, BadInputError
 
 torch.set_num_threads(1)
@@ -52,6 +52,17 @@ def test_collate_by_hand() -> None:
     assert batch.group_ids_B.tolist() == [4, 9]
     assert batch.truncated_B.tolist() == [False, True]
     assert (batch.num_loss_tokens, batch.num_sequences) == (3, 2)
+
+
+def test_an_engines_routes_lie_by_layer_and_token_and_the_rest_is_open() -> None:
+    routes = Routes(num_layers=2, top_k=1, experts=(1, 5, 2, 6))
+    batch = collate([sample(3, routes=routes), sample(2)], pad_to_multiple=4)
+    assert batch.routes_LBTK[:, :, :, 0].tolist() == [
+        [[1, 2, -1, -1], [-1, -1, -1, -1]],
+        [[5, 6, -1, -1], [-1, -1, -1, -1]],
+    ]
+    assert collate([sample(3)]).routes_LBTK.shape == (0, 1, 3, 0)
+    assert filler_batch().routes_LBTK.numel() == 0
 
 
 def test_collate_drops_junk_logprobs_of_unsampled_tokens() -> None:

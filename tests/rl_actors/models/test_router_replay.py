@@ -35,17 +35,14 @@ from rl_actors.errors import BadInputError
 from rl_actors.models.experts import SORTED_EXPERTS, sorted_experts
 from rl_actors.models.loading import load_causal_lm
 from rl_actors.models.router_replay import (
-    _GATES,
-    NO_ROUTE,
     ROUTES_DTYPE,
     RecordedRoutes,
     expert_path_bytes,
-    freeze_router,
     record_routes,
     replay_routes,
     route_agreement,
-    router_parameters,
 )
+from rl_actors.models.routers import _GATES, NO_ROUTE, engine_routes, freeze_router, router_parameters
 from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 
 torch.set_num_threads(1)
@@ -795,3 +792,29 @@ def test_the_expert_path_computes_the_same_bits_with_and_without_gradients(
     with torch.no_grad():
         assert torch.equal(block.train()(x)[0], trained)
         assert torch.equal(block.eval()(x)[0], trained)
+
+
+def test_an_engines_routes_are_those_of_the_expert_layers_alone():
+    model = mixed_depth_model()
+    routes = torch.arange(4, dtype=torch.int16).view(4, 1, 1, 1).expand(4, BATCH, LENGTH, TOP_K)
+    found = engine_routes(model, routes)
+    assert found is not None
+    assert found[:, 0, 0, 0].tolist() == [1, 3]
+
+
+def test_no_routes_are_none_and_too_few_layers_are_refused():
+    model = mixed_depth_model()
+    assert engine_routes(model, torch.empty(0, BATCH, LENGTH, 0, dtype=torch.int16)) is None
+    assert engine_routes(model, torch.full((4, BATCH, LENGTH, TOP_K), NO_ROUTE, dtype=torch.int16)) is None
+    with pytest.raises(BadInputError, match="last expert layer is 3"):
+        engine_routes(model, torch.zeros((3, BATCH, LENGTH, TOP_K), dtype=torch.int16))
+
+
+def mixed_depth_model() -> nn.Module:
+    """Four layers, of which the second and the last have experts."""
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=32, moe_intermediate_size=32, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=EXPERTS, num_experts_per_tok=TOP_K,
+        mlp_only_layers=[0, 2], decoder_sparse_step=1,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config)

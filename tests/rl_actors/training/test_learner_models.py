@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rl_actors.contracts import TrainingSample
+from rl_actors.contracts import Routes, TrainingSample
 from rl_actors.errors import BadInputError, InstabilityError
+from rl_actors.models.router_replay import record_routes
 from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 from rl_actors.training import first_step_check
 from rl_actors.training.learner_models import LearnerModels
@@ -102,7 +103,7 @@ def test_replayed_routes_change_nothing_while_the_weights_have_not_moved(
     plain, replayed = (
         learner(routed_dir, recipe=recipe).update(batch).metrics for recipe in (Recipe(), Recipe(routing="replay"))
     )
-    assert replayed.pop("route_agreement") == 1.0
+    assert (replayed.pop("route_agreement"), replayed.pop("engine_routes_fraction")) == (1.0, 0.0)
     assert replayed == plain
 
 
@@ -115,6 +116,42 @@ def test_once_weights_moved_routes_are_those_of_the_old_pass(
     )
     assert 0.5 < replayed["route_agreement"] < 1.0, "the router would by now choose others"
     assert replayed["ratio_mean"] != free["ratio_mean"], "and the ratio is that of the old ones"
+
+
+def recorded(one: PpoLearner, batch: list[TrainingSample], *, shift: int = 0) -> list[TrainingSample]:
+    """The samples as an engine's that records routes: those of this learner's policy, or `shift` experts further."""
+    found = []
+    for item in batch:
+        ids = torch.tensor([item.token_ids])
+        with torch.no_grad(), record_routes(one._models.policy) as routes:
+            one._models.policy(input_ids=ids, attention_mask=torch.ones_like(ids))
+        experts_TLK = ((routes.joined()[:, 0, :-1] + shift) % 8).permute(1, 0, 2)
+        flat = tuple(experts_TLK.flatten().tolist())
+        found.append(replace(item, routes=Routes(num_layers=2, top_k=2, experts=flat)))
+    return found
+
+
+def test_an_engines_routes_equal_to_the_learners_change_nothing(
+    routed_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    plain, one = learner(routed_dir), learner(routed_dir, recipe=Recipe(routing="replay"))
+    expected, found = plain.update(batch).metrics, one.update(recorded(one, batch)).metrics
+    assert (found.pop("route_agreement"), found.pop("engine_routes_fraction")) == (1.0, 1.0)
+    assert found == expected
+
+
+def test_an_engines_other_routes_are_taken_in_both_passes(
+    routed_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    """Negative control: with experts the router would not choose, logprobs are others, and the ratio is still 1."""
+    one = learner(routed_dir, recipe=Recipe(routing="replay"), epochs=1, num_minibatches=1)
+    own = learner(routed_dir, recipe=Recipe(routing="replay"), epochs=1, num_minibatches=1).update(batch).metrics
+    found = one.update(recorded(one, batch, shift=1)).metrics
+    assert found["route_agreement"] < 0.6
+    assert own["kl_to_reference"] == pytest.approx(0.0, abs=1e-6)
+    assert abs(found["kl_to_reference"]) > 1e-4, "the reference is free to route as it does"
+    assert found["ratio_mean"] == pytest.approx(1.0, abs=1e-6)
+    assert own["engine_routes_fraction"] == 0.0
 
 
 def test_frozen_routers_stay_and_all_else_moves(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
