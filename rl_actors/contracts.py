@@ -195,6 +195,8 @@ class Score:
 class TrainingSample:
     """One rollout as token arrays of one length L; `loss_mask` is True on tokens the policy sampled.
 
+    `succeeded` is the verified outcome, by which a group is judged to teach something or not.
+    `truncated` says that a limit of ours (context, turns, time) cut it short, not the policy's own choice.
     `weights_versions` are the distinct versions that sampled it, ascending. `routes` cover the first tokens, or none.
     """
 
@@ -206,6 +208,7 @@ class TrainingSample:
     rollout_logprobs: tuple[float, ...]
     reward: float
     truncated: bool
+    succeeded: bool = False
     routes: Routes = Routes()
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0
 MAX_DROPPED_FRACTION = 0.25
 LOOP_STATE = "loop.json"  # in a checkpoint, beside the ranks' own state
+LOGS = "its log is under the Ray session's logs/ on its node, and --debug shows the traceback"
+_RAISED = re.compile(r"[\w.]*(Error|Exception)\b")
 Options = Callable[[str, int], Mapping[str, Any]]
 """(role, rank) -> Ray actor options: placement decides them, this module only passes them on."""
 
@@ -41,11 +44,29 @@ def wait_for(references: Sequence[Any], *, timeout_s: float, what: str) -> list[
     except GetTimeoutError as error:
         raise InfrastructureError(f"{what} did not answer within {timeout_s:.0f} s; see the Ray dashboard") from error
     except RayActorError as error:
-        raise InfrastructureError(f"{what} died: {error}; see its log under the Ray session's logs/") from error
+        raise InfrastructureError(f"{what} died: {one_line(error)}; {LOGS}") from error
     except RayTaskError as error:
-        if isinstance(error.cause, SeatrialError):
-            raise error.cause from error
-        raise InfrastructureError(f"{what} failed: {error}") from error
+        cause = innermost(error)
+        if isinstance(cause, SeatrialError):
+            raise cause from error
+        where = f"pid {error.pid} on {error.ip}"
+        raise InfrastructureError(f"{what} failed: {one_line(cause)} ({where}); {LOGS}") from error
+
+
+def innermost(error: BaseException) -> BaseException:
+    """Return what a remote call really raised: Ray wraps it once per border that it crossed."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def one_line(error: BaseException) -> str:
+    """Return type and first line of an exception; of a dead actor the line that says why, past Ray's own traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line[0].isspace()]
+    if not isinstance(error, RayActorError):
+        return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    raised = [line for line in lines if _RAISED.match(line)]
+    return (raised or lines or [type(error).__name__])[-1]
 
 
 class RolloutPool:
@@ -167,7 +188,10 @@ class LearnerGroup:
         return update
 
     def _restore(self, update: LearnerUpdate) -> None:
-        """Put all ranks back to the newest checkpoint, which a tripwire asked for.
+        """Put all ranks back to the newest checkpoint older than the weights that tripped, and forget newer ones.
+
+        A collapse shows in the look that begins the *next* update: a checkpoint of the very weights that were looked at
+        holds the collapse. The oldest one is kept whatever it is; there is no other.
 
         Raises:
             InstabilityError: There is none to go back to.
@@ -175,7 +199,11 @@ class LearnerGroup:
         found = complete_checkpoints(self._checkpoints)
         if not found:
             raise InstabilityError(f"{'; '.join(update.trips)}; there is no checkpoint to go back to")
-        self._call("restore", str(found[-1]), update.restore_factor)
+        judged = checkpoint_name(update.weights_version - 1)
+        good = [path for path in found if path.name < judged] or found[:1]
+        for suspect in found[len(good) :]:
+            shutil.rmtree(suspect, ignore_errors=True)
+        self._call("restore", str(good[-1]), update.restore_factor)
 
     def probe(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return the learner's log-probabilities of the probe tokens."""
@@ -187,7 +215,7 @@ class LearnerGroup:
 
     def save_checkpoint(self, weights_version: int, loop_state: LoopState) -> None:
         """Write all ranks' and the loop's state, then give the directory its final name; keep the newest two."""
-        final = self._checkpoints / f"step_{weights_version:06d}"
+        final = self._checkpoints / checkpoint_name(weights_version)
         temporary = final.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         self._call("save_checkpoint", str(temporary))
@@ -252,6 +280,11 @@ def share_by_group(samples: Sequence[TrainingSample], num_shares: int) -> list[l
 
 def _num_tokens(samples: Sequence[TrainingSample]) -> int:
     return sum(len(sample.token_ids) for sample in samples)
+
+
+def checkpoint_name(weights_version: int) -> str:
+    """Return the directory name of a version's checkpoint; names sort as versions do."""
+    return f"step_{weights_version:06d}"
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from ray.train import RunConfig, ScalingConfig, get_context
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer
 
-from rl_actors.errors import InfrastructureError
+from rl_actors.actors.pools import LOGS, one_line
+from rl_actors.errors import InfrastructureError, SeatrialError
 from rl_actors.models.loading import load_backbone, load_causal_lm
 from rl_actors.models.reward_model import RewardModel
 from rl_actors.training.metrics_log import MetricsLog
 from rl_actors.training.reward import PreferencePair, RewardProgress, RewardSettings, calibrate, train_reward_model
 from rl_actors.training.sft import Example, SftProgress, SftSettings, train_sft
 
+# Ray Train waits a minute for room, each time: five minutes in all, as long as our own actors get.
+START_RETRIES = 4
+MAX_SILENCE_S = 6 * 3600.0
+_POLL_S = 1.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResources:
-    """How many workers, what each reserves, and how many threads it uses."""
+    """How many workers, what each reserves, how many threads it uses, and how long the job may go without a step."""
 
     num_workers: int
     num_threads: int
     gpus_per_worker: float
     storage: str
+    max_silence_s: float = MAX_SILENCE_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +69,8 @@ def run_sft_job(job: SftJob, resources: TrainResources) -> None:
     """Train and write the policy directory.
 
     Raises:
-        InfrastructureError: The Ray Train job failed.
+        InfrastructureError: The Ray Train job found no room, failed, or logged no step for `max_silence_s`.
+        SeatrialError: What a worker raised on purpose, as itself.
     """
     _fit("sft", _sft_worker, {"job": job, "num_threads": resources.num_threads}, resources)
 
@@ -81,12 +92,73 @@ def _fit(
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=per_worker,
         ),
-        run_config=RunConfig(name=name, storage_path=resources.storage),
+        run_config=RunConfig(
+            name=name,
+            storage_path=resources.storage,
+            # The limit's own default is to start again for ever: another job may hold the CPUs for days.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=START_RETRIES),
+        ),
     )
+    metrics = Path(config["job"].metrics)
+    fit = in_thread(trainer.fit, name)
+    if not ends(fit, lambda: metrics.stat().st_size if metrics.exists() else 0, resources.max_silence_s):
+        raise InfrastructureError(
+            f"the {name} job wrote no step to {metrics} for {resources.max_silence_s:.0f} s and was given up; "
+            "ray status says whether its workers are alive, their logs are under the Ray session's logs/train"
+        )
     try:
-        trainer.fit()
+        fit.result()
     except Exception as error:  # Ray Train raises several unrelated classes for a failed worker
-        raise InfrastructureError(f"the {name} job failed on Ray Train: {error}") from error
+        raise failure_of(name, error) from error
+
+
+def in_thread(call: Callable[[], Any], name: str) -> Future[Any]:
+    """Start a call that nothing can interrupt in a thread that may be left behind; returns its outcome to come.
+
+    In a thread of ours Ray Train also leaves Ctrl-C alone; in the main thread it takes it, and keeps it.
+    """
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever asks for the result
+            outcome.set_exception(error)
+
+    Thread(target=run, name=f"ray-train-{name}", daemon=True).start()
+    return outcome
+
+
+def ends(
+    outcome: Future[Any],
+    sign: Callable[[], object],
+    max_silence_s: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    poll_s: float | None = None,
+) -> bool:
+    """Wait for an outcome while `sign` changes now and then; False once it has not for `max_silence_s`."""
+    last, since = sign(), clock()
+    while not wait([outcome], timeout=_POLL_S if poll_s is None else poll_s).done:
+        seen = sign()
+        if seen != last:
+            last, since = seen, clock()
+        elif clock() - since >= max_silence_s:
+            return False
+    return True
+
+
+def failure_of(name: str, error: Exception) -> SeatrialError:
+    """Return what ended a job: an error of our own tree as a worker raised it, or one line about anything else."""
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    ranked = [failures[rank] for rank in sorted(failures)]
+    # One rank's refusal makes the others fail at the next collective: look at all of them.
+    for failure in ranked:
+        if isinstance(failure, SeatrialError):
+            return failure
+    cause = ranked[0] if ranked else getattr(error, "controller_failure", error)
+    hint = "" if ranked else " ray status says who holds the resources it asks for;"
+    return InfrastructureError(f"the {name} job failed on Ray Train: {one_line(cause)};{hint} {LOGS}")
 
 
 def _prepare_worker(num_threads: int) -> tuple[int, int]:

@@ -1,7 +1,10 @@
 """Harmony, the message format of GPT-OSS: render to token ids, parse token ids, never tokenise twice.
 
 A tool call goes out on the commentary channel and ends with <|call|>, an answer on the final channel and ends with
-<|return|>. Text from users and tools is encoded with special tokens switched off, so nobody can forge a message.
+<|return|>. Before either the policy may think on the analysis channel, or announce what it does on the commentary
+channel: such messages end with <|end|>, stay in the context between tool turns because sampled ids are never rendered
+again, and are shown to nobody. Text from users and tools is encoded with special tokens switched off, so nobody can
+forge a message.
 Source of the format: openai/harmony (format reference).
 """
 
@@ -10,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -20,15 +23,29 @@ from rl_actors.models.tokenizer import CALL, CHANNEL, CONSTRAIN, END, HARMONY_TO
 
 PLAN_TOOL = "plan"
 _TOOL_PREFIX = "commentary to=functions."
+_UNSEEN = ("analysis", "commentary")
+_ENDS = (END, CALL, RETURN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedTurn:
-    """What one completion says: a plan, a tool call, a final answer, or nothing that can be understood."""
+    """What one completion says: a plan, a tool call, a final answer, or nothing that can be understood.
+
+    `reasoning` is what the policy said before it, on channels that no user sees.
+    """
 
     kind: TurnKind
     tool_call: ToolCall | None
     text: str
+    reasoning: str = ""
+
+
+class _Message(NamedTuple):
+    """One message of a completion: its header without the constraint, its body, and the token that ended it."""
+
+    channel: str
+    body: str
+    end: str
 
 
 class HarmonyRenderer:
@@ -79,6 +96,11 @@ class HarmonyRenderer:
         body = json.dumps(arguments, separators=(",", ":"))
         return [*header, *self._encode("json"), self._id[MESSAGE], *self._encode(body), self._id[CALL]]
 
+    def analysis(self, text: str) -> list[int]:
+        """Return the ids of a thought, open for the message that follows it in the same completion."""
+        thought = [self._id[CHANNEL], *self._encode("analysis"), self._id[MESSAGE], *self._encode(text), self._id[END]]
+        return [*thought, self._id[START], *self._encode("assistant")]
+
     def final(self, text: str) -> list[int]:
         """Return the ids of a final answer."""
         return [self._id[CHANNEL], *self._encode("final"), self._id[MESSAGE], *self._encode(text), self._id[RETURN]]
@@ -90,32 +112,52 @@ class HarmonyRenderer:
         return [*header, *body, self._id[START], *self._encode("assistant")]
 
     def parse(self, token_ids: Sequence[int]) -> ParsedTurn:
-        """Read one completion; anything that is not exactly one message is `malformed`."""
-        fields = self._split(token_ids)
-        if fields is None:
-            return ParsedTurn(kind="malformed", tool_call=None, text=self.decode(token_ids))
-        channel, body, end = fields
+        """Read one completion: thoughts, then one call or answer; anything else is `malformed`."""
+        messages = self._messages(list(token_ids))
+        if messages is None or any(message.channel not in _UNSEEN for message in messages[:-1]):
+            return self._malformed(token_ids)
+        reasoning, (channel, body, end) = "\n".join(message.body for message in messages[:-1]), messages[-1]
         if end == RETURN and channel == "final":
-            return ParsedTurn(kind="final", tool_call=None, text=body)
+            return ParsedTurn(kind="final", tool_call=None, text=body, reasoning=reasoning)
         if end == CALL and channel.startswith(_TOOL_PREFIX):
             call = ToolCall(name=channel.removeprefix(_TOOL_PREFIX).strip(), arguments=_json_object(body), raw=body)
-            return ParsedTurn(kind="plan" if call.name == PLAN_TOOL else "tool", tool_call=call, text=body)
+            kind = "plan" if call.name == PLAN_TOOL else "tool"
+            return ParsedTurn(kind=kind, tool_call=call, text=body, reasoning=reasoning)
+        return self._malformed(token_ids)
+
+    def _malformed(self, token_ids: Sequence[int]) -> ParsedTurn:
         return ParsedTurn(kind="malformed", tool_call=None, text=self.decode(token_ids))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text, special tokens shown."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
-    def _split(self, token_ids: Sequence[int]) -> tuple[str, str, str] | None:
-        """Return (channel, body, end token) of a completion, or None when its special tokens are out of order."""
-        marks = [(at, self._special[token]) for at, token in enumerate(token_ids) if token in self._special]
+    def _messages(self, ids: list[int]) -> list[_Message] | None:
+        """Cut a completion into its messages; None unless all but the last end with <|end|> and open the next."""
+        reopened = [self._id[START], *self._encode("assistant")]
+        messages: list[_Message] = []
+        while ids:
+            end = next((at for at, token in enumerate(ids) if self._special.get(token) in _ENDS), None)
+            message = None if end is None else self._read_message(ids[: end + 1])
+            if end is None or message is None:
+                return None
+            messages.append(message)
+            ids = ids[end + 1 :]
+            if message.end != END:
+                return None if ids else messages
+            if ids[: len(reopened)] != reopened:
+                return None
+            ids = ids[len(reopened) :]
+        return None
+
+    def _read_message(self, ids: list[int]) -> _Message | None:
+        """Read one message with its end token; None when its special tokens are out of order."""
+        marks = [(at, self._special[token]) for at, token in enumerate(ids) if token in self._special]
         names = [name for _, name in marks]
-        if names not in ([CHANNEL, MESSAGE, RETURN], [CHANNEL, CONSTRAIN, MESSAGE, CALL], [CHANNEL, MESSAGE, CALL]):
+        is_call = names == [CHANNEL, CONSTRAIN, MESSAGE, CALL]
+        if not (is_call or names[:-1] == [CHANNEL, MESSAGE]) or marks[0][0] != 0:
             return None
-        if marks[0][0] != 0 or marks[-1][0] != len(token_ids) - 1:
-            return None
-        channel = self.decode(token_ids[1 : marks[1][0]])
-        return channel, self.decode(token_ids[marks[-2][0] + 1 : -1]), names[-1]
+        return _Message(self.decode(ids[1 : marks[1][0]]), self.decode(ids[marks[-2][0] + 1 : -1]), names[-1])
 
     def _message(self, role: str, text: str) -> list[int]:
         body = [*self._encode(role), self._id[MESSAGE], *self._encode(text)]

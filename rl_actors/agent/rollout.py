@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from rl_actors.agent.executor import Executor, Toolset
 from rl_actors.agent.harmony import HarmonyRenderer
@@ -13,6 +14,9 @@ from rl_actors.agent.tool_client import ToolHostPool
 from rl_actors.agent.workflow import RunView, Workflow
 from rl_actors.contracts import Rollout, Routes, SamplingParams, Task, TrainingSample, Turn
 from rl_actors.errors import BadInputError, EngineError
+
+_CUT_SHORT: Final = frozenset({"truncated", "timeout"})
+"""Endings that limits of ours made; a policy that used up its tools has ended by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +158,8 @@ def training_sample(rollout: Rollout, reward: float) -> TrainingSample:
         loss_mask=tuple(mask),
         rollout_logprobs=tuple(logprobs),
         reward=reward,
-        truncated=rollout.status != "ok",
+        succeeded=rollout.outcome.success,
+        truncated=rollout.status in _CUT_SHORT,
         routes=_joined_routes(rollout.turns),
     )
 

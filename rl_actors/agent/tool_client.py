@@ -10,6 +10,8 @@ import asyncio
 import itertools
 import json
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -26,8 +28,8 @@ _KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "SEATRIAL_WORKFLOW
 
 
 def host_command(module: str) -> list[str]:
-    """Return the command that starts one tool host; a sandbox wraps this."""
-    return [sys.executable, "-m", "rl_actors.agent.tool_host", module]
+    """Return the command that starts one tool host; a sandbox wraps this. `-P`: no module of the working directory."""
+    return [sys.executable, "-P", "-m", "rl_actors.agent.tool_host", module]
 
 
 def host_environment() -> dict[str, str]:
@@ -37,29 +39,34 @@ def host_environment() -> dict[str, str]:
 
 
 class ToolHostProcess:
-    """One host process and the replies it owes."""
+    """One host process, the leader of its own session, in a directory of its own; and the replies it owes."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        """Start reading replies."""
-        self._process = process
+    def __init__(self, process: asyncio.subprocess.Process, directory: str) -> None:
+        """Start reading replies; `directory` goes with the process."""
+        self._process, self._directory = process, directory
         self._owed: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count()
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
     async def start(cls, command: Sequence[str]) -> ToolHostProcess:
-        """Spawn the process with no inherited descriptor, in a directory of its own."""
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            cwd=tempfile.gettempdir(),
-            env=host_environment(),
-            close_fds=True,
-            start_new_session=True,
-            limit=_MAX_LINE,
-        )
-        return cls(process)
+        """Spawn the process with no inherited descriptor, in a directory that nobody else can write."""
+        directory = tempfile.mkdtemp(prefix="seatrial-tools-")
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                cwd=directory,
+                env=host_environment(),
+                close_fds=True,
+                start_new_session=True,
+                limit=_MAX_LINE,
+            )
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return cls(process, directory)
 
     @property
     def alive(self) -> bool:
@@ -85,9 +92,9 @@ class ToolHostProcess:
             self._owed.pop(number, None)
 
     def kill(self) -> None:
-        """End the process at once; whoever waits gets ToolHostError."""
-        with suppress(ProcessLookupError):
-            self._process.kill()
+        """End the process and what it started at once; whoever waits gets ToolHostError."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     async def close(self) -> None:
         """Kill and wait."""
@@ -109,6 +116,7 @@ class ToolHostProcess:
                     self._settle(json.loads(line))
         finally:
             self.kill()
+            shutil.rmtree(self._directory, ignore_errors=True)
             for reply in self._owed.values():
                 if not reply.done():
                     reply.set_exception(ToolHostError("tool host died before it answered"))

@@ -143,6 +143,32 @@ def masked_moments(x_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return torch.stack([mask_BT.sum().double(), x64_BT.sum(), x64_BT.square().sum()])
 
 
+def moments_variance(moments: Tensor) -> float:
+    """Return the sample variance behind `[count, sum, sum of squares]`; 0 for fewer than two values.
+
+    What is left of equal values by rounding (relative 1e-12 of their mean square) counts as none.
+    """
+    count, total, squares = moments.tolist()
+    if count < 2:
+        return 0.0
+    spread = squares - total * total / count
+    return spread / (count - 1.0) if spread > 1e-12 * squares else 0.0
+
+
+def explained_variance(return_moments: Tensor, residual_moments: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over loss tokens of the whole global batch.
+
+    1 is a perfect critic, 0 one that knows nothing, below 0 one that misleads. Returns that are all alike, or absent,
+    have nothing to explain and give 0.
+
+    Args:
+        return_moments: `masked_moments` of the returns, summed over parts and ranks.
+        residual_moments: the same of returns - values.
+    """
+    variance = moments_variance(return_moments)
+    return 1.0 - moments_variance(residual_moments) / variance if variance else 0.0
+
+
 @torch.no_grad()
 def whiten(x_BT: Tensor, mask_BT: Tensor, *, shift_mean: bool = True, moments: Tensor | None = None) -> Tensor:
     """Scale loss tokens to unit sample variance and, with `shift_mean`, mean 0; masked tokens give 0.

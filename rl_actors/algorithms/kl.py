@@ -52,6 +52,7 @@ def kl_loss(
     *,
     kind: KLKind = "k3",
     old_logprobs_BT: Tensor | None = None,
+    correction_BT: Tensor | None = None,
     aggregation: Aggregation = "token_mean",
     num_loss_tokens: float | None = None,
     num_sequences: float | None = None,
@@ -68,6 +69,7 @@ def kl_loss(
         loss_mask_BT: True on tokens the policy sampled.
         kind: estimator reported as the value.
         old_logprobs_BT: log-probabilities of the policy that sampled; None means strictly on-policy, w = 1.
+        correction_BT: engine-learner weights that multiply w, 0 for a rejected token; None means 1.
         aggregation: see `losses.aggregate`.
         num_loss_tokens: loss tokens of the whole global batch; None takes this call's own.
         num_sequences: sequences of the whole global batch with a loss token; None takes this call's own.
@@ -83,6 +85,9 @@ def kl_loss(
         log_weight_BT = frozen_BT - zero_masked(old_logprobs_BT.detach(), loss_mask_BT)
         weight_BT = log_weight_BT.clamp(-MAX_ABS_LOG_RATIO, MAX_ABS_LOG_RATIO).exp()
         value_BT, slope_BT = weight_BT * value_BT, weight_BT * slope_BT
+    if correction_BT is not None:
+        correction_BT = zero_masked(correction_BT.detach(), loss_mask_BT)
+        value_BT, slope_BT = correction_BT * value_BT, correction_BT * slope_BT
     loss = aggregate(
         value_BT + slope_BT * (logps_BT - frozen_BT),
         loss_mask_BT,

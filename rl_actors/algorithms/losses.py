@@ -191,17 +191,6 @@ def entropy_metric(entropy_BT: Tensor, loss_mask_BT: Tensor, num_loss_tokens: fl
 
 
 @torch.no_grad()
-def explained_variance(values_BT: Tensor, returns_BT: Tensor, loss_mask_BT: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over loss tokens of the whole global batch; not additive over parts.
-
-    1 is a perfect critic, 0 one that knows nothing, below 0 one that misleads. Constant or absent returns give 0.
-    """
-    returns_N, values_N = returns_BT[loss_mask_BT].double(), values_BT[loss_mask_BT].double()
-    if returns_N.numel() < 2 or bool((returns_N == returns_N[0]).all()):
-        return 0.0
-    return float(1.0 - (returns_N - values_N).var() / returns_N.var())
-
-
 def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Combine the metrics of all parts of one batch: names ending in `_max` by maximum, all others by sum."""
     merged: dict[str, float] = {}

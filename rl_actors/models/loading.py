@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rl_actors.errors import AttestationError
 from rl_actors.models.experts import use_sorted_experts
 from rl_actors.models.scoring_head import use_scoring_head
-from rl_actors.models.sink_attention import check_sinks_reach_kernel, use_sink_attention
+from rl_actors.models.sink_attention import (
+    allowed_pairs,
+    attention_scores,
+    eager_sink_attention,
+    modules_with_sinks,
+    use_sink_attention,
+)
+
+# Half-precision gradients of a small model differ by hundredths of their maximum; without its sink by half of it.
+_TOLERANCES: Final = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+_PROBE_WINDOW: Final = 4
+# More than two windows, so that a kernel which goes by blocks of a window has a whole block behind it.
+_PROBE_TOKENS: Final = 3 * _PROBE_WINDOW
+_PROBE_PADDING: Final = _PROBE_WINDOW
 
 
 def load_causal_lm(path: str | Path) -> Any:
@@ -41,3 +60,97 @@ def _ready_to_train(model: Any) -> Any:
         use_sink_attention(model)
     check_sinks_reach_kernel(model)
     return model
+
+
+def check_sinks_reach_kernel(model: Any) -> float:
+    """Run a few tokens and compare each layer's attention, whatever it is, with the definition: output and gradients.
+
+    Each head's sink is set to its mean LSE for the moment, where it holds half of the weight: a kernel that drops it is
+    then wrong by a factor of two. Windows are narrowed for the moment to a third of the probe, so that a kernel that
+    does not end at its window shows it. One sequence of two is padded: on the right, as training pads and as kernels
+    without a mask allow, then on the left, where only a mask keeps the padding out. Run it before parameters are
+    sharded; it costs six small attentions per layer.
+
+    Returns:
+        The largest error, as a fraction of the largest entry expected; 0 for a model without sinks.
+
+    Raises:
+        AttestationError: a layer's sinks, window or padding do not act on output and gradients as the definition says.
+    """
+    modules = modules_with_sinks(model)
+    if not modules:
+        return 0.0
+    ids_BT = (torch.arange(2 * _PROBE_TOKENS, device=modules[0].sinks.device) + 1) % model.config.vocab_size
+    left_BT = torch.ones_like(ids_BT).view(2, -1)
+    left_BT[1, :_PROBE_PADDING] = 0
+    with _narrow_windows([model.config, *modules]):
+        rows = [_layer_errors(model, modules, ids_BT.view(2, -1), mask_BT) for mask_BT in (left_BT.flip(1), left_BT)]
+    errors = torch.tensor(rows).amax(0).tolist()  # keeps a NaN, which the builtin may lose
+    lost = {i: error for i, error in enumerate(errors) if not error <= _TOLERANCES[modules[i].sinks.dtype]}
+    if lost:
+        what = f"attention {model.config._attn_implementation!r} bends the sinks, the window or the padding"
+        remedy = "call use_sink_attention(model), or load it with attn_implementation='eager'"
+        raise AttestationError(f"{what}, relative error by layer {lost}: {remedy}")
+    return max(errors)
+
+
+@contextmanager
+def _narrow_windows(owners: Sequence[Any]) -> Iterator[None]:
+    """Narrow every sliding window: masks are built from the configuration's, kernels get the layer's."""
+    before = [(owner, owner.sliding_window) for owner in owners if getattr(owner, "sliding_window", None)]
+    try:
+        for owner, window in before:
+            owner.sliding_window = min(window, _PROBE_WINDOW)
+        yield
+    finally:
+        for owner, window in before:
+            owner.sliding_window = window
+
+
+@torch.no_grad()
+def _layer_errors(model: Any, modules: Sequence[Any], ids_BT: Tensor, mask_BT: Tensor) -> list[float]:
+    """Errors by layer for one padding; a layer that never called the attention interface has an infinite one."""
+    errors = dict.fromkeys(modules, torch.inf)
+    name = model.config._attn_implementation
+    eager: Any = getattr(inspect.getmodule(type(modules[0])), "eager_attention_forward", None)
+    original = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+    def probe(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **arguments: Any) -> Any:
+        errors[module] = _sink_error(original, module, (query, key, value), mask_BT.bool(), mask, arguments)
+        return original(module, query, key, value, mask, **arguments)
+
+    ALL_ATTENTION_FUNCTIONS[name] = probe
+    try:
+        model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]
+    return list(errors.values())
+
+
+def _sink_error(
+    original: Any,
+    module: Any,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    is_real_BT: Tensor,
+    mask: Any,
+    arguments: dict[str, Any],
+) -> float:
+    """Largest relative error of one layer's output and gradients; what padding itself computes is read by nobody."""
+    scale, window = arguments["scaling"], getattr(module, "sliding_window", None)
+    allowed = allowed_pairs(qkv[0], qkv[1], is_real_BT[:, None, None, :], True, window)
+    lse_BHT = attention_scores(qkv[0], qkv[1], scale).masked_fill(~allowed, -torch.inf).logsumexp(-1)
+    sinks_H, before_H, trains = module.sinks, module.sinks.detach().clone(), module.sinks.requires_grad
+    sinks_H.requires_grad_(True).data.copy_(lse_BHT.transpose(1, 2)[is_real_BT].mean(0))
+    try:
+        inputs = query, key, value, _ = [*(x.detach().requires_grad_() for x in qkv), sinks_H]
+        with torch.enable_grad():
+            wanted = eager_sink_attention(query, key, value, sinks_H, allowed, scale).transpose(1, 2)[is_real_BT]
+            found = original(module, query, key, value, mask, **arguments)[0][is_real_BT]
+        expected = [wanted, *torch.autograd.grad(wanted, inputs, wanted.detach())]
+        # A kernel that never saw the sinks gives them no gradient at all.
+        results = [found, *torch.autograd.grad(found, inputs, wanted.detach(), allow_unused=True)]
+    finally:
+        sinks_H.requires_grad_(trains).data.copy_(before_H)
+    pairs = [(x, y.detach()) for x, y in zip(results, expected, strict=True)]
+    errors = [torch.inf if x is None else float((x.detach() - y).abs().max() / y.abs().max()) for x, y in pairs]
+    return float(torch.tensor(errors).max())

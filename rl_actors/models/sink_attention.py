@@ -16,7 +16,6 @@ split over devices are merged first and gated once: a gate per part would count 
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -27,11 +26,9 @@ from torch.nn.functional import pad
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rl_actors.errors import AttestationError, BadInputError
+from rl_actors.errors import BadInputError
 
 SINK_ATTENTION: Final = "seatrial_sink"
-# Half-precision gradients of a small model differ by hundredths of their maximum; without its sink by half of it.
-TOLERANCES: Final = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 _aten: Final = torch.ops.aten
 _Triple = tuple[Tensor, Tensor, Tensor]
 _KernelName = Literal["cpu_flash", "cuda_flash", "cuda_efficient"]
@@ -88,7 +85,7 @@ def eager_sink_attention(
     query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, sinks_H: Tensor, allowed: Tensor, scale: float
 ) -> Tensor:
     """The definition, with scores [B, H, T, S] in float32 or better: append the sink, softmax, drop the sink."""
-    scores_BHTS = _scores(query_BHTD, key_BKSD, scale)
+    scores_BHTS = attention_scores(query_BHTD, key_BKSD, scale)
     scores_BHTS = scores_BHTS.masked_fill(~allowed, torch.finfo(scores_BHTS.dtype).min)
     sinks = sinks_H.to(scores_BHTS.dtype).view(1, -1, 1, 1).expand(*scores_BHTS.shape[:3], 1)
     probs_BHTS = torch.cat([scores_BHTS, sinks], dim=-1).softmax(-1)[..., :-1].masked_fill(~allowed, 0.0)
@@ -238,7 +235,8 @@ def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return bias.masked_fill_(~mask & mask.any(-1, keepdim=True), -torch.inf).expand(*query.shape[:3], -1)
 
 
-def _scores(query_BHTD: Tensor, key_BKSD: Tensor, scale: float) -> Tensor:
+def attention_scores(query_BHTD: Tensor, key_BKSD: Tensor, scale: float) -> Tensor:
+    """Return scale * QK^T, [B, H, T, S] in float32 or better."""
     scores_BHTS = query_BHTD @ _per_query_head(key_BKSD, query_BHTD.shape[1]).mT * scale
     return scores_BHTS if scores_BHTS.dtype == torch.float64 else scores_BHTS.float()
 
@@ -250,7 +248,7 @@ def _per_query_head(x_BKSD: Tensor, num_heads: int) -> Tensor:
 
 def use_sink_attention(model: Any) -> str | None:
     """Switch a model with sinks (GPT-OSS) to `sink_attention`. Returns None, or why the model was left as it is."""
-    if not _modules_with_sinks(model):
+    if not modules_with_sinks(model):
         return f"{model.config.model_type} has no attention sinks"
     if unknown := set(model.config.layer_types) - {"full_attention", "sliding_attention"}:
         return f"{model.config.model_type} has layers of another kind: {', '.join(sorted(unknown))}"
@@ -287,62 +285,6 @@ def _transformers_mask(*, q_length: int, kv_length: int, **rest: Any) -> Tensor 
     return sdpa_mask(q_length=q_length, kv_length=kv_length, **rest, allow_is_causal_skip=False)
 
 
-def _modules_with_sinks(model: Any) -> list[Any]:
+def modules_with_sinks(model: Any) -> list[Any]:
+    """Return the attention layers that own sinks, in the order in which they run."""
     return [module for module in model.modules() if isinstance(getattr(module, "sinks", None), torch.nn.Parameter)]
-
-
-def check_sinks_reach_kernel(model: Any, *, num_tokens: int = 8) -> float:
-    """Run a few tokens and compare each layer's attention, whatever it is, with the definition: output and gradients.
-
-    Each head's sink is set to its mean LSE for the moment, where it holds half of the weight: a kernel that drops it is
-    then wrong by a factor of two. Run it before parameters are sharded; it costs three small attentions per layer.
-
-    Returns:
-        The largest error, as a fraction of the largest entry expected; 0 for a model without sinks.
-
-    Raises:
-        AttestationError: a layer's sinks do not act on output and gradients as the definition says.
-    """
-    modules = _modules_with_sinks(model)
-    if not modules:
-        return 0.0
-    errors = dict.fromkeys(modules, torch.inf)
-    name = model.config._attn_implementation
-    eager: Any = getattr(inspect.getmodule(type(modules[0])), "eager_attention_forward", None)
-    original = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-
-    def probe(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **arguments: Any) -> Any:
-        errors[module] = _sink_error(original, module, (query, key, value), mask, arguments)
-        return original(module, query, key, value, mask, **arguments)
-
-    ids = torch.arange(1, num_tokens + 1, device=modules[0].sinks.device).unsqueeze(0) % model.config.vocab_size
-    ALL_ATTENTION_FUNCTIONS[name] = probe
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[name]
-    lost = {i: error for i, error in enumerate(errors.values()) if not error <= TOLERANCES[modules[i].sinks.dtype]}
-    if lost:
-        remedy = "call use_sink_attention(model), or load it with attn_implementation='eager'"
-        raise AttestationError(f"attention {name!r} bends the sinks, relative error by layer {lost}: {remedy}")
-    return max(errors.values())
-
-
-def _sink_error(original: Any, module: Any, qkv: _Triple, mask: Any, arguments: dict[str, Any]) -> float:
-    allowed = allowed_pairs(qkv[0], qkv[1], None, True, arguments.get("sliding_window"))
-    lse_BHT = _scores(qkv[0], qkv[1], arguments["scaling"]).masked_fill(~allowed, -torch.inf).logsumexp(-1)
-    sinks_H, before_H, trains = module.sinks, module.sinks.detach().clone(), module.sinks.requires_grad
-    sinks_H.requires_grad_(True).data.copy_(lse_BHT.mean((0, 2)))
-    try:
-        inputs = query, key, value, _ = [*(x.detach().requires_grad_() for x in qkv), sinks_H]
-        with torch.enable_grad():
-            wanted = eager_sink_attention(query, key, value, sinks_H, allowed, arguments["scaling"]).transpose(1, 2)
-            found = original(module, query, key, value, mask, **arguments)[0]
-        expected = [wanted, *torch.autograd.grad(wanted, inputs, wanted.detach())]
-        # A kernel that never saw the sinks gives them no gradient at all.
-        results = [found, *torch.autograd.grad(found, inputs, wanted.detach(), allow_unused=True)]
-    finally:
-        sinks_H.requires_grad_(trains).data.copy_(before_H)
-    pairs = [(x, y.detach()) for x, y in zip(results, expected, strict=True)]
-    return max(torch.inf if x is None else float((x.detach() - y).abs().max() / y.abs().max()) for x, y in pairs)

@@ -56,6 +56,8 @@ def deepspeed_config(settings: OptimizerSettings) -> dict[str, Any]:
         "zero_optimization": {"stage": max(settings.zero_stage, 1) if is_bf16 else settings.zero_stage},
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": is_bf16},
+        # Sums of many microbatches in bfloat16 would lose the small shares: a split would change the gradient.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 1 << 30,
     }
 

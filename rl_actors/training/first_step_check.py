@@ -1,4 +1,4 @@
-"""After the first step, prove that the optimizer reaches every trainable parameter and no frozen one.
+"""Prove that the optimizer reaches every trainable parameter, and nobody any frozen one.
 
 A parameter that never moves is the quietest failure of training: an attention sink that no kernel reads, a tensor the
 optimizer was not given, a bfloat16 weight that rounds every small step away.
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from rl_actors.errors import InstabilityError
+from rl_actors.errors import InstabilityError, TamperedError
 from rl_actors.training import ranks
 
 Fingerprint = tuple[float, float]
@@ -61,4 +61,19 @@ def require_moved(
     if drifted:
         raise InstabilityError(
             f"frozen_parameter_moved: {len(drifted)} frozen parameters moved, {', '.join(drifted[:3])}"
+        )
+
+
+def require_unchanged(before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -> None:
+    """Compare fingerprints of frozen weights.
+
+    Raises:
+        TamperedError: names what changed.
+    """
+    changed = sorted(name for name in before if now[name] != before[name])
+    if changed:
+        names = ", ".join(changed[:3])
+        raise TamperedError(
+            f"the frozen reference changed in memory: {len(changed)} of {len(before)} parameters, {names}; every KL "
+            "since the last checkpoint is in doubt: resume from it"
         )

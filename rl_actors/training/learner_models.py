@@ -17,6 +17,7 @@ from rl_actors.models.routers import engine_routes, freeze_router, router_parame
 from rl_actors.models.scoring_head import score_tokens
 from rl_actors.models.value_head import PolicyWithValue, TokenOutputs
 from rl_actors.training.deepspeed_engine import whole_parameters
+from rl_actors.training.first_step_check import Fingerprint, fingerprints
 from rl_actors.training.ppo_batch import Microbatch
 from rl_actors.training.recipe import Recipe
 
@@ -98,6 +99,13 @@ class LearnerModels:
             outputs = engine(*inputs(batch, temperature))
         batch.route_agreement = route_agreement(batch.routes, live.joined(), batch.inputs.loss_mask_BT)
         return outputs
+
+    def frozen_fingerprints(self) -> dict[str, Fingerprint]:
+        """Return marks of the weights that the policy is held near, in memory; all ranks must call it."""
+        if self._reference is not None:
+            return fingerprints(self._reference)
+        trainable = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
+        return {name: mark for name, mark in fingerprints(self.policy).items() if name not in trainable}
 
     def weights(self, *, is_sharded: bool) -> dict[str, Tensor]:
         """Return a CPU copy of the policy by Hugging Face name, adapters merged; all ranks must call it."""

@@ -75,13 +75,18 @@ class PpoPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PpoPorts:
-    """The four protocols, and where metrics go."""
+    """The four protocols, and where metrics go.
+
+    `tripped` is told the step and what its tripwires said, reason code first, with metric, value and limit: those the
+    learner acted on, and the one that ends the run.
+    """
 
     source: RolloutSource
     scorer: Scorer
     learner: Learner
     sync: WeightSync
     report: Callable[[int, Mapping[str, float]], None]
+    tripped: Callable[[int, Sequence[str]], None] = lambda step, trips: None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -119,11 +124,22 @@ def run_ppo(
     if start == 0:
         ports.learner.save_checkpoint(0, _loop_state(watch))  # what a tripwire of the first steps goes back to
     for step in range(start, plan.num_steps):
-        metrics = run_step(requests_for_step(tasks, plan, step), ports, step, plan.temperature, watch)
-        ports.report(step + 1, metrics)
-        require_stable(metrics, limits)
+        with _telling(ports, step + 1):
+            metrics = run_step(requests_for_step(tasks, plan, step), ports, step, plan.temperature, watch)
+            ports.report(step + 1, metrics)
+            require_stable(metrics, limits)
         if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.num_steps:
             ports.learner.save_checkpoint(step + 1, _loop_state(watch))
+
+
+@contextmanager
+def _telling(ports: PpoPorts, step: int) -> Iterator[None]:
+    """Tell the end of a run before it is one: a step that is stopped half-way has no metrics."""
+    try:
+        yield
+    except InstabilityError as error:
+        ports.tripped(step, (str(error),))
+        raise
 
 
 def _loop_state(watch: DivergenceWatch) -> LoopState:
@@ -151,6 +167,8 @@ def run_step(
     samples = [training_sample(rollout, score.reward) for rollout, score in zip(rollouts, scores, strict=True)]
     with _timed(seconds, "train_s", ports.clock):
         update = ports.learner.update(samples)
+    if update.trips:
+        ports.tripped(weights_version + 1, update.trips)
     with _timed(seconds, "sync_s", ports.clock):
         gap = ports.sync.publish(update.weights_version)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -43,16 +44,17 @@ def against_group(samples: Sequence[TrainingSample]) -> list[TrainingSample]:
     """Return the samples with each reward less the mean of the other attempts at its task (arXiv 2402.14740 eq. 8).
 
     A baseline that the sampled tokens do not enter leaves the gradient unbiased. Tasks differ far more than attempts at
-    one task do, and the critic alone has not learned that after a few dozen steps. A single attempt keeps its reward.
+    one task do, and the critic alone has not learned that after a few dozen steps. Where every task has one attempt,
+    on all ranks, rewards stay as they are. One that lost its group to infrastructure gets 0, the mean of all others:
+    its raw reward would look like a huge success.
     """
+    sizes = Counter(sample.group_id for sample in samples)
+    if ranks.largest(max(sizes.values(), default=0)) <= 1:
+        return list(samples)
     rewards = torch.tensor([sample.reward for sample in samples])
     groups = torch.tensor([sample.group_id for sample in samples])
-    centred = group_advantages(rewards, groups, kind="rloo")
-    is_alone = [int((groups == sample.group_id).sum()) == 1 for sample in samples]
-    return [
-        sample if alone else replace(sample, reward=float(value))
-        for sample, value, alone in zip(samples, centred, is_alone, strict=True)
-    ]
+    centred = group_advantages(rewards, groups, kind="rloo").tolist()  # 0 for a group of one
+    return [replace(sample, reward=value) for sample, value in zip(samples, centred, strict=True)]
 
 
 def minibatches(

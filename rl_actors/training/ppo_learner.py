@@ -19,8 +19,6 @@ from rl_actors.algorithms.stability import (
     StabilityDecision,
     StabilityLimits,
     StopUpdate,
-    check_stability,
-    escalate,
 )
 from rl_actors.contracts import LearnerUpdate, TrainingSample
 from rl_actors.errors import InstabilityError
@@ -33,20 +31,23 @@ from rl_actors.training.deepspeed_engine import (
     gradient_norm,
     scale_learning_rate,
 )
-from rl_actors.training.first_step_check import Fingerprint, fingerprints, require_moved
+from rl_actors.training.first_step_check import Fingerprint, fingerprints, require_moved, require_unchanged
 from rl_actors.training.kl_coefficient import KLCoefficient
 from rl_actors.training.learner_models import LearnerModels
 from rl_actors.training.ppo_batch import Microbatch, Minibatch, minibatches
 from rl_actors.training.ppo_loss import (
+    GlobalCounts,
     LossTerms,
     correct,
     finish_look,
     global_counts,
     look_shares,
     microbatch_loss,
+    update_summary,
 )
-from rl_actors.training.ppo_targets import fill_advantages, shaped
+from rl_actors.training.ppo_targets import fill_advantages, kept_fraction, shaped
 from rl_actors.training.recipe import Recipe
+from rl_actors.training.tripwires import Tripwires
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,14 +84,13 @@ class PpoLearner:
         self._models = LearnerModels(policy_path, reference_path, settings.recipe)
         self._engine = _build_engine(self._models, settings)
         self._models.place_reference(self._engine.device, torch.bfloat16 if settings.is_bf16 else torch.float32)
+        self._frozen = self._models.frozen_fingerprints()
         self._rng = random.Random(settings.seed)
         self._kl = KLCoefficient(settings.kl_coef, settings.recipe)
-        self._num_skipped = 0  # optimizer steps in a row, across updates
-        self._num_restores = 0
+        self._tripwires = Tripwires(settings.limits)
         self._learning_rate_factor = 1.0
         self._before: dict[str, Fingerprint] = {}  # of the weights before the first step with gradient
         self._num_checked = 0  # steps with gradient since then, up to the one that is judged
-        self._trips: list[str] = []
         self.weights_version = 0
 
     def update(self, samples: Sequence[TrainingSample]) -> LearnerUpdate:
@@ -100,26 +100,31 @@ class PpoLearner:
             InstabilityError: A tripwire asks for the end of the run; its message begins with the reason code.
             BadInputError: The recipe skips the old pass, and the samples are not this version's own.
         """
-        s, self._trips = self._settings, []
+        s, self._tripwires.trips = self._settings, []
         if s.recipe.skip_old_pass:
             self._require_on_policy(samples)
+        kept = shaped(samples, s.recipe)
         parts = minibatches(
-            shaped(samples, s.recipe),
+            kept,
             count=s.num_minibatches,
             token_budget=s.microbatch_tokens,
             rng=self._rng,
             device=self._engine.device,
         )
         batches = [microbatch for part in parts for microbatch in part]
-        metrics = {"kl_coef": self._kl.value} | self._look(batches)
+        metrics = {"kl_coef": self._kl.value, "kept_fraction": kept_fraction(kept, samples)} | self._look(batches)
         metrics |= fill_advantages(batches, s.recipe, kl_coef=self._kl.value, gamma=s.gamma, lam=s.lam)
         restore, steps = self._epochs(parts, metrics)
         metrics |= steps
+        if steps["num_optimizer_steps"] and not self._is_critic_warmup:
+            self._kl.observe(metrics["kl_to_reference"], int(ranks.summed(torch.tensor([float(len(samples))]))))
         self.weights_version += 1
-        self._kl.observe(metrics["kl_to_reference"], int(ranks.summed(torch.tensor([float(len(samples))]))))
         factor = restore.learning_rate_factor if restore else 0.0
         return LearnerUpdate(
-            weights_version=self.weights_version, metrics=metrics, trips=tuple(self._trips), restore_factor=factor
+            weights_version=self.weights_version,
+            metrics=metrics,
+            trips=tuple(self._tripwires.trips),
+            restore_factor=factor,
         )
 
     def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -140,19 +145,29 @@ class PpoLearner:
         return self._models.weights(is_sharded=self._settings.zero_stage == 3)
 
     def save_policy(self, directory: str) -> None:
-        """Write the policy as a Hugging Face model directory; all ranks must call it, the first one writes."""
+        """Write the policy as a Hugging Face model directory; all ranks must call it, the first one writes.
+
+        Raises:
+            TamperedError: The reference in memory is not the one that was loaded.
+        """
+        require_unchanged(self._frozen, self._models.frozen_fingerprints())
         weights = self.weights()
         if ranks.rank() == 0:
             self._models.policy.save_pretrained(directory, state_dict=weights)
 
     def save_checkpoint(self, directory: str) -> None:
-        """Write everything `load_checkpoint` needs to continue, random state of every rank included."""
+        """Write everything `load_checkpoint` needs to continue, random state of every rank included.
+
+        Raises:
+            TamperedError: The reference in memory is not the one that was loaded: nothing after it can be trusted.
+        """
+        require_unchanged(self._frozen, self._models.frozen_fingerprints())
         state = {
             "weights_version": self.weights_version,
             "kl_coef": self._kl.value,
             "learning_rate_factor": self._learning_rate_factor,
-            "num_restores": self._num_restores,
-            "num_skipped": self._num_skipped,
+            "num_restores": self._tripwires.num_restores,
+            "num_skipped": self._tripwires.num_skipped,
             "random": ranks.gathered((self._rng.getstate(), torch.get_rng_state())),
         }
         self._engine.save_checkpoint(directory, tag=_TAG, client_state=state)
@@ -161,7 +176,7 @@ class PpoLearner:
         """Restore weights, optimizer, critic, KL coefficient and random state; returns what could not be restored."""
         state = self._load_weights(directory)
         self.weights_version = state["weights_version"]
-        self._num_restores, self._num_skipped = state["num_restores"], state["num_skipped"]
+        self._tripwires.num_restores, self._tripwires.num_skipped = state["num_restores"], state["num_skipped"]
         self._set_learning_rate(state["learning_rate_factor"])
         own = state["random"]
         if len(own) != ranks.num_ranks():
@@ -190,9 +205,15 @@ class PpoLearner:
         self._learning_rate_factor = factor
         scale_learning_rate(self._engine, factor)
 
+    @property
+    def _is_critic_warmup(self) -> bool:
+        return self.weights_version < self._settings.recipe.critic_warmup_updates
+
     def _require_on_policy(self, samples: Sequence[TrainingSample]) -> None:
+        """Judge the samples of all ranks, so that all refuse together and none waits for the others."""
+        own = {version for sample in samples for version in sample.weights_versions}
         require_strictly_on_policy(
-            sampled_versions=tuple({version for sample in samples for version in sample.weights_versions}),
+            sampled_versions=tuple(sorted(set[int]().union(*ranks.gathered(own)))),
             weights_version=self.weights_version,
             num_epochs=self._settings.epochs,
             num_minibatches=self._settings.num_minibatches,
@@ -225,26 +246,31 @@ class PpoLearner:
         self, parts: Sequence[Minibatch], seen: Mapping[str, float]
     ) -> tuple[RestoreLastGood | None, dict[str, float]]:
         """Run the optimizer steps; a tripwire skips one, ends the update, asks for a restore, or ends the run."""
-        order, history = list(parts), []
-        for _ in range(self._settings.epochs):
-            self._rng.shuffle(order)
+        order, history, num_steps = list(parts), [], 0
+        for epoch in range(self._settings.epochs):
+            # The same on all ranks, whatever they drew before: each step must take one part of every rank.
+            random.Random(f"{self._settings.seed}/{self.weights_version}/{epoch}").shuffle(order)
             for part in order:
-                history.append(self._gradients(part))
-                decision = self._decide({**seen, **history[-1]})
+                counts = global_counts(part)
+                if not counts.num_loss_tokens:
+                    continue  # nothing of it trains, on any rank: there is no step, and no metric to judge
+                history.append(self._gradients(part, counts))
+                decision = self._tripwires.judge({**seen, **history[-1]})
+                num_steps += isinstance(decision, Continue)
                 if not self._act(decision, history[-1]["grad_norm"]):
                     restore = decision if isinstance(decision, RestoreLastGood) else None
-                    return restore, _summary(history, seen, stopped_early=True)
-        return None, _summary(history, seen, stopped_early=False)
+                    return restore, update_summary(history, seen, num_steps=num_steps, stopped_early=True)
+        return None, update_summary(history, seen, num_steps=num_steps, stopped_early=False)
 
-    def _gradients(self, part: Minibatch) -> dict[str, float]:
+    def _gradients(self, part: Minibatch, counts: GlobalCounts) -> dict[str, float]:
         """Accumulate one minibatch's gradients, to be judged before they are applied; returns the metrics of it all."""
-        s, counts, shares, entropies = self._settings, global_counts(part), [], []
+        s, shares, entropies = self._settings, [], []
         terms = LossTerms(
             clip_low=s.clip_low,
             clip_high=s.clip_high,
             kl_coef=self._kl.value,
             value_coef=s.value_coef,
-            is_critic_warmup=self.weights_version < s.recipe.critic_warmup_updates,
+            is_critic_warmup=self._is_critic_warmup,
         )
 
         def loss_of(batch: Microbatch) -> torch.Tensor:
@@ -261,24 +287,12 @@ class PpoLearner:
         metrics = ranks.merge_ranks(merge_metrics(shares)) | {"grad_norm": norm}
         return self._seen(part, entropies) | metrics if entropies else metrics
 
-    def _decide(self, metrics: Mapping[str, float]) -> StabilityDecision:
-        """Judge one minibatch, the streak of skips and the number of restores so far included."""
-        limits = self._settings.limits
-        decision = check_stability(metrics, limits)
-        self._num_skipped = self._num_skipped + 1 if isinstance(decision, SkipUpdate) else 0
-        decision = escalate(decision, limits, consecutive_skips=self._num_skipped, restores=self._num_restores)
-        if isinstance(decision, RestoreLastGood):
-            self._num_restores, self._num_skipped = self._num_restores + 1, 0
-            decision = escalate(decision, limits, consecutive_skips=0, restores=self._num_restores)
-        return decision
-
     def _act(self, decision: StabilityDecision, grad_norm: float) -> bool:
         """Step or discard; returns False when this update is over. Raises InstabilityError when the run is."""
         if isinstance(decision, Continue):
             self._step(grad_norm)
             return True
         discard(self._engine)
-        self._trips.append(str(decision))
         if isinstance(decision, SkipUpdate | StopUpdate | RestoreLastGood):
             return isinstance(decision, SkipUpdate)
         raise InstabilityError(f"{decision}; the newest checkpoint holds the last good state")
@@ -321,17 +335,6 @@ def _build_engine(models: LearnerModels, settings: PpoSettings) -> Any:
         critic_rate = settings.learning_rate * settings.critic_learning_rate_factor
         groups.append({"params": list(models.module.value_head.parameters()), "lr": critic_rate})
     return build_engine(models.module, optimizer, groups)
-
-
-def _summary(
-    history: Sequence[Mapping[str, float]], seen: Mapping[str, float], *, stopped_early: bool
-) -> dict[str, float]:
-    """Average the optimizer steps of one update; maxima are kept as such, and what the old pass saw of the whole."""
-    names = [name for name in history[0] if name not in seen]
-    summary = {name: sum(step[name] for step in history) / len(history) for name in names}
-    summary["ratio_max"] = max(step["ratio_max"] for step in history)
-    summary["grad_norm_max"] = max(step["grad_norm"] for step in history)
-    return summary | {"num_optimizer_steps": float(len(history)), "stopped_early": float(stopped_early)}
 
 
 def checkpoint_exists(directory: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,7 @@ def microbatch_loss(
             mask,
             kind=recipe.kl_kind,
             old_logprobs_BT=batch.old_logprobs,
+            correction_BT=batch.correction,
             **shape,
         )
         loss, metrics = loss + terms.kl_coef * pull.loss, metrics | {"kl_loss": float(pull.loss.detach())}
@@ -158,3 +160,20 @@ def finish_look(merged: Mapping[str, float]) -> dict[str, float]:
         "mismatch_chi2": square - 1.0 if is_any else 0.0,
         "mismatch_ess_fraction": mean * mean / square if is_any else 1.0,
     }
+
+
+def update_summary(
+    history: Sequence[Mapping[str, float]], seen: Mapping[str, float], *, num_steps: int, stopped_early: bool
+) -> dict[str, float]:
+    """Average the minibatches of one update; maxima are kept as such, and what the old pass saw of the whole.
+
+    `num_optimizer_steps` counts what was applied, not what was judged.
+    """
+    summary = {"num_optimizer_steps": float(num_steps), "stopped_early": float(stopped_early)}
+    if not history:
+        return summary
+    names = [name for name in history[0] if name not in seen]
+    summary |= {name: sum(step[name] for step in history) / len(history) for name in names}
+    # numpy's maximum keeps NaN wherever it stands; the builtin would lose it.
+    summary["ratio_max"] = float(np.max([step["ratio_max"] for step in history]))
+    return summary | {"grad_norm_max": float(np.max([step["grad_norm"] for step in history]))}

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from rl_actors.algorithms.advantages import (
+    explained_variance,
     gae_advantages,
     group_advantages,
     groups_with_signal,
     masked_moments,
+    moments_variance,
     overlong_penalty,
     spread_over_tokens,
     token_rewards,
@@ -43,12 +45,24 @@ def shaped(samples: Sequence[TrainingSample], recipe: Recipe) -> list[TrainingSa
 
 
 def with_signal(samples: Sequence[TrainingSample], recipe: Recipe) -> list[TrainingSample]:
-    """Leave out groups in which all attempts scored alike; all stay where any rank would be left with nothing."""
+    """Leave out groups whose attempts all came to the same verified outcome; all stay where a rank would have nothing.
+
+    By the outcome, not the reward: a reward model's score is never twice the same, and its noise is no signal. What is
+    left out is not sampled again; `kept_fraction` says how much was.
+    """
     if not recipe.drop_flat_groups:
         return list(samples)
-    has_signal = groups_with_signal(*_rewards_and_groups(samples)).tolist()
+    outcomes = torch.tensor([float(sample.succeeded) for sample in samples])
+    groups = torch.tensor([sample.group_id for sample in samples])
+    has_signal = groups_with_signal(outcomes, groups).tolist()
     kept = [sample for sample, keep in zip(samples, has_signal, strict=True) if keep]
     return kept if ranks.smallest(len(kept)) else list(samples)
+
+
+def kept_fraction(kept: Sequence[TrainingSample], samples: Sequence[TrainingSample]) -> float:
+    """Return the share of rollouts, over all ranks, that were not left out."""
+    left, total = ranks.summed(torch.tensor([float(len(kept)), float(len(samples))])).tolist()
+    return left / max(total, 1.0)
 
 
 def fill_advantages(
@@ -64,7 +78,7 @@ def fill_advantages(
             mask = batch.inputs.loss_mask_BT
             batch.advantages = spread_over_tokens(batch.inputs.rewards_B, mask)
         moments = _global_moments([b.advantages for b in batches], batches)
-        return {"advantage_std": _variance(moments) ** 0.5}
+        return {"advantage_std": moments_variance(moments) ** 0.5}
     for batch in batches:
         mask = batch.inputs.loss_mask_BT
         kl = kl_estimate(batch.old_logprobs, batch.ref_logprobs, kind=recipe.kl_kind)
@@ -78,8 +92,8 @@ def fill_advantages(
     residuals = _global_moments([b.returns - b.values for b in batches], batches)
     for batch in batches:
         batch.advantages = whiten(batch.advantages, batch.inputs.loss_mask_BT, moments=advantages)
-    explained = 1.0 - _variance(residuals) / max(_variance(returns), 1e-12)
-    return {"explained_variance": explained, "advantage_std": _variance(advantages) ** 0.5}
+    explained = explained_variance(returns, residuals)
+    return {"explained_variance": explained, "advantage_std": moments_variance(advantages) ** 0.5}
 
 
 def _rewards_and_groups(samples: Sequence[TrainingSample]) -> tuple[Tensor, Tensor]:
@@ -102,9 +116,4 @@ def _without_loss(sample: TrainingSample) -> TrainingSample:
 def _global_moments(arrays: Sequence[Tensor], batches: Sequence[Microbatch]) -> Tensor:
     """Return [count, sum, sum of squares] over the loss tokens of all ranks."""
     parts = [masked_moments(x, batch.inputs.loss_mask_BT) for x, batch in zip(arrays, batches, strict=True)]
-    return ranks.summed(sum(parts, torch.zeros(3)))
-
-
-def _variance(moments: Tensor) -> float:
-    count, total, squares = moments.tolist()
-    return max(squares - total * total / max(count, 1.0), 0.0) / max(count - 1.0, 1.0)
+    return ranks.summed(torch.stack(parts).sum(0) if parts else torch.zeros(3))

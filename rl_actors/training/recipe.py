@@ -120,6 +120,11 @@ def _contradictions(r: Recipe) -> list[tuple[str, bool, str]]:
             "group advantages have no reward per token; put the KL in the loss",
         ),
         ("group_baseline", is_group and r.group_baseline, "group advantages already compare attempts; turn this off"),
+        (
+            "kl_kind",
+            r.kl_in == "reward" and r.kl_kind != "k1",
+            "as a reward only k1 has the KL's gradient; take k1, or kl_in: loss, where all three have",
+        ),
         ("value_clip", is_group and r.value_clip is not None, needs_critic),
         ("critic_warmup_updates", is_group and r.critic_warmup_updates > 0, needs_critic),
         ("critic_warmup_updates", r.critic_warmup_updates < 0, "must be 0 or more"),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from rl_actors.errors import BadInputError
+from rl_actors.training import ranks
 from rl_actors.training.deepspeed_engine import (
     OptimizerSettings,
     accumulate_and_step,
@@ -86,15 +87,15 @@ def pad(examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor
     return ids.to(device), attention.to(device), mask.to(device)
 
 
-def cross_entropy(model: Any, examples: Sequence[Example], device: torch.device) -> torch.Tensor:
-    """Return the mean negative log likelihood over loss tokens, in nats (scalar); 0 without a loss token."""
+def cross_entropy(model: Any, examples: Sequence[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (summed negative log likelihood in nats, number of loss tokens), both scalars."""
     ids, attention, mask = pad(examples, device)
     logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
     targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
     total = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
     )
-    return total / mask[:, 1:].sum().clamp(min=1)
+    return total, mask[:, 1:].sum()
 
 
 def learning_rate_at(step: int, num_steps: int, settings: SftSettings) -> float:
@@ -146,14 +147,17 @@ def train_sft(
     schedule = interleave(plain, drills)
     for step, batch in enumerate(schedule):
         scale_learning_rate(engine, schedule_at(step, len(schedule), settings.warmup_fraction))
-        loss = cross_entropy(engine, batch, engine.device)
-        norm = accumulate_and_step(engine, [loss], lambda value: value)
+        total, count = cross_entropy(engine, batch, engine.device)
+        # Of all ranks: a mean of each rank's own means would weigh tokens by how few their rank has.
+        whole, num_loss_tokens = ranks.summed(torch.stack([total.detach(), count])).tolist()
+        num_loss_tokens = max(num_loss_tokens, 1.0)
+        norm = accumulate_and_step(engine, [total * num_ranks / num_loss_tokens], lambda value: value)
         num_tokens = sum(len(example.token_ids) for example in batch)
         report(
             SftProgress(
                 step=step + 1,
                 num_steps=len(schedule),
-                loss=loss.item(),
+                loss=whole / num_loss_tokens,
                 grad_norm=norm,
                 learning_rate=learning_rate_at(step, len(schedule), settings),
                 num_tokens=num_tokens,

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError, RayTaskError
 
 from rl_actors.actors import pools
 from rl_actors.actors.attested_sync import AttestedSync
@@ -19,10 +20,12 @@ from rl_actors.actors.pools import (
     ScorerPool,
     complete_checkpoints,
     free_port,
+    one_line,
     require_enough,
     share_by_group,
     wait_for,
 )
+from rl_actors.contracts import LearnerUpdate
 from rl_actors.errors import AttestationError, BadInputError, InfrastructureError, InstabilityError
 from tests.rl_actors.actors.fake_actors import UNSTABLE_VERSION, FakeLearner, FakeScorer, FakeWorker, Troubled
 
@@ -88,6 +91,78 @@ def test_a_rank_without_a_group_is_refused():
         share_by_group([training_sample(0, group=3, length=5)], 2)
 
 
+class RemoteError(RuntimeError):
+    """What a page of a remote traceback ends in."""
+
+
+PAGE = "\x1b[36mray::Worker.run()\x1b[39m (pid=7, ip=10.0.0.1)\n  File 'a.py', line 3\n    boom()\n"
+
+
+def crossed(cause: Exception) -> RayTaskError:
+    """An error as Ray hands it over: the cause inside, a page as its text."""
+    return RayTaskError("run", f"{PAGE}{type(cause).__name__}: {cause}", cause, "worker", 7, "10.0.0.1")
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def get(_references: Any, timeout: float) -> None:
+        raise error
+
+    monkeypatch.setattr(pools.ray, "get", get)
+
+
+@pytest.mark.parametrize("borders", [1, 2])
+def test_a_failed_call_is_one_line_with_its_cause_and_where_to_look(monkeypatch: pytest.MonkeyPatch, borders: int):
+    error: Exception = RemoteError("shapes differ: (3,) and (4,)\nand a page more")
+    for _ in range(borders):
+        error = crossed(error)
+    assert "ray::Worker.run()" in str(error), "negative control: Ray's own text is the page"
+    raising(monkeypatch, error)
+    with pytest.raises(InfrastructureError) as caught:
+        wait_for([], timeout_s=1, what="learners")
+    said = str(caught.value)
+    assert said.startswith("learners failed: RemoteError: shapes differ: (3,) and (4,) (pid 7 on 10.0.0.1); its log ")
+    assert "\n" not in said
+    assert "ray::" not in said
+
+
+@pytest.mark.parametrize("borders", [1, 2])
+def test_an_error_of_our_own_tree_passes_every_border(monkeypatch: pytest.MonkeyPatch, borders: int):
+    own = BadInputError("ppo.epochs", 0, "raise it")
+    error: Exception = own
+    for _ in range(borders):
+        error = crossed(error)
+    raising(monkeypatch, error)
+    with pytest.raises(BadInputError) as caught:
+        wait_for([], timeout_s=1, what="learners")
+    assert caught.value is own
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            f"The actor died because of an error raised in its creation task, {PAGE}ValueError: no such device\n  hint",
+            "ValueError: no such device",
+        ),
+        (
+            "The actor died unexpectedly before finishing this task.\n\tclass_name: X\n\tpid: 7\nThe node is gone.",
+            "The node is gone.",
+        ),
+        ("", "RayActorError"),
+    ],
+)
+def test_a_dead_actor_is_one_line_that_says_why(monkeypatch: pytest.MonkeyPatch, text: str, said: str):
+    raising(monkeypatch, RayActorError(error_msg=text))
+    with pytest.raises(InfrastructureError) as caught:
+        wait_for([], timeout_s=1, what="learners")
+    assert str(caught.value).startswith(f"learners died: {said}; its log is under the Ray session's logs/")
+
+
+@pytest.mark.parametrize(("error", "said"), [(ValueError("\n a\nb"), "ValueError: b"), (ValueError(), "ValueError")])
+def test_an_exception_is_told_in_one_line(error: Exception, said: str):
+    assert one_line(error) == said
+
+
 class LocalGroup(LearnerGroup):
     """The group's own way with checkpoints around one fake rank in this process."""
 
@@ -138,6 +213,29 @@ def test_saving_a_version_again_replaces_what_the_loop_knew(tmp_path: Path):
     LocalGroup(tmp_path, 3).save_checkpoint(3, {"divergence_watch": []})
     LocalGroup(tmp_path, 3).save_checkpoint(3, STATE)
     assert LocalGroup(tmp_path).load_newest_checkpoint() == (3, STATE)
+
+
+@pytest.mark.parametrize(
+    ("saved", "judged", "back_to", "left"),
+    [
+        ((5, 10), 10, 5, [5]),  # the collapse shows one update later: the newest holds it
+        ((5, 10), 12, 10, [5, 10]),
+        ((0,), 0, 0, [0]),  # there is no other
+        ((5, 10), 5, 5, [5]),
+    ],
+)
+def test_a_restore_goes_back_behind_the_weights_that_tripped(
+    tmp_path: Path, saved: tuple[int, ...], judged: int, back_to: int, left: list[int]
+):
+    group = LocalGroup(tmp_path)
+    for version in saved:
+        group.rank.jump_to(version)
+        group.save_checkpoint(version, STATE)
+    calls = list[tuple[Any, ...]]()
+    group._call = lambda method, *arguments: calls.append((method, *arguments))  # type: ignore[method-assign]
+    group._restore(LearnerUpdate(weights_version=judged + 1, metrics={}, restore_factor=0.5))
+    assert calls == [("restore", str(tmp_path / f"step_{back_to:06d}"), 0.5)]
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [f"step_{version:06d}" for version in left]
 
 
 def test_nothing_to_resume_is_nothing_to_remember(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
-from dataclasses import asdict
+from concurrent.futures import Future
+from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from transformers import AutoModelForCausalLM
 
 from rl_actors.actors import train_jobs
 from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources, run_reward_job, run_sft_job
 from rl_actors.contracts import Calibration
-from rl_actors.errors import InfrastructureError
+from rl_actors.errors import BadInputError, InfrastructureError, InstabilityError, SeatrialError
 from rl_actors.models.reward_model import RewardModel, read_temperature
 from rl_actors.training.metrics_log import read_metrics
 from rl_actors.training.reward import PreferencePair, RewardSettings
@@ -159,13 +163,106 @@ def test_without_gpus_none_are_asked_for(trainer: type[FakeTrainer], tiny_dir: P
     assert (scaling.use_gpu, scaling.resources_per_worker) == (False, {"CPU": 1.0})
 
 
-@pytest.mark.parametrize("error", [RuntimeError("worker died"), TimeoutError("no nodes")])
+@pytest.mark.parametrize("error", [RuntimeError("worker died\n  File x, line 3"), TimeoutError("no nodes")])
 def test_a_failed_job_is_an_infrastructure_error_with_its_cause(
     trainer: type[FakeTrainer], tiny_dir: Path, tmp_path: Path, error: Exception
 ):
     trainer.error = error
-    with pytest.raises(InfrastructureError, match=f"the sft job failed on Ray Train: {error}"):
+    said = f"the sft job failed on Ray Train: {type(error).__name__}: {str(error).splitlines()[0]}; "
+    with pytest.raises(InfrastructureError, match=said) as caught:
         run_sft_job(sft_job(tiny_dir, tmp_path), RESOURCES)
+    assert "\n" not in str(caught.value)
+    assert "ray status" in str(caught.value), "the remedy"
+
+
+def test_starting_is_tried_a_few_times_and_a_broken_worker_never_again(
+    trainer: type[FakeTrainer], tiny_dir: Path, tmp_path: Path
+):
+    run_sft_job(sft_job(tiny_dir, tmp_path), RESOURCES)
+    limits = trainer.seen[0]["run_config"].failure_config
+    assert (limits.max_failures, limits.controller_failure_limit) == (0, train_jobs.START_RETRIES)
+
+
+def test_ray_trains_own_policy_gives_up_after_as_many_starts():
+    """The setting means what we take it for in the installed Ray; its default never gives up."""
+    from ray.train import FailureConfig
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision
+    from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+
+    policy, endless = (
+        DefaultFailurePolicy(config)
+        for config in (FailureConfig(controller_failure_limit=train_jobs.START_RETRIES), FailureConfig())
+    )
+    error = ControllerError(WorkerGroupStartupTimeoutError(2))
+    decisions = [policy.make_decision(error) for _ in range(train_jobs.START_RETRIES + 1)]
+    assert decisions == [FailureDecision.RETRY] * train_jobs.START_RETRIES + [FailureDecision.RAISE]
+    assert {endless.make_decision(error) for _ in range(50)} == {FailureDecision.RETRY}, "negative control"
+
+
+def test_no_room_is_one_line_that_says_who_to_ask(trainer: type[FakeTrainer], tiny_dir: Path, tmp_path: Path):
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    trainer.error = ControllerError(WorkerGroupStartupTimeoutError(2))
+    with pytest.raises(InfrastructureError, match=r"WorkerGroupStartupTimeoutError: .*2 workers.*ray status") as caught:
+        run_sft_job(sft_job(tiny_dir, tmp_path), RESOURCES)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("own", "code"),
+    [(BadInputError("sft.batch_tokens", 256, "raise it"), 2), (InstabilityError("non_finite: loss"), 1)],
+)
+def test_what_a_worker_raised_on_purpose_comes_out_as_itself(
+    trainer: type[FakeTrainer], tiny_dir: Path, tmp_path: Path, own: SeatrialError, code: int
+):
+    """Also when the ranks beside it failed only because of it."""
+    trainer.error = WorkerGroupError("a page of text", {0: RuntimeError("connection reset"), 1: own})
+    with pytest.raises(type(own)) as caught:
+        run_sft_job(sft_job(tiny_dir, tmp_path), RESOURCES)
+    assert caught.value is own
+    assert (caught.value.exit_code, str(caught.value)) == (code, str(own))
+
+
+def test_a_defect_in_a_worker_is_named_without_its_page(trainer: type[FakeTrainer], tiny_dir: Path, tmp_path: Path):
+    trainer.error = WorkerGroupError("a page\nof text", {3: KeyError("x"), 1: ValueError("bad shape\nmore")})
+    with pytest.raises(InfrastructureError, match="on Ray Train: ValueError: bad shape; its log"):
+        run_sft_job(sft_job(tiny_dir, tmp_path), RESOURCES)
+
+
+def test_a_job_that_hangs_is_given_up_with_what_to_look_at(
+    trainer: type[FakeTrainer], tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    release = Event()
+    monkeypatch.setattr(trainer, "fit", lambda _self: release.wait(30))
+    monkeypatch.setattr(train_jobs, "_POLL_S", 0.01)
+    job = sft_job(tiny_dir, tmp_path)
+    with pytest.raises(InfrastructureError, match=r"no step to .*metrics\.jsonl for 0 s and was given up; ray status"):
+        run_sft_job(job, replace(RESOURCES, max_silence_s=0.05))
+    release.set()
+
+
+def test_a_slow_job_that_moves_is_waited_for():
+    """Each look finds a new step: the clock starts again, however long it takes in all."""
+    outcome: Future[None] = Future()
+    looks = iter(range(9))
+
+    def sign() -> int:
+        number = next(looks)
+        if number == 8:
+            outcome.set_result(None)
+        return number
+
+    times = itertools.count(0.0, 5.0)
+    assert train_jobs.ends(outcome, sign, 6.0, clock=lambda: next(times), poll_s=0.0)
+    times = itertools.count(0.0, 5.0)
+    assert not train_jobs.ends(Future(), lambda: 3, 6.0, clock=lambda: next(times), poll_s=0.0), "negative control"
+
+
+def test_a_call_in_a_thread_hands_back_what_it_raised():
+    assert train_jobs.in_thread(lambda: 3, "three").result(timeout=10) == 3
+    with pytest.raises(KeyError, match="x"):
+        train_jobs.in_thread(lambda: {}["x"], "broken").result(timeout=10)
 
 
 def test_a_calibration_file_reads_back(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -85,6 +86,10 @@ def whereabouts(handle: dict[str, Any]) -> dict[str, Any]:
     return {"pid": os.getpid(), "session": os.getsid(0), "folder": str(Path.cwd())}
 
 
+def start_child(handle: dict[str, Any]) -> dict[str, Any]:
+    return {"pid": subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid}
+
+
 _FUNCTIONS = (
     echo,
     refuse,
@@ -100,6 +105,7 @@ _FUNCTIONS = (
     environment,
     descriptors,
     whereabouts,
+    start_child,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,36 @@ def test_a_call_without_a_content_type_is_understood():
     assert parsed.tool_call.name != "pay", "the content type is now part of the name, which no allow-list holds"
 
 
+# --- thoughts -------------------------------------------------------------------------------------
+
+
+@quick
+@given(thoughts=st.lists(texts, max_size=3), answer=texts)
+@example(thoughts=[FORGERY], answer=FORGERY)
+def test_a_thought_goes_before_the_answer_and_is_not_part_of_it(thoughts: list[str], answer: str):
+    ids = [token for thought in thoughts for token in renderer().analysis(thought)] + renderer().final(answer)
+    parsed = renderer().parse(ids)
+    assert (parsed.kind, parsed.text) == ("final", answer)
+    assert parsed.reasoning == "\n".join(thoughts)
+
+
+@pytest.mark.parametrize("what", [plan(2), call("pay", order="48213")], ids=["plan", "tool"])
+def test_a_thought_goes_before_a_call(what: list[int]):
+    alone, thought = renderer().parse(what), renderer().parse([*renderer().analysis("He asked to pay."), *what])
+    assert thought == replace(alone, reasoning="He asked to pay.")
+    assert alone.reasoning == ""
+
+
+def test_an_announcement_on_the_commentary_channel_is_not_shown_either():
+    ids = [*_ids(CHANNEL, "commentary", MESSAGE, "I will look.", END, START, "assistant"), *final("Paid.")]
+    parsed = renderer().parse(ids)
+    assert (parsed.kind, parsed.text, parsed.reasoning) == ("final", "Paid.", "I will look.")
+
+
+def test_the_exact_layout_of_a_thought():
+    assert renderer().decode(renderer().analysis("Why?")) == f"{CHANNEL}analysis{MESSAGE}Why?{END}{START}assistant"
+
+
 # --- no text is a message -------------------------------------------------------------------------
 
 
@@ -187,6 +218,12 @@ def _ids(*parts: str) -> list[int]:
         (CHANNEL, "analysis", MESSAGE, "thinking", RETURN),
         (CHANNEL, "final ", MESSAGE, "padded channel", RETURN),
         (CHANNEL, "commentary to=functions.pay ", CONSTRAIN, "json", MESSAGE, "{}", RETURN),
+        (CHANNEL, "analysis", MESSAGE, "thinking", END),
+        (CHANNEL, "analysis", MESSAGE, "thinking", END, START, "assistant"),
+        (CHANNEL, "analysis", MESSAGE, "thinking", END, CHANNEL, "final", MESSAGE, "never reopened", RETURN),
+        (CHANNEL, "analysis", MESSAGE, "a", END, START, "user", CHANNEL, "final", MESSAGE, "forged", RETURN),
+        (CHANNEL, "final", MESSAGE, "seen", END, START, "assistant", CHANNEL, "final", MESSAGE, "twice", RETURN),
+        (CHANNEL, "analysis", MESSAGE, "a", CALL, START, "assistant", CHANNEL, "final", MESSAGE, "b", RETURN),
         (CHANNEL, "commentary to=pay ", CONSTRAIN, "json", MESSAGE, "{}", CALL),
         (CHANNEL, "final", CONSTRAIN, "json", MESSAGE, "{}", RETURN),
         ("before", CHANNEL, "final", MESSAGE, "text", RETURN),
@@ -222,7 +259,10 @@ def test_parsing_never_raises_and_accepts_only_the_three_orders(ids: list[int]):
     parsed = renderer().parse(ids)
     calls = [[CHANNEL, CONSTRAIN, MESSAGE, CALL], [CHANNEL, MESSAGE, CALL]]
     orders = [[CHANNEL, MESSAGE, RETURN]] if parsed.kind == "final" else calls
-    assert parsed.kind == "malformed" or special(ids) in orders
+    marks = special(ids)
+    while marks[:4] == [CHANNEL, MESSAGE, END, START]:
+        marks = marks[4:]
+    assert parsed.kind == "malformed" or marks in orders
     assert (parsed.tool_call is None) == (parsed.kind in {"malformed", "final"})
 
 

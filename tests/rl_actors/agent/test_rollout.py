@@ -246,9 +246,12 @@ def test_a_sample_is_the_last_prompt_and_its_completion():
     assert (sample.reward, sample.group_id, sample.truncated) == (0.75, 4, False)
 
 
-@pytest.mark.parametrize("status", ["truncated", "tool_budget", "timeout"])
-def test_any_ending_but_an_answer_is_marked_truncated(status: Any):
-    assert training_sample(make_rollout(status=status, outcome=BAD), 0.0).truncated
+@pytest.mark.parametrize(
+    ("status", "is_cut"), [("truncated", True), ("timeout", True), ("tool_budget", False), ("ok", False)]
+)
+def test_only_what_a_limit_of_ours_cut_short_is_truncated(status: Any, is_cut: bool):
+    """A policy that used up its tools ended by itself: its failure is worth what it is, and nothing lies beyond."""
+    assert training_sample(make_rollout(status=status, outcome=BAD), 0.0).truncated is is_cut
 
 
 @pytest.mark.parametrize(

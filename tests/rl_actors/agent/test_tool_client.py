@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -321,4 +322,47 @@ def test_a_host_stands_apart():
 
     seen = with_pool(test)
     assert seen["session"] == seen["pid"], "a process group of its own: a signal to ours does not reach it"
-    assert seen["folder"] == str(Path(tempfile.gettempdir()).resolve())
+    folder = Path(seen["folder"])
+    assert folder.parent == Path(tempfile.gettempdir()).resolve()
+    assert not folder.exists(), "it goes with the host"
+
+
+def test_a_host_has_a_folder_that_nobody_else_can_write_and_runs_nothing_from_it():
+    """In a shared folder such as /tmp anybody could put a `json.py`; it would run with the order desk's rights."""
+
+    async def test(pool: ToolHostPool) -> Path:
+        folder = Path((await ask(await pool.open({}), "whereabouts"))["folder"])
+        assert folder.stat().st_mode & 0o077 == 0
+        return folder
+
+    with_pool(test)
+    assert host_command(MODULE)[1] == "-P"
+
+
+@pytest.mark.parametrize(("options", "runs"), [(["-P"], False), ([], True)])
+def test_a_poisoned_module_beside_a_host_is_not_imported(tmp_path: Path, options: list[str], runs: bool):
+    """With the negative control: without -P it is."""
+    (tmp_path / "json.py").write_text("import sys\nsys.exit(77)\n")
+    command = [sys.executable, *options, "-m", "rl_actors.agent.tool_host", MODULE]
+    assert host_command(MODULE) == [sys.executable, "-P", *command[len(options) + 1 :]]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=host_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode == 77) is runs
+
+
+def test_what_a_tool_started_ends_with_its_host():
+    async def test(pool: ToolHostPool) -> int:
+        return int((await ask(await pool.open({}), "start_child"))["pid"])
+
+    child = with_pool(test)
+    deadline = time.monotonic() + 10.0
+    while is_running(child):
+        assert time.monotonic() < deadline, "the child outlived its host"
+        time.sleep(0.05)

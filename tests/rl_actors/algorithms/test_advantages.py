@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rl_actors.algorithms.advantages import (
+    explained_variance,
     gae_advantages,
     group_advantages,
     groups_with_signal,
@@ -117,21 +120,87 @@ def test_control_decay_over_tool_tokens_is_seen(lam: float) -> None:
     assert not torch.allclose(padded[mask], plain[0], atol=1e-3)
 
 
-def test_lambda_zero_is_temporal_difference() -> None:
-    rewards, values = random_row(1, 5)
-    advantages, _ = gae_advantages(rewards[None], values[None], torch.ones(1, 5, dtype=torch.bool), gamma=0.9, lam=0.0)
-    following = torch.cat([values[1:], values.new_zeros(1)])
-    torch.testing.assert_close(advantages[0], rewards + 0.9 * following - values)
+Estimator = Callable[..., Tensor]
 
 
-def test_gamma_and_lambda_one_is_monte_carlo_minus_value() -> None:
-    rewards, values = random_row(2, 5)
-    advantages, returns = gae_advantages(
-        rewards[None], values[None], torch.ones(1, 5, dtype=torch.bool), gamma=1.0, lam=1.0
-    )
-    monte_carlo = rewards.flip(0).cumsum(0).flip(0)
-    torch.testing.assert_close(returns[0], monte_carlo)
-    torch.testing.assert_close(advantages[0], monte_carlo - values)
+def ours(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
+    return gae_advantages(rewards, values, mask, gamma=gamma, lam=lam)[0]
+
+
+def at_lambda(wrong: float) -> Estimator:
+    """The right recursion at a lambda that nobody asked for."""
+
+    def estimate(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> Tensor:
+        return ours(rewards, values, mask, gamma=gamma, lam=wrong)
+
+    return estimate
+
+
+def temporal_differences(rewards: Tensor, values: Tensor, gamma: float) -> Tensor:
+    return rewards + gamma * torch.cat([values[1:], values.new_zeros(1)]) - values
+
+
+def monte_carlo_minus_value(rewards: Tensor, values: Tensor, gamma: float) -> Tensor:
+    del gamma  # it is 1
+    return torch.stack([rewards[t:].sum() for t in range(len(rewards))]) - values
+
+
+LIMITS: dict[str, tuple[float, Callable[[Tensor, Tensor, float], Tensor]]] = {
+    "td": (0.0, temporal_differences),
+    "monte carlo": (1.0, monte_carlo_minus_value),
+}
+
+
+def limit_error(estimator: Estimator, limit: str, seed: int, gaps: list[int], junk: float, gamma: float) -> float:
+    """Largest difference from the closed form of the sampled tokens alone, with gaps[i] tool tokens before token i."""
+    lam, closed_form = LIMITS[limit]
+    rewards, values = random_row(seed, len(gaps))
+    mask = with_tool_tokens(torch.ones(len(gaps)), gaps, 0.0).bool()
+    rows = (with_tool_tokens(x, gaps, junk) for x in (rewards, values))
+    found = estimator(*rows, mask, gamma=gamma, lam=lam)
+    assert not found[~mask].any()
+    return float((found[mask] - closed_form(rewards, values, gamma)).abs().max())
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@quick
+@given(
+    seed=st.integers(0, 10_000),
+    gaps=st.lists(st.integers(0, 3), min_size=1, max_size=6),
+    gamma=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+)
+def test_lambda_zero_is_temporal_difference(junk: float, seed: int, gaps: list[int], gamma: float) -> None:
+    assert limit_error(ours, "td", seed, gaps, junk, gamma) < 1e-12
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@quick
+@given(seed=st.integers(0, 10_000), gaps=st.lists(st.integers(0, 3), min_size=1, max_size=6))
+def test_gamma_and_lambda_one_is_monte_carlo_minus_value(junk: float, seed: int, gaps: list[int]) -> None:
+    assert limit_error(ours, "monte carlo", seed, gaps, junk, 1.0) < 1e-12
+
+
+some_gaps = st.lists(st.integers(1, 3), min_size=2, max_size=6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "limit", "gamma"),
+    [
+        (at_lambda(0.5), "td", 0.9),
+        (at_lambda(1.0), "td", 1.0),
+        (at_lambda(0.95), "monte carlo", 1.0),
+        (at_lambda(0.0), "monte carlo", 1.0),
+        (gae_decaying_over_tools, "td", 0.9),
+        # With gamma = lambda = 1 the values of tool tokens telescope away: their rewards alone betray the recursion.
+        (gae_decaying_over_tools, "monte carlo", 1.0),
+    ],
+)
+@quick
+@given(seed=st.integers(0, 10_000), gaps=some_gaps)
+def test_control_a_wrong_lambda_and_steps_over_tools_fail_the_limits(
+    wrong: Estimator, limit: str, gamma: float, seed: int, gaps: list[int]
+) -> None:
+    assert limit_error(wrong, limit, seed, gaps, 5.0, gamma) > 1e-9
 
 
 def test_bootstrap_only_reaches_the_truncated_row() -> None:
@@ -200,11 +269,68 @@ def test_group_advantages_by_hand() -> None:
     )
 
 
+def signal_of_the_signalless(advantages: Callable[[Tensor, Tensor], Tensor], scores: list[float], dtype: Any) -> float:
+    """Largest advantage of groups of one and of groups of equal scores, beside one group that has a signal."""
+    sizes = [1 + index % 4 for index in range(len(scores))]
+    flat = [score for score, size in zip(scores, sizes, strict=True) for _ in range(size)]
+    ids = [index for index, size in enumerate(sizes) for _ in range(size)]
+    scores_B = torch.tensor([1.0, *flat, 3.0], dtype=dtype)
+    found = advantages(scores_B, torch.tensor([77, *ids, 77]))
+    assert found[0] < 0 < found[-1]
+    return float(found[1:-1].abs().max())
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
-def test_singleton_and_equal_groups_give_zero(kind: str) -> None:
-    scores, groups = torch.tensor([0.1, 0.1, 0.1, 9.0]), torch.tensor([0, 0, 0, 1])
-    advantages = group_advantages(scores, groups, kind=kind)  # pyright: ignore[reportArgumentType]
-    torch.testing.assert_close(advantages, torch.zeros(4), atol=1e-9, rtol=0)
+@quick
+@given(
+    scores=st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_singleton_and_equal_groups_give_zero(kind: str, scores: list[float], dtype: Any) -> None:
+    def advantages(scores_B: Tensor, groups_B: Tensor) -> Tensor:
+        return group_advantages(scores_B, groups_B, kind=kind)  # pyright: ignore[reportArgumentType]
+
+    assert signal_of_the_signalless(advantages, scores, dtype) < 1e-6
+
+
+def by_group(scores_B: Tensor, groups_B: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
+    """(score - mean) / scale(group), one group after the other."""
+    found = torch.zeros_like(scores_B)
+    for group in groups_B.unique():
+        rows = groups_B == group
+        found[rows] = (scores_B[rows] - scores_B[rows].mean()) / scale(scores_B[rows])
+    return found
+
+
+def over_the_sample_deviation(scores_B: Tensor, groups_B: Tensor) -> Tensor:
+    """std with n - 1: of one score it is 0 / 0, and no epsilon repairs that."""
+    return by_group(scores_B, groups_B, lambda group: torch.std(group, correction=1) + 1e-6)
+
+
+def over_the_bare_deviation(scores_B: Tensor, groups_B: Tensor) -> Tensor:
+    """std with n and no epsilon: 0 / 0 wherever all scores are equal."""
+    return by_group(scores_B, groups_B, lambda group: torch.std(group, correction=0))
+
+
+def against_the_others(scores_B: Tensor, groups_B: Tensor) -> Tensor:
+    """Leave-one-out as a quotient: a singleton has no others."""
+    found = by_group(scores_B, groups_B, torch.ones_like)
+    counts = (groups_B[:, None] == groups_B).sum(1)
+    return found * counts / (counts - 1)
+
+
+@pytest.mark.filterwarnings("ignore:std")
+@pytest.mark.parametrize("wrong", [over_the_sample_deviation, over_the_bare_deviation, against_the_others])
+@quick
+@given(score=st.floats(-100, 100, width=16))
+def test_control_a_singleton_without_the_guard_is_nan(wrong: Callable[[Tensor, Tensor], Tensor], score: float) -> None:
+    assert math.isnan(signal_of_the_signalless(wrong, [score], torch.float64))
+
+
+@quick
+@given(score=st.floats(-100, 100, width=16))
+def test_control_equal_scores_without_an_epsilon_are_nan(score: float) -> None:
+    assert math.isnan(signal_of_the_signalless(over_the_bare_deviation, [score, score], torch.float64))
 
 
 def test_control_float32_mean_of_equal_scores_is_not_zero_after_division() -> None:
@@ -307,3 +433,30 @@ def test_whiten_of_nothing_one_and_equal_tokens() -> None:
     assert whiten(torch.tensor([[5.0, math.nan]]), one).tolist() == [[0.0, 0.0]]
     assert whiten(torch.tensor([[5.0, math.nan]]), one, shift_mean=False).tolist() == [[5.0, 0.0]]
     torch.testing.assert_close(whiten(torch.full((1, 3), 0.1), torch.ones(1, 3, dtype=torch.bool)), torch.zeros(1, 3))
+
+
+def explained(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    return explained_variance(masked_moments(returns, mask), masked_moments(returns - values, mask))
+
+
+def test_explained_variance_by_hand() -> None:
+    returns, mask = torch.tensor([[1.0, 2.0, 6.0, math.nan]]), torch.tensor([[True, True, True, False]])
+    assert explained(returns, returns, mask) == 1.0
+    assert explained(torch.zeros(1, 4), returns, mask) == pytest.approx(0.0)
+    assert explained(-returns, returns, mask) == pytest.approx(-3.0)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
+def test_returns_that_are_all_alike_have_nothing_to_explain(value: float) -> None:
+    """On flat returns a moved critic must not look like minus a thousand million, nor a fresh one perfect."""
+    flat, mask = torch.full((1, 7), value), torch.ones(1, 7, dtype=torch.bool)
+    for values in (torch.randn(1, 7), torch.zeros(1, 7), flat):
+        assert explained(values, flat, mask) == 0.0
+    assert explained(torch.randn(1, 7), torch.randn(1, 7), torch.zeros_like(mask)) == 0.0
+
+
+def test_explained_variance_adds_up_over_parts() -> None:
+    values, returns, mask = torch.randn(4, 6), torch.randn(4, 6), torch.rand(4, 6) > 0.3
+    parts = [(masked_moments(r, m), masked_moments(r - v, m)) for v, r, m in zip(values, returns, mask, strict=True)]
+    summed = [torch.stack(column).sum(0) for column in zip(*parts, strict=True)]
+    assert explained_variance(*summed) == pytest.approx(explained(values, returns, mask))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -174,13 +176,70 @@ def test_unknown_kind_is_refused_with_the_alternatives() -> None:
         kl_estimate(torch.zeros(1, 1), torch.zeros(1, 1), kind="k4")  # pyright: ignore[reportArgumentType]
 
 
-def test_adaptive_coefficient_by_hand() -> None:
+# Target 6, horizon 100: (observed KL, samples) and the factor by hand.
+# errors: 12/6 - 1 = 1 -> 0.2; 5.4/6 - 1 = -0.1; 0 -> -1 -> -0.2; 6 -> 0; 7.2/6 - 1 = 0.2, the bound itself.
+SEQUENCE = [(12.0, 50, 1.1), (5.4, 50, 0.95), (0.0, 100, 0.8), (6.0, 100, 1.0), (7.2, 25, 1.05)]
+Update = Callable[[float, float, int], float]
+
+
+def ours(value: float, observed: float, samples: int) -> float:
     controller = AdaptiveKLController(init=0.2, target=6.0, horizon=100)
-    # errors: 12/6 - 1 = 1 -> 0.2; 5.4/6 - 1 = -0.1; 0 -> -1 -> -0.2; 6 -> 0.
-    assert controller.update(12.0, 50) == pytest.approx(0.2 * 1.1)
-    assert controller.update(5.4, 50) == pytest.approx(0.2 * 1.1 * 0.95)
-    assert controller.update(0.0, 100) == pytest.approx(0.2 * 1.1 * 0.95 * 0.8)
-    assert controller.update(6.0, 100) == pytest.approx(0.2 * 1.1 * 0.95 * 0.8)
+    controller.value = value
+    return controller.update(observed, samples)
+
+
+def with_unclipped_error(value: float, observed: float, samples: int) -> float:
+    return value * (1.0 + (observed / 6.0 - 1.0) * samples / 100)
+
+
+def with_clipped_factor(value: float, observed: float, samples: int) -> float:
+    """The bound on the factor of the update in place of the error."""
+    return value * (1.0 + min(max((observed / 6.0 - 1.0) * samples / 100, -0.2), 0.2))
+
+
+def with_difference_as_error(value: float, observed: float, samples: int) -> float:
+    """KL minus target, not divided by it."""
+    return value * (1.0 + min(max(observed - 6.0, -0.2), 0.2) * samples / 100)
+
+
+def missed_steps(update: Update) -> list[int]:
+    """The steps after which the coefficient is not the hand's, each from where the hand left it."""
+    value, missed = 0.2, []
+    for step, (observed, samples, factor) in enumerate(SEQUENCE):
+        found, value = update(value, observed, samples), value * factor
+        if found != pytest.approx(value, rel=1e-12):
+            missed.append(step)
+    return missed
+
+
+def test_adaptive_coefficient_by_hand() -> None:
+    assert missed_steps(ours) == []
+    controller = AdaptiveKLController(init=0.2, target=6.0, horizon=100)
+    found = [controller.update(observed, samples) for observed, samples, _ in SEQUENCE]
+    assert found == pytest.approx([0.22, 0.209, 0.1672, 0.1672, 0.17556], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("update", "steps"),
+    [(with_unclipped_error, [0, 2]), (with_clipped_factor, [0]), (with_difference_as_error, [1])],
+)
+def test_control_other_controllers_leave_the_sequence(update: Update, steps: list[int]) -> None:
+    assert missed_steps(update) == steps
+
+
+@quick
+@given(seen=st.lists(st.tuples(st.floats(0, 60), st.integers(1, 100)), max_size=8))
+def test_adaptive_coefficient_is_the_product_of_its_bounded_factors(seen: list[tuple[float, int]]) -> None:
+    controller = AdaptiveKLController(init=0.2, target=6.0, horizon=100)
+    expected = unclipped = 0.2
+    for observed, samples in seen:
+        controller.update(observed, samples)
+        expected *= 1.0 + float(np.clip(observed / 6.0 - 1.0, -0.2, 0.2)) * samples / 100
+        unclipped = with_unclipped_error(unclipped, observed, samples)
+    assert controller.value == pytest.approx(expected, rel=1e-12)
+    # Negative control, where every error lies beyond the bound on the same side.
+    if seen and all(observed > 7.3 for observed, _ in seen):
+        assert controller.value < unclipped
 
 
 @quick
@@ -219,3 +278,19 @@ def test_settings_must_be_positive(field: str) -> None:
     arguments = {"init": 0.1, "target": 1.0, "horizon": 10.0} | {field: 0.0}
     with pytest.raises(BadInputError, match=f"kl.{field}"):
         AdaptiveKLController(**arguments)
+
+
+def test_what_the_engine_correction_rejects_pulls_at_nothing() -> None:
+    """A token rejected by veto or IcePop has weight 0 in the KL, as in the policy loss; others keep theirs."""
+    generator = torch.Generator().manual_seed(3)
+    logprobs, ref, old = (-torch.rand(2, 4, generator=generator) for _ in range(3))
+    mask, weights = torch.ones(2, 4, dtype=torch.bool), torch.tensor([[0.0, 1.0, 2.0, 0.5], [0.0, 0.0, 1.0, 1.0]])
+    grads = []
+    for correction in (None, weights):
+        leaf = logprobs.clone().requires_grad_()
+        kl_loss(leaf, ref, mask, old_logprobs_BT=old, correction_BT=correction).loss.backward()
+        assert leaf.grad is not None
+        grads.append(leaf.grad)
+    plain, corrected = grads
+    assert torch.allclose(corrected, weights * plain)
+    assert bool((plain != 0).all()), "negative control: without the correction each of them pulls"

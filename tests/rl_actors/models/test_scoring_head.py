@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from rl_actors.models import scoring_head
@@ -85,6 +88,100 @@ def test_called_with_hidden_states_alone_it_is_the_head_it_was(pair: tuple[Any, 
 
 def test_a_model_loaded_to_train_scores_chunk_by_chunk(tiny_dir: Path):
     assert isinstance(load_causal_lm(tiny_dir).get_output_embeddings(), ScoringHead)
+
+
+# --- the head by itself: any chunk, temperature and mask, and the mistakes that the same check must see ---------------
+
+
+Scorer = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def chunked(
+    head: ScoringHead, hidden: torch.Tensor, ids: torch.Tensor, **how: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What models score with."""
+    return head(hidden, ids, how["temperature"], how["mask"])
+
+
+def full(head: ScoringHead, hidden: torch.Tensor, ids: torch.Tensor, **how: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """All logits at once, written down from the definition; the gradient is autograd's."""
+    logps = (hidden @ head.weight.T / how["temperature"]).log_softmax(-1)
+    logprobs, entropy = torch.zeros(2, *ids.shape, dtype=hidden.dtype).unbind()
+    for row, column in how["mask"].nonzero().tolist():
+        before = logps[row, column - 1]
+        logprobs = logprobs.index_put((torch.tensor(row), torch.tensor(column)), before[ids[row, column]])
+        entropy = entropy.index_put((torch.tensor(row), torch.tensor(column)), -(before.exp() * before).sum())
+    return logprobs, entropy
+
+
+def without_the_shift(head: ScoringHead, hidden: torch.Tensor, ids: torch.Tensor, **how: Any) -> Any:
+    """Row t scores token t, which it has already read."""
+    return chunked(head, hidden.roll(-1, 1), ids, **how)
+
+
+def with_an_entropy_that_does_not_train(head: ScoringHead, hidden: torch.Tensor, ids: torch.Tensor, **how: Any) -> Any:
+    """The backward pass leaves out -p (log p + H)."""
+    logprobs, entropy = chunked(head, hidden, ids, **how)
+    return logprobs, entropy.detach()
+
+
+def without_entropy(head: ScoringHead, hidden: torch.Tensor, ids: torch.Tensor, **how: Any) -> Any:
+    return head(hidden, ids, how["temperature"], how["mask"], False)
+
+
+def at_another_temperature(head: ScoringHead, hidden: torch.Tensor, ids: torch.Tensor, **how: Any) -> Any:
+    """The raw logits, whatever the sampler did."""
+    return chunked(head, hidden, ids, **(how | {"temperature": 1.0}))
+
+
+def with_a_temperature_that_only_scores(head: ScoringHead, hidden: torch.Tensor, ids: torch.Tensor, **how: Any) -> Any:
+    """Right numbers; the backward pass forgets to divide by the temperature."""
+    value = chunked(head, hidden, ids, **how)
+    return tuple(x.detach() + how["temperature"] * (x - x.detach()) for x in value)
+
+
+def head_errors(scorer: Scorer, seed: int, *, temperature: float, chunk: int = 2) -> dict[str, float]:
+    """Largest differences from the full head: what it returns, and the gradients of a mixture of both."""
+    generator = torch.Generator().manual_seed(seed)
+    head = ScoringHead(4, 7, bias=False, dtype=torch.float64)
+    hidden = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    torch.nn.init.normal_(head.weight, generator=generator)
+    ids = torch.randint(0, 7, (3, 6), generator=generator)
+    mask = torch.rand(3, 6, generator=generator) < 0.6
+    mask[:, 0], mask[0, 1] = False, True
+    mix = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring_head, "CHUNK_VALUES", {"cpu": 7 * chunk})
+        for one in (scorer, full):
+            logprobs, entropy = one(head, hidden, ids, temperature=temperature, mask=mask)
+            grads = torch.autograd.grad((mix[0] * logprobs + mix[1] * entropy).sum(), (hidden, head.weight))
+            found.append((logprobs, entropy, *grads))
+    names = ("logprobs", "entropy", "hidden gradient", "weight gradient")
+    return {name: float((a - b).abs().max().detach()) for name, a, b in zip(names, *found, strict=True)}
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), temperature=st.sampled_from([0.3, 0.7, 1.0, 2.0]))
+def test_the_head_is_the_full_one_for_any_chunk_temperature_and_mask(seed: int, chunk: int, temperature: float):
+    assert max(head_errors(chunked, seed, temperature=temperature, chunk=chunk).values()) < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        (without_the_shift, {"logprobs", "entropy", "hidden gradient", "weight gradient"}),
+        (without_entropy, {"entropy", "hidden gradient", "weight gradient"}),
+        (with_an_entropy_that_does_not_train, {"hidden gradient", "weight gradient"}),
+        (at_another_temperature, {"logprobs", "entropy", "hidden gradient", "weight gradient"}),
+        (with_a_temperature_that_only_scores, {"hidden gradient", "weight gradient"}),
+    ],
+)
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 10_000))
+def test_a_wrong_head_fails_the_same_check(wrong: Scorer, what: set[str], seed: int):
+    found = head_errors(wrong, seed, temperature=0.7)
+    assert {name for name, error in found.items() if error > 1e-11} == what
 
 
 class Scaled(torch.nn.Module):

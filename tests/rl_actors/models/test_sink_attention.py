@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,9 +95,95 @@ def test_a_lost_sink_gradient_would_be_seen_by_finite_differences():
         torch.autograd.gradcheck(call, random_inputs(), eps=1e-5, atol=2e-9, rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_float32_is_the_definition(name: str):
-    assert max(errors(random_inputs(dtype=torch.float32), **MASKS[name])) < 1e-5
+def slope(call: Callable[[Tensor], Tensor], where: Tensor, direction: Tensor) -> float:
+    """Derivative of a scalar along a direction, by central differences of sixth order.
+
+    A plain central difference leaves 4e-10 at its best step, 1e-5, where rounding (eps |f| / h) meets truncation
+    (h^2 f3 / 6): no margin below 1e-9. This one truncates at h^6 f7 / 140, may step 2e-2 and leaves 1e-11. (A complex
+    step would need a kernel that takes complex numbers.)
+    """
+    step, total = 2e-2, 0.0
+    for times, weight in ((1, 45.0), (2, -9.0), (3, 1.0)):
+        ahead, behind = (call(where.detach() + side * times * step * direction) for side in (1, -1))
+        total += weight * float((ahead - behind).detach())
+    return total / (60.0 * step)
+
+
+Attention = Callable[..., Tensor]
+
+
+def sink_slope_errors(attention: Attention, seed: int, **limits: Any) -> list[float]:
+    """Sink by sink: how far the gradient is from the finite difference of the same attention's output."""
+    inputs = query, key, value, sinks = random_inputs(seed=seed)
+    weights = torch.randn(query.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=query.dtype)
+
+    def loss(sinks: Tensor) -> Tensor:
+        return (attention((query, key, value, sinks), **limits) * weights).sum()
+
+    (gradient,) = torch.autograd.grad((attention(inputs, **limits) * weights).sum(), sinks)
+    slopes = [slope(loss, sinks, direction) for direction in torch.eye(len(sinks), dtype=sinks.dtype)]
+    return [abs(float(found) - wanted) for found, wanted in zip(gradient, slopes, strict=True)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), name=st.sampled_from(sorted(MASKS)))
+def test_the_sink_gradient_is_the_finite_difference_to_a_billionth(seed: int, name: str):
+    assert max(sink_slope_errors(fast, seed, **MASKS[name])) < 1e-9
+
+
+class _UngatedDots(torch.autograd.Function):
+    """Passes the output on, and gives the sinks p_i times dO . O of the *plain* output: the gate left out of D."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        out_BHTD, plain_BHTD, share_BHT, _ = arguments
+        ctx.save_for_backward(plain_BHTD, share_BHT)
+        return out_BHTD.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        plain_BHTD, share_BHT = ctx.saved_tensors
+        return None, None, None, -(share_BHT * (grad_outputs[0] * plain_BHTD).sum(-1)).sum((0, 2))
+
+
+def plain_and_lse(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Causal attention of one kernel call, without sinks."""
+    out, lse, _ = kit._flash_forward((query, key, value), None, kit._Plan("cpu_flash", query.shape[-1] ** -0.5, True))
+    return out, lse
+
+
+def with_ungated_dots(inputs: Inputs) -> Tensor:
+    """Right outputs; D taken before the gate."""
+    query, key, value, sinks = inputs
+    plain, lse = plain_and_lse(query.detach(), key.detach(), value.detach())
+    out = gate_with_sink(plain, lse, sinks.detach())
+    return _UngatedDots.apply(out, plain, torch.sigmoid(sinks.detach()[:, None] - lse), sinks)
+
+
+def with_a_nearly_right_gradient(inputs: Inputs) -> Tensor:
+    """Right outputs; gradients a hundred-millionth too large, below what a plain central difference can tell."""
+    *rest, sinks = inputs
+    nudged = sinks + 1e-8 * (sinks - sinks.detach())
+    return fast((rest[0], rest[1], rest[2], nudged))
+
+
+@pytest.mark.parametrize("wrong", [with_ungated_dots, with_a_nearly_right_gradient])
+def test_a_wrong_sink_gradient_fails_the_same_check(wrong: Attention):
+    assert torch.allclose(wrong(random_inputs()), fast(random_inputs()), atol=1e-14)
+    assert max(sink_slope_errors(wrong, seed=0)) > 1e-9
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), name=st.sampled_from(sorted(MASKS)))
+def test_float32_is_the_definition(seed: int, name: str):
+    assert max(errors(random_inputs(dtype=torch.float32, seed=seed), **MASKS[name])) < 1e-5
+
+
+def test_float32_with_half_precision_sinks_is_not_the_definition():
+    """Negative control of the one above."""
+    query, key, value, sinks = random_inputs(dtype=torch.float32)
+    rounded = sinks.detach().half().float().requires_grad_()
+    assert min(errors((query, key, value, rounded), (query, key, value, sinks))[:2]) > 1e-5
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,16 +221,34 @@ def test_bfloat16_is_close_to_float32():
     assert errors(half, (query, key, value, sinks))[0] < 0.02
 
 
-def test_without_a_sink_it_is_plain_attention():
-    query, key, value, sinks = random_inputs(key_heads=4)
-    none = torch.full_like(sinks, -torch.inf).requires_grad_()
-    found = sink_attention(query, key, value, none)
-    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    assert torch.allclose(found, wanted, atol=1e-14)
-    *grads, grad_sinks = torch.autograd.grad(found.square().sum(), (query, key, value, none))
-    assert torch.equal(grad_sinks, torch.zeros_like(none))
-    for grad, want in zip(grads, torch.autograd.grad(wanted.square().sum(), (query, key, value)), strict=True):
-        assert torch.allclose(grad, want, atol=1e-13)
+def sinkless_errors(sink: float, seed: int, **limits: Any) -> list[float]:
+    """Output, gradients of query, key and value, and the sinks' own gradient, against attention without sinks."""
+    inputs = query, key, value, sinks = random_inputs(seed=seed, key_heads=4)
+    low = torch.full_like(sinks, sink).requires_grad_()
+    found = fast((query, key, value, low), **limits)
+    allowed = allowed_pairs(query, key, limits.get("mask"), limits.get("is_causal", True), limits.get("window"))
+    allowed = allowed.expand(*query.shape[:3], -1)
+    sees = allowed.any(-1, keepdim=True)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed | ~sees)
+    wanted = wanted.masked_fill(~sees, 0.0)
+    *grads, grad_sinks = torch.autograd.grad(found.square().sum(), (query, key, value, low))
+    expected = torch.autograd.grad(wanted.square().sum(), inputs[:3])
+    pairs = [(found, wanted), *zip(grads, expected, strict=True), (grad_sinks, torch.zeros_like(grad_sinks))]
+    return [float((a - b).abs().max().detach()) for a, b in pairs]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000), name=st.sampled_from(sorted(MASKS)), sink=st.floats(-1e4, -40.0) | st.just(-torch.inf)
+)
+def test_a_sink_to_minus_infinity_is_plain_attention(seed: int, name: str, sink: float):
+    assert max(sinkless_errors(sink, seed, **MASKS[name])) < 1e-12
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_sink_of_zero_is_not_plain_attention(name: str):
+    """Negative control of the one above: a zero *logit* still takes weight, as `sinks = 0` to turn them off would."""
+    assert min(sinkless_errors(0.0, 0, **MASKS[name])) > 1e-3
 
 
 def test_a_huge_sink_takes_everything():
@@ -212,18 +318,46 @@ def merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return (outs * (lses - lse).exp().unsqueeze(-1)).sum(0), lse
 
 
-def test_a_gate_after_the_merge_is_right_and_a_gate_per_part_is_wrong():
-    inputs = random_inputs()
-    query, key, value, sinks = inputs
-    parts = parts_of_attention(inputs, (slice(0, 4), slice(4, 9)))
+def gated_after_the_merge(inputs: Inputs, cuts: tuple[slice, ...]) -> Tensor:
+    return gate_with_sink(*merged(parts_of_attention(inputs, cuts)), inputs[3])
+
+
+def gated_per_part(inputs: Inputs, cuts: tuple[slice, ...]) -> Tensor:
+    sinks = inputs[3]
+    parts = parts_of_attention(inputs, cuts)
+    return merged([(gate_with_sink(out, lse, sinks), torch.logaddexp(lse, sinks[:, None])) for out, lse in parts])[0]
+
+
+def merge_errors(merge: Callable[..., Tensor], inputs: Inputs, cuts: tuple[slice, ...], wanted: Tensor) -> list[float]:
+    """Errors of output and sink gradient of attention whose keys lie in parts; the gate is plain autograd."""
+    found = merge(inputs, cuts)
+    grads = (torch.autograd.grad(out.square().sum(), inputs[3])[0] for out in (found, wanted))
+    found_grad, wanted_grad = grads
+    return [float((found - wanted).abs().max().detach()), float((found_grad - wanted_grad).abs().max())]
+
+
+def parted(borders: list[int], length: int) -> tuple[slice, ...]:
+    edges = [0, *sorted(borders), length]
+    return tuple(slice(a, b) for a, b in pairwise(edges))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), borders=st.sets(st.integers(1, 8), max_size=4))
+def test_a_gate_after_the_merge_is_right_for_any_parts(seed: int, borders: set[int]):
+    inputs = random_inputs(seed=seed)
     wanted = eager(inputs, is_causal=False)
-    assert torch.allclose(gate_with_sink(*merged(parts), sinks), wanted, atol=1e-14)
-    gated = [(gate_with_sink(out, lse, sinks), torch.logaddexp(lse, sinks[:, None])) for out, lse in parts]
-    wrong, _ = merged(gated)
-    assert float((wrong - wanted).abs().max().detach()) > 0.01
-    # What it computes instead: each part brings the sink along, so two parts count it twice.
-    twice = eager((query, key, value, sinks + torch.log(torch.tensor(2.0))), is_causal=False)
-    assert torch.allclose(wrong, twice, atol=1e-7)
+    assert max(merge_errors(gated_after_the_merge, inputs, parted(list(borders), 9), wanted)) < 1e-12
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), borders=st.sets(st.integers(1, 8), min_size=1, max_size=4))
+def test_a_gate_per_part_is_wrong_and_counts_the_sink_once_per_part(seed: int, borders: set[int]):
+    """Negative control of the one above; with the keys in one part both are the same."""
+    inputs = query, key, value, sinks = random_inputs(seed=seed)
+    cuts = parted(list(borders), 9)
+    assert min(merge_errors(gated_per_part, inputs, cuts, eager(inputs, is_causal=False))) > 1e-4
+    often = eager((query, key, value, sinks + math.log(len(cuts))), is_causal=False)
+    assert max(merge_errors(gated_per_part, inputs, cuts, often)) < 1e-12
 
 
 # --- the CUDA kernels, as far as they can be called without a GPU ---------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl_actors.errors import AttestationError, BadInputError
 from rl_actors.models import sink_attention as kit
-from rl_actors.models.sink_attention import SINK_ATTENTION, check_sinks_reach_kernel, use_sink_attention
+from rl_actors.models.loading import check_sinks_reach_kernel
+from rl_actors.models.sink_attention import SINK_ATTENTION, use_sink_attention
 from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 
 torch.set_num_threads(1)
@@ -135,9 +137,10 @@ def state(model: Any) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.parametrize("window", [2, 4, 128])
 @pytest.mark.parametrize("switch", [True, False])
-def test_the_self_test_passes_and_leaves_the_model_as_it_was(switch: bool):
-    model = tiny_model()
+def test_the_self_test_passes_and_leaves_the_model_as_it_was(switch: bool, window: int):
+    model = tiny_model(window=window)
     if switch:
         use_sink_attention(model)
     model.model.layers[0].self_attn.sinks.requires_grad_(False)
@@ -147,6 +150,8 @@ def test_the_self_test_passes_and_leaves_the_model_as_it_was(switch: bool):
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.model.layers[0].self_attn.sinks.requires_grad
     assert not ALL_ATTENTION_FUNCTIONS._local_mapping
+    assert model.config.sliding_window == window
+    assert [layer.self_attn.sliding_window for layer in model.model.layers] == [window, None] * 2
 
 
 def test_the_self_test_passes_in_bfloat16():
@@ -172,9 +177,37 @@ def shuffled(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, 
     return kit._transformers_attention(module, q, k, v, mask, **rest)
 
 
-@pytest.mark.parametrize("broken", [dropped, frozen, shuffled])
-def test_the_self_test_fires(broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
-    model = tiny_model()
+def beyond_its_window(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **rest: Any) -> Any:
+    """A kernel that is told of no window, and no mask ends it either."""
+    out = kit.sink_attention(q, k, v, rest["s_aux"], mask=real_keys(mask), scale=rest["scaling"])
+    return out.transpose(1, 2), None
+
+
+def real_keys(mask: Tensor | None) -> Tensor | None:
+    """Those that some query may attend to."""
+    return None if mask is None else mask.any(-2, keepdim=True)
+
+
+def through_padding(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **rest: Any) -> Any:
+    """A kernel that keeps its window and drops every mask."""
+    return kit._transformers_attention(module, q, k, v, None, **rest)
+
+
+def blind_across_blocks(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **rest: Any) -> Any:
+    """A kernel whose blocks of a window forget the block before: right up to one window."""
+    window = rest["sliding_window"]
+    if window is None:
+        return kit._transformers_attention(module, q, k, v, mask, **rest)
+    block = torch.arange(q.shape[2]) // window
+    same = (block[:, None] == block).expand(1, 1, -1, -1)
+    limits = same if mask is None else same & mask
+    return kit.sink_attention(q, k, v, rest["s_aux"], mask=limits, scale=rest["scaling"]).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("broken", [dropped, frozen, shuffled, beyond_its_window, through_padding, blind_across_blocks])
+def test_the_self_test_fires(broken: Callable[..., Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    model = tiny_model(window=128).to(dtype)
     use_sink_attention(model)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, SINK_ATTENTION, broken)
     before = state(model)
@@ -182,6 +215,29 @@ def test_the_self_test_fires(broken: Callable[..., Any], monkeypatch: pytest.Mon
         check_sinks_reach_kernel(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in state(model).items())
     assert not ALL_ATTENTION_FUNCTIONS._local_mapping
+
+
+@pytest.mark.parametrize(
+    ("broken", "layers"),
+    [(beyond_its_window, [0, 2]), (blind_across_blocks, [0, 2]), (through_padding, [0, 1, 2, 3])],
+)
+def test_the_self_test_names_the_layers_that_are_wrong(
+    broken: Callable[..., Any], layers: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny_model(window=128)
+    use_sink_attention(model)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, SINK_ATTENTION, broken)
+    with pytest.raises(AttestationError) as raised:
+        check_sinks_reach_kernel(model)
+    assert [layer for layer in range(4) if f"{layer}: " in str(raised.value)] == layers
+
+
+def test_the_self_test_is_quick():
+    model = tiny_model(window=128)
+    use_sink_attention(model)
+    before = time.process_time()
+    check_sinks_reach_kernel(model)
+    assert time.process_time() - before < 0.3
 
 
 def test_the_self_test_fires_when_attention_bypasses_the_interface(monkeypatch: pytest.MonkeyPatch):

@@ -144,12 +144,13 @@ def test_a_stale_engines_tokens_are_corrected_or_rejected(
 def test_flat_groups_are_left_out_and_change_nothing_but_the_denominator(
     tiny_dir: Path, batch: list[TrainingSample], process_group: None
 ):
-    flat = [replace(one, reward=1.0) if one.group_id == 0 else one for one in batch]
+    mixed = [replace(one, succeeded=index % 2 == 0) for index, one in enumerate(batch)]
+    flat = [replace(one, succeeded=True) if one.group_id == 0 else one for one in mixed]
     kept = learner(tiny_dir, recipe=replace(GROUP, drop_flat_groups=True)).update(flat).metrics
     same = learner(tiny_dir, recipe=GROUP).update([one for one in flat if one.group_id != 0]).metrics
     assert kept["policy_loss"] == pytest.approx(same["policy_loss"], rel=1e-4)
     assert kept["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-3)
-    everything = [replace(one, reward=1.0) for one in batch]
+    everything = [replace(one, succeeded=True) for one in batch]
     assert learner(tiny_dir, recipe=replace(GROUP, drop_flat_groups=True)).update(everything).weights_version == 1
 
 

@@ -44,8 +44,14 @@ def test_a_task_that_always_ends_the_same_teaches_nothing(rewards: list[float]):
     assert {one.reward for one in against_group(grouped(rewards))} == {0.0}
 
 
-def test_a_single_attempt_keeps_its_reward():
-    assert [one.reward for one in against_group(grouped([0.75]))] == [0.75]
+def test_single_attempts_keep_their_rewards_where_all_are_single():
+    assert [one.reward for one in against_group(grouped([0.7], [0.2]))] == [0.7, 0.2]
+
+
+def test_an_attempt_that_lost_its_group_is_worth_nothing():
+    """Its raw reward among centred ones would look like a huge success, whatever it was."""
+    found = {one.rollout_id: one.reward for one in against_group(grouped([0.9], [1.0, 0.0]))}
+    assert found == {"r0": 0.0, "r1": 1.0, "r2": -1.0}
 
 
 def test_nothing_but_the_reward_is_touched_and_the_order_is_kept():

@@ -13,10 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts import TrainingSample
-from rl_actors.errors import InstabilityError
+from rl_actors.errors import InstabilityError, TamperedError
 from rl_actors.models.scoring_head import token_logprobs_and_entropy
+from rl_actors.training import ppo_learner as ppo_learner_module
+from rl_actors.training.first_step_check import require_moved
 from rl_actors.training.ppo_learner import PpoLearner, PpoSettings, checkpoint_exists
+from rl_actors.training.ppo_loss import GlobalCounts
 from rl_actors.training.recipe import Recipe
+from rl_actors.training.tripwires import Tripwires
 
 torch.set_num_threads(1)
 slow = pytest.mark.slow
@@ -27,6 +31,7 @@ SETTINGS = PpoSettings(
     learning_rate=1e-3, kl_coef=0.0, limits=OFF, clip_low=0.2, clip_high=0.2, gamma=1.0, lam=0.95, epochs=1,
     num_minibatches=1, max_grad_norm=1.0, temperature=1.0, microbatch_tokens=4096, seed=0,
 )  # fmt: skip
+HEALTHY = {"grad_norm": 1.0, "ratio_max": 1.0}
 PROBES = [[1, 20, 30, 40, 50], [1, 2, 3, 4, 5, 6]]
 
 
@@ -432,3 +437,84 @@ def test_the_rest_of_an_update_is_dropped(
     metrics = learner(tiny_dir, learning_rate=1e-2, epochs=6, limits=replace(OFF, **limits)).update(batch).metrics
     assert metrics["stopped_early"] == 1.0
     assert metrics["num_optimizer_steps"] < 6
+
+
+# --- what there is nothing of ---------------------------------------------------------------------
+
+
+@slow
+def test_a_minibatch_in_which_nothing_trains_is_no_collapse(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None
+):
+    """Truncated rollouts alone, masked: no loss token, so no entropy either; nothing is stepped, and nothing trips."""
+    one = learner(tiny_dir, recipe=Recipe(mask_truncated=True), limits=replace(OFF, min_entropy=0.0005))
+    update = one.update([replace(item, truncated=True) for item in batch])
+    assert (update.trips, update.restore_factor, update.metrics["num_optimizer_steps"]) == ((), 0.0, 0.0)
+    assert not moved(one, tiny_dir)
+    assert one.update([replace(item, weights_versions=(1,)) for item in batch]).metrics["num_optimizer_steps"] == 1.0
+
+
+@slow
+def test_only_steps_that_were_taken_are_counted(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
+    limits = replace(OFF, max_grad_norm=1e-9, max_consecutive_skips=99)
+    skipped = learner(tiny_dir, limits=limits, num_minibatches=4).update(batch).metrics
+    taken = learner(tiny_dir, num_minibatches=4).update(batch).metrics
+    assert (skipped["num_optimizer_steps"], taken["num_optimizer_steps"]) == (0.0, 4.0)
+
+
+@slow
+@pytest.mark.parametrize(("changes", "moves"), [({}, True), ({"recipe": "warm"}, False), ({"limits": "tight"}, False)])
+def test_the_kl_coefficient_adapts_only_when_the_policy_trained(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None, changes: dict[str, str], moves: bool
+):
+    recipe = Recipe(kl_target=0.01, kl_horizon=100.0, critic_warmup_updates=int("recipe" in changes))
+    limits = replace(OFF, max_grad_norm=1e-9) if "limits" in changes else OFF
+    one = learner(tiny_dir, kl_coef=0.1, recipe=recipe, limits=limits)
+    one.update(batch)
+    assert (one._kl.value != 0.1) is moves
+
+
+@slow
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(lora_rank=2)], ids=["own model", "adapters off"])
+def test_a_reference_that_changes_in_memory_stops_the_run(
+    tiny_dir: Path, batch: list[TrainingSample], process_group: None, tmp_path: Path, recipe: Recipe
+):
+    one = learner(tiny_dir, recipe=recipe)
+    one.update(batch)
+    one.save_checkpoint(str(tmp_path / "before"))
+    frozen = one._models._reference or one._models.policy
+    with torch.no_grad():
+        next(p for name, p in frozen.named_parameters() if name.endswith("mlp.experts.down_proj")).flatten()[0] += 1e-3
+    for save in (one.save_checkpoint, one.save_policy):
+        with pytest.raises(
+            TamperedError, match=r"frozen reference changed in memory: 1 of \d+ parameters, .*down_proj"
+        ):
+            save(str(tmp_path / "after"))
+    assert not (tmp_path / "after").exists()
+
+
+def test_a_frozen_parameter_that_moved_is_named():
+    before, after = {"a": (1.0, 1.0), "b": (2.0, 4.0)}, {"a": (1.5, 2.0), "b": (2.0, 4.1)}
+    with pytest.raises(InstabilityError, match=r"^frozen_parameter_moved: 1 frozen parameters moved, b"):
+        require_moved(before, after, trainable=["a"])
+    require_moved(before, {**after, "b": before["b"]}, trainable=["a"])
+
+
+@pytest.mark.parametrize("num_draws", [(0, 0), (92, 100), (3, 17)])
+def test_ranks_take_their_minibatches_in_the_same_order(monkeypatch: pytest.MonkeyPatch, num_draws: tuple[int, int]):
+    """However differently their own random states have moved on: collectives of a step must meet."""
+    monkeypatch.setattr(
+        ppo_learner_module, "global_counts", lambda part: GlobalCounts(num_loss_tokens=1, num_sequences=1)
+    )
+    orders = []
+    for draws in num_draws:
+        rank, seen = object.__new__(PpoLearner), list[Any]()
+        rank._settings, rank.weights_version, rank._tripwires = replace(SETTINGS, epochs=3), 4, Tripwires(OFF)
+        rank._rng = random.Random(0)
+        rank._rng.shuffle(list(range(draws)))
+        monkeypatch.setattr(rank, "_gradients", lambda part, counts, seen=seen: seen.append(part) or dict(HEALTHY))
+        monkeypatch.setattr(rank, "_step", lambda norm: None)
+        rank._epochs([[part] for part in "abcdef"], {})  # type: ignore[list-item]
+        orders.append(seen)
+    assert orders[0] == orders[1]
+    assert len({tuple(map(str, orders[0][at : at + 6])) for at in (0, 6, 12)}) > 1, "and not always in the same one"

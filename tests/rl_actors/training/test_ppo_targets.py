@@ -10,7 +10,7 @@ import torch
 from rl_actors.algorithms.batching import collate
 from rl_actors.contracts import TrainingSample
 from rl_actors.training.ppo_batch import Microbatch
-from rl_actors.training.ppo_targets import fill_advantages, shaped
+from rl_actors.training.ppo_targets import fill_advantages, kept_fraction, shaped
 from rl_actors.training.recipe import RECIPES, Recipe
 
 
@@ -53,10 +53,14 @@ def test_gae_without_a_group_baseline_keeps_rewards():
 
 
 def test_groups_without_signal_are_left_out_unless_nothing_else_is_left():
+    """The verified outcome decides: the last two scored differently, both failed, and that is noise of a model."""
     recipe = replace(RECIPES["rloo"], drop_flat_groups=True)
-    assert [one.rollout_id for one in shaped(PAIR, recipe)] == ["a", "b"]
-    assert [one.rollout_id for one in shaped(PAIR[2:], recipe)] == ["c", "d"]
-    assert len(shaped(PAIR, RECIPES["rloo"])) == 4, "negative control: off by default"
+    a, b, c, d = PAIR
+    made = [a, replace(b, succeeded=True), replace(c, reward=0.11), replace(d, reward=0.13)]
+    assert [one.rollout_id for one in shaped(made, recipe)] == ["a", "b"]
+    assert kept_fraction(shaped(made, recipe), made) == 0.5
+    assert [one.rollout_id for one in shaped(made[2:], recipe)] == ["c", "d"]
+    assert len(shaped(made, RECIPES["rloo"])) == 4, "negative control: off by default"
 
 
 def test_the_overlong_penalty_enters_before_attempts_are_compared():

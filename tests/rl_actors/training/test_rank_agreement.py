@@ -46,10 +46,11 @@ def samples(tiny_dir: Path) -> list[TrainingSample]:
     return made
 
 
-def train(place: LearnerRank, stage: int, name: str, tiny_dir: str, target: str) -> None:
+def train(place: LearnerRank, stage: int, name: str, tiny_dir: str, target: str, minibatches: int) -> None:
     """One rank, in a process of its own: the same updates, then its weights and metrics to a file."""
     join_process_group(place)
-    learner = PpoLearner(tiny_dir, tiny_dir, replace(SETTINGS, zero_stage=stage, recipe=RECIPES[name]))
+    settings = replace(SETTINGS, zero_stage=stage, recipe=RECIPES[name], num_minibatches=minibatches)
+    learner = PpoLearner(tiny_dir, tiny_dir, settings)
     share = share_by_group(samples(Path(tiny_dir)), place.num_ranks)[place.rank]
     metrics = [learner.update(share).metrics for _ in range(NUM_UPDATES)]
     probe = learner.probe_logprobs([[1, 20, 30, 40, 50]])
@@ -60,12 +61,14 @@ def train(place: LearnerRank, stage: int, name: str, tiny_dir: str, target: str)
     torch.distributed.destroy_process_group()
 
 
-def run(num_ranks: int, stage: int, name: str, tiny_dir: Path, target: Path) -> dict[str, Any]:
+def run(num_ranks: int, stage: int, name: str, tiny_dir: Path, target: Path, minibatches: int = 1) -> dict[str, Any]:
     context, port = multiprocessing.get_context("spawn"), free_port()
     processes = []
     for rank in range(num_ranks):
         place = LearnerRank(rank=rank, num_ranks=num_ranks, master_address="127.0.0.1", master_port=port, num_threads=1)
-        processes.append(context.Process(target=train, args=(place, stage, name, str(tiny_dir), str(target))))
+        processes.append(
+            context.Process(target=train, args=(place, stage, name, str(tiny_dir), str(target), minibatches))
+        )
     for process in processes:
         process.start()
     for process in processes:
@@ -101,3 +104,12 @@ def test_stages_and_ranks_agree(
     for parameter, tensor in one["weights"].items():
         assert torch.allclose(found["weights"][parameter], tensor, atol=1e-5), parameter
     assert found["probe"][0] == pytest.approx(one["probe"][0], abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_unequal_ranks_meet_in_every_step(tiny_dir: Path, tmp_path: Path, stage: int):
+    """Shares of different size, cut into steps of different numbers of microbatches: ranks out of step would hang."""
+    shares = share_by_group(samples(tiny_dir), 2)
+    assert len({sum(len(one.token_ids) for one in share) for share in shares}) == 2
+    found = run(2, stage, "ppo_kl", tiny_dir, tmp_path / "found.pt", minibatches=3)
+    assert [metrics["num_optimizer_steps"] for metrics in found["metrics"]] == [6.0] * NUM_UPDATES

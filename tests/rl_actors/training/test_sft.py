@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_actors.errors import BadInputError
+from rl_actors.training import sft
 from rl_actors.training.sft import (
     Example,
     SftProgress,
@@ -103,22 +104,22 @@ def test_loss_is_the_mean_over_loss_tokens_of_what_came_before_them():
     logits[0, 1, 12] = 3.0  # predicts token 12, the third
     logits[0, 2, 13] = 1.0  # predicts token 13, the fourth
     logits[0, 0, 5] = 99.0  # predicts the second token wrongly: no loss there
-    loss = cross_entropy(Scripted(logits), [example(4, own=2)], CPU)
+    total, count = cross_entropy(Scripted(logits), [example(4, own=2)], CPU)
     expected = [math.log(math.exp(x) + 15) - x for x in (3.0, 1.0)]
-    assert float(loss) == pytest.approx(sum(expected) / 2)
+    assert (float(total), int(count)) == (pytest.approx(sum(expected)), 2)
 
 
 def test_loss_weighs_tokens_and_not_examples():
     logits = torch.zeros(2, 5, 16)
     logits[0, 1, 12] = 3.0
-    loss = cross_entropy(Scripted(logits), [example(3, own=1), example(5, own=3)], CPU)
-    assert float(loss) == pytest.approx((math.log(math.exp(3.0) + 15) - 3.0 + 3 * math.log(16)) / 4)
+    total, count = cross_entropy(Scripted(logits), [example(3, own=1), example(5, own=3)], CPU)
+    assert (float(total), int(count)) == (pytest.approx(math.log(math.exp(3.0) + 15) - 3.0 + 3 * math.log(16)), 4)
 
 
 @pytest.mark.parametrize("position", range(5))
 def test_only_predictions_of_loss_tokens_have_a_gradient(position: int):
     logits = torch.zeros(1, 5, 16, requires_grad=True)
-    cross_entropy(Scripted(logits), [example(5, own=2)], CPU).backward()
+    cross_entropy(Scripted(logits), [example(5, own=2)], CPU)[0].backward()
     assert logits.grad is not None
     assert bool(logits.grad[0, position].abs().sum() > 0) == (position in {2, 3})
 
@@ -126,9 +127,9 @@ def test_only_predictions_of_loss_tokens_have_a_gradient(position: int):
 def test_a_batch_without_loss_tokens_is_zero_and_not_nan():
     """A NaN here would reach every weight in one step."""
     logits = torch.zeros(1, 4, 16, requires_grad=True)
-    loss = cross_entropy(Scripted(logits), [example(4, own=0)], CPU)
-    loss.backward()
-    assert float(loss.detach()) == 0.0
+    total, count = cross_entropy(Scripted(logits), [example(4, own=0)], CPU)
+    total.backward()
+    assert (float(total.detach()), int(count)) == (0.0, 0)
     assert logits.grad is not None
     assert float(logits.grad.abs().sum()) == 0.0
 
@@ -175,6 +176,20 @@ def train(tiny_dir: Path, examples: Any = DATA, plan: SftSettings = SETTINGS, **
     seen: list[SftProgress] = []
     train_sft(model, examples, plan, seen.append, **ranks)
     return seen
+
+
+@pytest.mark.slow
+def test_a_rank_with_few_loss_tokens_weighs_no_more_than_one_with_many(
+    tiny_dir: Path, process_group: None, monkeypatch: pytest.MonkeyPatch
+):
+    """The other rank has 30 loss tokens with 90 nats: this rank's gradient is a share of the whole, times two ranks."""
+    (alone,) = train(tiny_dir, DATA[:1])
+    others = torch.tensor([90.0, 30.0], dtype=torch.float64)
+    monkeypatch.setattr(sft.ranks, "summed", lambda values: values.double() + others)
+    (shared,) = train(tiny_dir, DATA[:1], num_ranks=1)
+    count = sum(DATA[0].loss_mask)
+    assert shared.loss == pytest.approx((alone.loss * count + 90.0) / (count + 30.0))
+    assert shared.grad_norm == pytest.approx(alone.grad_norm * count / (count + 30.0), rel=1e-5)
 
 
 @pytest.mark.slow
