@@ -36,6 +36,7 @@ class Recipe:
         loss: see `losses.policy_loss`.
         aggregation: see `losses.aggregate`.
         dual_clip: bound of the loss where the advantage is negative, > 1; None is off.
+        clip_high: half width of the trust region above ratio 1 (clip-higher, DAPO section 3.1); None is that below.
         kl_in: where the KL to the reference acts: in each token's reward, or as a loss of its own.
         kl_kind: estimator used as reward or reported as loss; the loss's gradient is the true one for all three.
         kl_target: nats per token to hold by adapting the coefficient; None keeps it fixed.
@@ -60,6 +61,7 @@ class Recipe:
     loss: PolicyLossKind = "ppo"
     aggregation: Aggregation = "token_mean"
     dual_clip: float | None = None
+    clip_high: float | None = None
     kl_in: KLPlace = "reward"
     kl_kind: KLKind = "k1"
     kl_target: float | None = None
@@ -144,6 +146,7 @@ def _contradictions(r: Recipe) -> list[tuple[str, bool, str]]:
             r.loss == "gspo" and r.correction in ("token_tis", "token_icepop"),
             "token weights would undo gspo's one ratio per sequence; take a sequence mode or none",
         ),
+        ("clip_high", r.clip_high is not None and not r.clip_high > 0, "must be positive, or null for ppo.clip"),
         ("dual_clip", r.loss == "cispo" and r.dual_clip is not None, "cispo already bounds every weight"),
         (
             "skip_old_pass",

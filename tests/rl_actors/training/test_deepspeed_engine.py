@@ -65,6 +65,23 @@ def test_a_forgotten_microbatch_would_be_seen(process_group: None):
 
 
 @real
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_many_small_shares_add_up_in_bfloat16_too(process_group: None, zero_stage: int):
+    """One gradient of 1, then 256 of a 512th: in bfloat16 the number after 1 is 1 + 1 / 128, so a sum stays at 1."""
+    settings = OptimizerSettings(learning_rate=0.1, max_grad_norm=1e9, zero_stage=zero_stage, is_bf16=True)
+    module = torch.nn.Linear(1, 1, bias=False)
+    engine = build_engine(module, settings)
+    shares = [1.0] + [1 / 512] * 256
+    ones = torch.ones(1, 1, dtype=torch.bfloat16)
+    norm = accumulate(engine, shares, lambda share: engine(ones).float().sum() * share)
+    assert norm == pytest.approx(1.5, rel=1e-2)
+    naive = torch.tensor(1.0, dtype=torch.bfloat16)
+    for _ in range(256):
+        naive += torch.tensor(1 / 512, dtype=torch.bfloat16)
+    assert float(naive) == 1.0, "negative control"
+
+
+@real
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_the_norm_is_the_one_before_clipping(process_group: None, zero_stage: int):
     """Clipping must not hide an explosion from the tripwires."""

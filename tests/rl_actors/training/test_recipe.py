@@ -23,6 +23,7 @@ GROUP: dict[str, Any] = {"advantages": "rloo", "group_baseline": False, "value_c
         ({"aggregation": "mean"}, "aggregation", "token_mean, sequence_mean, sequence_sum"),
         ({"kl_in": "advantage"}, "kl_in", "reward, loss"),
         ({"kl_kind": "k4"}, "kl_kind", "k1, k2, k3"),
+        ({"clip_high": 0.0}, "clip_high", "must be positive"),
         ({"kl_kind": "k3"}, "kl_kind", "as a reward only k1 has the KL's gradient"),
         ({"correction": "tis"}, "correction", "token_tis"),
         ({**GROUP, "kl_in": "reward"}, "kl_in", "put the KL in the loss"),
