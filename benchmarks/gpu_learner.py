@@ -1,6 +1,6 @@
 """Sink attention, chunked LM head and expert path at the shapes of a GPT-OSS-20B layer, against eager, on one GPU.
 
-PYTHONPATH=. python benchmarks/gpu_learner.py [--rows 1] [--length 4096] [--out benchmarks/results/gpu_learner.json]
+PYTHONPATH=. python benchmarks/gpu_learner.py [--rows 1] [--length 8192] [--out benchmarks/results/gpu_learner.json]
 PYTHONPATH=. python benchmarks/gpu_learner.py --tiny      the same code at toy shapes on CPU, to prove the script
 
 Needs torch and transformers only. This script has not been run on a GPU yet: on CPU every line but the CUDA kernels and
@@ -54,7 +54,7 @@ class Shapes:
     vocab: int = 201_088
     window: int = 128
     rows: int = 1
-    length: int = 4096
+    length: int = 8192
     chunk: int = 1024
 
     @property
