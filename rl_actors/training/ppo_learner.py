@@ -46,6 +46,7 @@ from rl_actors.training.ppo_loss import (
     update_summary,
 )
 from rl_actors.training.ppo_targets import fill_advantages, kept_fraction, shaped
+from rl_actors.training.random_state import captured, put_back
 from rl_actors.training.recipe import Recipe
 from rl_actors.training.tripwires import Tripwires
 
@@ -168,7 +169,7 @@ class PpoLearner:
             "learning_rate_factor": self._learning_rate_factor,
             "num_restores": self._tripwires.num_restores,
             "num_skipped": self._tripwires.num_skipped,
-            "random": ranks.gathered((self._rng.getstate(), torch.get_rng_state())),
+            "random": ranks.gathered(captured(self._rng)),
         }
         self._engine.save_checkpoint(directory, tag=_TAG, client_state=state)
 
@@ -181,10 +182,7 @@ class PpoLearner:
         own = state["random"]
         if len(own) != ranks.num_ranks():
             return (f"random state of {ranks.num_ranks()} ranks (the checkpoint has {len(own)})",)
-        order, noise = own[ranks.rank()]
-        self._rng.setstate(order)
-        torch.set_rng_state(noise)
-        return ()
+        return put_back(own[ranks.rank()], self._rng)
 
     def restore(self, directory: str, learning_rate_factor: float) -> None:
         """Go back to a checkpoint's weights, optimizer and KL coefficient with a lower learning rate.

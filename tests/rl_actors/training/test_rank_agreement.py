@@ -61,13 +61,15 @@ def train(place: LearnerRank, stage: int, name: str, tiny_dir: str, target: str,
     torch.distributed.destroy_process_group()
 
 
-def run(num_ranks: int, stage: int, name: str, tiny_dir: Path, target: Path, minibatches: int = 1) -> dict[str, Any]:
+def run(
+    num_ranks: int, stage: int, name: str, tiny_dir: Path, file: Path, minibatches: int = 1, target: Any = train
+) -> dict[str, Any]:
     context, port = multiprocessing.get_context("spawn"), free_port()
     processes = []
     for rank in range(num_ranks):
         place = LearnerRank(rank=rank, num_ranks=num_ranks, master_address="127.0.0.1", master_port=port, num_threads=1)
         processes.append(
-            context.Process(target=train, args=(place, stage, name, str(tiny_dir), str(target), minibatches))
+            context.Process(target=target, args=(place, stage, name, str(tiny_dir), str(file), minibatches))
         )
     for process in processes:
         process.start()
@@ -77,7 +79,7 @@ def run(num_ranks: int, stage: int, name: str, tiny_dir: Path, target: Path, min
     for process in processes:
         process.kill()
     assert codes == [0] * num_ranks
-    return torch.load(target, weights_only=False)
+    return torch.load(file, weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +115,40 @@ def test_unequal_ranks_meet_in_every_step(tiny_dir: Path, tmp_path: Path, stage:
     assert len({sum(len(one.token_ids) for one in share) for share in shares}) == 2
     found = run(2, stage, "ppo_kl", tiny_dir, tmp_path / "found.pt", minibatches=3)
     assert [metrics["num_optimizer_steps"] for metrics in found["metrics"]] == [6.0] * NUM_UPDATES
+
+
+def resume(place: LearnerRank, stage: int, name: str, tiny_dir: str, target: str, minibatches: int) -> None:
+    """One rank: two updates, and one update resumed from the checkpoint after the first; all weights to a file."""
+    join_process_group(place)
+    settings = replace(SETTINGS, zero_stage=stage, recipe=RECIPES[name], num_minibatches=minibatches)
+    share, found = share_by_group(samples(Path(tiny_dir)), place.num_ranks)[place.rank], {}
+    for case in ("through", "resumed", "without moments"):
+        learner = PpoLearner(tiny_dir, tiny_dir, settings)
+        if case == "through":
+            learner.update(share)
+            learner.save_checkpoint(f"{target}.checkpoint")
+        else:
+            assert learner.load_checkpoint(f"{target}.checkpoint") == ()
+        if case == "without moments":
+            forget_moments(learner)
+        learner.update(share)
+        found[case] = learner.weights()
+    if place.rank == 0:
+        torch.save(found, target)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def forget_moments(learner: PpoLearner) -> None:
+    for state in learner._engine.optimizer.state.values():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment].zero_()
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_two_ranks_resume_bit_for_bit(tiny_dir: Path, tmp_path: Path, stage: int):
+    """With the negative control: a resume that forgot Adam's moments ends elsewhere."""
+    found = run(2, stage, "ppo_kl", tiny_dir, tmp_path / "found.pt", minibatches=3, target=resume)
+    for name, tensor in found["through"].items():
+        assert torch.equal(found["resumed"][name], tensor), name
+    assert any(not torch.equal(found["without moments"][name], tensor) for name, tensor in found["through"].items())
