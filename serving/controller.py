@@ -73,6 +73,10 @@ class ReleasePlatform(Protocol):
 class Aliases(Protocol):
     """Registry aliases `stable` and `candidate`. Every call is idempotent."""
 
+    def alias_version(self, alias: str) -> str:
+        """Return the name of the version an alias names; empty for none."""
+        ...
+
     def move(self, alias: str, version: str) -> None:
         """Let an alias name a version."""
         ...
@@ -249,7 +253,9 @@ class ReleaseController:
                 self._aliases.move("stable", self.release.candidate)
                 self._aliases.clear("candidate")
             case contracts.RolledBack() | contracts.FailedBack() | contracts.Halted():
-                self._aliases.move("stable", self.release.stable)
+                # Another run's release may have promoted a better policy: this one takes back only what it gave.
+                if self._aliases.alias_version("stable") in {"", self.release.candidate}:
+                    self._aliases.move("stable", self.release.stable)
                 self._aliases.clear("candidate")
             case _:
                 pass

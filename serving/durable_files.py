@@ -5,12 +5,15 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from rl_actors.errors import InfrastructureError, TamperedError
+
+_LOCK_POLL_S: Final = 0.02
 
 
 @contextmanager
@@ -23,14 +26,38 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Wait for, then hold, an exclusive lock; it dies with its process, so a kill never leaves it behind."""
+def file_lock(
+    path: Path,
+    *,
+    timeout_s: float = 60.0,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[None]:
+    """Wait for, then hold, an exclusive lock; it dies with its process, so a kill never leaves it behind.
+
+    Raises InfrastructureError when it is still held after `timeout_s`: one stuck process must not stop all others.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        deadline = clock() + timeout_s
+        while not _is_locked(file, path):
+            if clock() >= deadline:
+                remedy = f"let that process finish or end it (`fuser {path}` shows its pid), then repeat the command"
+                raise InfrastructureError(f"{path}: locked by another process for {timeout_s:g} s; {remedy}")
+            sleep(_LOCK_POLL_S)
         yield
+
+
+def _is_locked(file: IO[str], path: Path) -> bool:
+    """Take the lock without waiting; False when someone else holds it."""
+    with disk_errors(path):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 def replace_durably(path: Path, text: str) -> None:

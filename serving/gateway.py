@@ -9,7 +9,7 @@ import asyncio
 import importlib
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fastapi import FastAPI
@@ -27,15 +27,19 @@ from rl_actors.errors import EngineError, SeatrialError
 from serving.critic_queue import Critic, CriticQueue
 from serving.http_app import build_app
 from serving.ledger import RunLedger
-from serving.live import LivePolicy, LivePorts
+from serving.live_ports import LivePolicy, LivePorts
+from serving.orphans import end_orphans
 from serving.served import GatewayConfig, ServedPolicies
 from serving.split import SplitStore
-from serving.split_watch import SplitWatcher, is_live, read_acks
+from serving.split_watch import SplitWatcher
 from serving.trace_log import TraceLog
 
 
 class ServePolicies:
-    """Finds a version's engine behind its Serve application; stamps come from disk, renderers from the model."""
+    """Finds a version: stamps and tokenizer on disk, its engine, when it first samples, behind its Serve application.
+
+    In this order, a request has its row before anything asks Ray.
+    """
 
     def __init__(self, config: GatewayConfig) -> None:
         """Find nothing yet."""
@@ -43,7 +47,7 @@ class ServePolicies:
         self._found: dict[str, LivePolicy] = {}
 
     async def find(self, version: str) -> LivePolicy:
-        """Return a version, loading its tokenizer at first use. Raises EngineError when it was never deployed."""
+        """Return a version, loading its tokenizer at first use. Raises EngineError when disk does not hold it whole."""
         if version not in self._found:
             self._found[version] = await asyncio.to_thread(self._load, version)
         return self._found[version]
@@ -51,14 +55,17 @@ class ServePolicies:
     def _load(self, version: str) -> LivePolicy:
         with _serve_errors(f"policy {version}"):
             stamps = self._served.find(version)
-            handle = serve.get_app_handle(stamps.application)
             renderer = HarmonyRenderer.from_directory(stamps.path)
-        return LivePolicy(stamps=stamps, renderer=renderer, generate=self._generate(handle, version))
+        return LivePolicy(stamps=stamps, renderer=renderer, generate=self._generate(stamps.application, version))
 
-    def _generate(self, handle: DeploymentHandle, version: str) -> Generate:
+    def _generate(self, application: str, version: str) -> Generate:
+        handle: DeploymentHandle | None = None
+
         async def generate(prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+            nonlocal handle
             with _serve_errors(f"policy {version}"):
                 async with asyncio.timeout(self._timeout_s):
+                    handle = handle or await asyncio.to_thread(serve.get_app_handle, application)
                     return await handle.generate.remote(tuple(prompt_token_ids), sampling)
 
         return generate
@@ -115,6 +122,7 @@ def serve_ports(config: GatewayConfig) -> LivePorts:
             clock=time.time,
         ),
         find_policy=ServePolicies(config).find,
+        find_stamps=ServedPolicies(config.files.served).find,
         ledger=ledger,
         critic=CriticQueue(
             _serve_critic(config.critic_application), ledger, size=config.critic_queue_size, clock=time.time
@@ -137,11 +145,3 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Give Serve the application to run."""
         return build_app(self._ports)
-
-
-def end_orphans(ledger: RunLedger, config: GatewayConfig, clock: Callable[[], float]) -> None:
-    """Abort the runs that dead gateways left open, and forget those gateways."""
-    for ack in read_acks(config.files.acks):
-        if not is_live(ack, clock(), config.stale_after_s):
-            ledger.abort_orphans(ack.gateway, at=clock())
-            (config.files.acks / f"{ack.gateway}.json").unlink(missing_ok=True)

@@ -21,7 +21,8 @@ from starlette.exceptions import HTTPException
 
 from rl_actors.errors import BadInputError, InfrastructureError
 from serving.answer_book import AnswerBook
-from serving.live import LivePorts, LiveRequest, LiveRuns
+from serving.live import LiveRuns
+from serving.live_ports import LivePorts, LiveRequest
 from serving.openai_api import (
     ApiError,
     ChatAnswer,
@@ -32,6 +33,8 @@ from serving.openai_api import (
     parse_chat_request,
     stream_events,
 )
+from serving.orphans import watch_orphans
+from serving.request_origin import OriginGuard, trusted_names
 
 _KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _RUN_PREFIX: Final = "run-"
@@ -39,7 +42,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 def build_app(ports: LivePorts) -> FastAPI:
-    """Return the HTTP application over these ports; its lifespan watches the split and works off the critic's queue."""
+    """Return the HTTP application over these ports; its lifespan watches the split, orphans and the critic's queue."""
     app = FastAPI(title="seatrial gateway", lifespan=_lifespan_of(ports), docs_url=None, redoc_url=None)
     chat = ChatEndpoint(ports)
     runs = RunEndpoints(ports)
@@ -52,6 +55,7 @@ def build_app(ports: LivePorts) -> FastAPI:
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_defect)
+    app.add_middleware(OriginGuard, trusted=trusted_names(ports.config.allowed_hosts))
     return app
 
 
@@ -243,6 +247,7 @@ def _lifespan_of(ports: LivePorts) -> Any:
         ports.splits.poll()
         tasks = [
             asyncio.create_task(ports.splits.watch(ports.config.poll_s)),
+            asyncio.create_task(watch_orphans(ports.ledger, ports.config, ports.clock)),
             asyncio.create_task(ports.critic.work()),
         ]
         try:

@@ -1,123 +1,39 @@
 """One user request from route to released reply: row ahead, agent loop, policy checks, row completed, then the reply.
 
 The loop is the one that training runs. When the version a session was routed to cannot answer, the request goes on
-stable, under a second row; what its tools already wrote is not written again.
+stable, under a second row; what its tools already wrote is not written again. A version that cannot even be loaded has
+its row too: a failure without a row would be one that no gate sees.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Final
 
-from rl_actors.agent.executor import Executor, Toolset, ToolWorld
-from rl_actors.agent.harmony import HarmonyRenderer
-from rl_actors.agent.loop import AgentRun, Generate, run_agent
+from rl_actors.agent.executor import Executor
+from rl_actors.agent.loop import AgentRun, run_agent
 from rl_actors.agent.rollout import successful_calls
-from rl_actors.agent.workflow import RunView, Workflow
-from rl_actors.contracts import Completion, Outcome, SamplingParams, Task
-from rl_actors.errors import EngineError, InfrastructureError
+from rl_actors.agent.workflow import RunView
+from rl_actors.contracts import Outcome, SamplingParams, Task
+from rl_actors.errors import InfrastructureError, SeatrialError
 from serving.contracts import RunRecord, RunStatus, Success
-from serving.critic_queue import CriticQueue, FinishedRun
-from serving.ledger import RunCompletion, RunLedger
+from serving.critic_queue import FinishedRun
+from serving.ledger import RunCompletion
+from serving.live_ports import BrokenPolicy, LivePolicy, LivePorts, LiveRequest
+from serving.meter import Meter
 from serving.once_world import OnceWorld, RequestMemory
 from serving.openai_api import ApiError, ChatAnswer, FinishReason, conflict, unavailable
-from serving.served import GatewayConfig, ServedPolicy
+from serving.served import ServedPolicy
 from serving.split import Route
-from serving.split_watch import SplitWatcher
-from serving.trace_log import LiveTrace, TraceLog
+from serving.trace_log import LiveTrace
 
 _MAX_ATTEMPTS: Final = 8
+UNREAD: Final = "unread"
+"""The stamps in the row of a version whose own cannot be read; no column is ever empty."""
 CHECK_CRASHED: Final = "policy_checks_ran"
 """Name of the check that fails when the checks themselves crash, hang or answer nonsense: the reply is blocked."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LiveRequest:
-    """A validated request. `request_id` is its idempotency key; `messages` are (role, text) pairs."""
-
-    request_id: str
-    session_key: str
-    messages: tuple[tuple[str, str], ...]
-    user_text: str
-    temperature: float | None
-    seed: int | None
-    token_cap: int | None
-    intent: str
-    task_id: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LivePolicy:
-    """A version that can answer: its stamps, its renderer, its engine."""
-
-    stamps: ServedPolicy
-    renderer: HarmonyRenderer
-    generate: Generate
-
-
-FindPolicy = Callable[[str], Awaitable[LivePolicy]]
-"""Version -> policy. Raises EngineError when it cannot be reached."""
-
-
-class OpenWorlds(Protocol):
-    """Where live worlds are opened; a ToolHostPool is one."""
-
-    async def open(self, world: Mapping[str, Any]) -> AbstractAsyncContextManager[ToolWorld]:
-        """Open a world."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LivePorts:
-    """Everything a request needs that is shared between requests. `owner` names this gateway in the ledger."""
-
-    config: GatewayConfig
-    workflow: Workflow
-    toolset: Toolset
-    writes: frozenset[str]
-    sandbox_level: str
-    worlds: OpenWorlds
-    splits: SplitWatcher
-    find_policy: FindPolicy
-    ledger: RunLedger
-    critic: CriticQueue
-    traces: TraceLog
-    owner: str
-    clock: Callable[[], float]
-    monotonic: Callable[[], float]
-
-
-@dataclass(slots=True)
-class Meter:
-    """Counts the tokens of one attempt, also when it fails half-way.
-
-    A model call is given up once its version is no longer in force: after a fail-back nobody waits for a dead engine.
-    """
-
-    generate: Generate
-    is_in_force: Callable[[], bool] = lambda: True
-    patience_s: float = 1.0
-    tokens_in: int = 0
-    tokens_out: int = 0
-    cached_tokens: int = 0
-
-    async def __call__(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
-        """Sample, and count. Raises EngineError when the version was taken out of the split meanwhile."""
-        call = asyncio.ensure_future(self.generate(prompt_token_ids, sampling))
-        try:
-            while not (await asyncio.wait({call}, timeout=self.patience_s))[0]:
-                if not self.is_in_force():
-                    raise EngineError("its version was taken out of the split while it sampled")
-            completion = call.result()
-        finally:
-            call.cancel()
-        self.tokens_in += len(prompt_token_ids)
-        self.tokens_out += len(completion.token_ids)
-        self.cached_tokens += completion.cached_tokens
-        return completion
 
 
 @dataclass(slots=True, kw_only=True)
@@ -125,7 +41,7 @@ class _Attempt:
     """One attempt in progress."""
 
     request: LiveRequest
-    policy: LivePolicy
+    policy: LivePolicy | BrokenPolicy
     record: RunRecord
     meter: Meter
     memory: RequestMemory
@@ -163,15 +79,15 @@ class LiveRuns:
 
     async def _attempt(self, request: LiveRequest, route: Route, memory: RequestMemory) -> ChatAnswer:
         """Attempt once on one version; the row is written before anything runs, and always completed."""
-        ports = self._ports
-        policy = await ports.find_policy(route.policy_version)
+        ports, version = self._ports, route.policy_version
+        policy = await self._policy(version)
         prompt = self._prompt(request, policy)
-        record = await self._start(request, policy, route, memory)
+        record = await self._start(request, policy.stamps, route, memory)
         attempt = _Attempt(
             request=request,
             policy=policy,
             record=record,
-            meter=Meter(policy.generate, lambda: ports.splits.is_in_force(route.policy_version)),
+            meter=Meter(policy.generate, lambda: ports.splits.is_in_force(version)),
             memory=memory,
             started=ports.monotonic(),
         )
@@ -186,7 +102,20 @@ class LiveRuns:
 
     # --- before -------------------------------------------------------------------------------------------------------
 
-    def _prompt(self, request: LiveRequest, policy: LivePolicy) -> list[int]:
+    async def _policy(self, version: str) -> LivePolicy | BrokenPolicy:
+        try:
+            return await self._ports.find_policy(version)
+        except InfrastructureError as error:
+            try:
+                stamps = await asyncio.to_thread(self._ports.find_stamps, version)
+            except SeatrialError:
+                stamps = None
+            return BrokenPolicy(stamps=stamps, error=error)
+
+    def _prompt(self, request: LiveRequest, policy: LivePolicy | BrokenPolicy) -> list[int]:
+        """Return the tokens to start with; a prompt that is too long is refused before its row, as all bad input is."""
+        if isinstance(policy, BrokenPolicy):
+            return []
         prompt = policy.renderer.prompt(self._ports.workflow.system_prompt, request.messages)
         limits = self._ports.config.limits
         room = limits.max_context_tokens - limits.max_tokens_per_turn
@@ -195,12 +124,14 @@ class LiveRuns:
             raise ApiError(400, message, code="context_length_exceeded", param="messages")
         return prompt
 
-    async def _start(self, request: LiveRequest, policy: LivePolicy, route: Route, memory: RequestMemory) -> RunRecord:
+    async def _start(
+        self, request: LiveRequest, stamps: ServedPolicy | None, route: Route, memory: RequestMemory
+    ) -> RunRecord:
         """Write the row ahead under the first free attempt number; a key that already ran is refused."""
         ledger = self._ports.ledger
         while memory.num_attempts < _MAX_ATTEMPTS:
             memory.num_attempts += 1
-            record = self._record(request, policy, route, memory.num_attempts)
+            record = self._record(request, stamps, route, memory.num_attempts)
             if await asyncio.to_thread(ledger.start, record):
                 return record
             earlier = ledger.find(record.request_id)
@@ -210,17 +141,16 @@ class LiveRuns:
                 )
         raise conflict("too many attempts under this idempotency key", code="already_ran", may_retry=False)
 
-    def _record(self, request: LiveRequest, policy: LivePolicy, route: Route, number: int) -> RunRecord:
+    def _record(self, request: LiveRequest, stamps: ServedPolicy | None, route: Route, number: int) -> RunRecord:
         request_id = request.request_id if number == 1 else f"{request.request_id}~{number}"
-        stamps = policy.stamps
         return RunRecord(
             run_id=f"run-{request_id}",
             request_id=request_id,
             session_key=request.session_key,
-            model_version=stamps.model_version,
-            reward_model_version=stamps.reward_model_version,
-            policy_version=stamps.version,
-            bundle_id=stamps.bundle_id,
+            model_version=stamps.model_version if stamps else UNREAD,
+            reward_model_version=stamps.reward_model_version if stamps else UNREAD,
+            policy_version=route.policy_version,
+            bundle_id=stamps.bundle_id if stamps else UNREAD,
             release_channel=route.release_channel,
             split_epoch=route.split_epoch,
             started_at=self._ports.clock(),
@@ -233,7 +163,9 @@ class LiveRuns:
 
     async def _run(self, attempt: _Attempt, prompt: list[int]) -> AgentRun:
         """Run the agent loop on the live world; its audit session is the request."""
-        ports, request = self._ports, attempt.request
+        ports, request, policy = self._ports, attempt.request, attempt.policy
+        if isinstance(policy, BrokenPolicy):
+            raise policy.error
         limits = ports.config.limits
         if request.token_cap is not None:
             limits = replace(limits, max_tokens_per_turn=min(limits.max_tokens_per_turn, request.token_cap))
@@ -244,7 +176,7 @@ class LiveRuns:
             attempt.executor = Executor(toolset=ports.toolset, world=once, max_tool_calls=limits.max_tool_calls)
             return await run_agent(
                 prompt,
-                renderer=attempt.policy.renderer,
+                renderer=policy.renderer,
                 generate=attempt.meter,
                 executor=attempt.executor,
                 sampling=SamplingParams(

@@ -1,19 +1,19 @@
 """Ray Serve, and nothing else calls it: start the gateway, deploy and remove policy versions, tell how they are.
 
 One application per policy version (no route; its name carries the version), one long-lived ingress that owns the split.
-A roll back is one record write: no deploy is needed for it. Every wait here is bounded.
+A roll back is one record write: no deploy is needed for it. Every wait here is bounded. One Ray may have other users:
+what another home serves is neither used nor ended.
 """
 
 from __future__ import annotations
 
-import errno
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
@@ -25,7 +25,8 @@ from serving.contracts import SplitRecord
 from serving.critic_server import CriticServer
 from serving.gateway import Gateway
 from serving.policy_server import PolicyServer
-from serving.served import GatewayConfig, ServedPolicies, ServedPolicy
+from serving.serve_site import PORT_FIELD, Owner, ServeSite, require_free_port, require_serve_there
+from serving.served import GatewayConfig, ServedPolicies, ServedPolicy, application_of
 from serving.split import SplitStore
 from serving.split_watch import acknowledged_epoch
 
@@ -34,11 +35,16 @@ CRITIC: Final = "critic"
 _QUIET: Final = LoggingConfig(enable_access_log=False, log_level="WARNING")
 _READY: Final = "RUNNING"
 _BROKEN: Final = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
+_HEAD: Final = "node:__internal_head__"
+"""The resource that Ray gives to the head node, and to no other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlatformConfig:
-    """How Serve runs. Logical CPUs are small on purpose: two of them must carry gateway, engines and training."""
+    """How Serve runs. Logical CPUs are small on purpose: two of them must carry gateway, engines and training.
+
+    `owner` says who starts the applications: a run ends its own with itself, and leaves a service's alone.
+    """
 
     http_host: str = "127.0.0.1"
     http_port: int = 8000
@@ -53,6 +59,7 @@ class PlatformConfig:
     graceful_shutdown_s: float = 5.0
     probe_timeout_s: float = 20.0
     engine_environment: Mapping[str, str] = field(default_factory=dict)
+    owner: Owner = "run"
 
 
 class ServePlatform:
@@ -72,6 +79,8 @@ class ServePlatform:
         """Touch nothing yet."""
         self._gateway, self._config, self._clock, self._sleep = gateway, config, clock, sleep
         self._served, self._splits = ServedPolicies(gateway.files.served), SplitStore(gateway.files.split)
+        self._site = ServeSite(root=gateway.root, port=config.http_port, owner=config.owner)
+        self._has_started_serve = False
         self.candidate = ""
 
     @property
@@ -89,12 +98,12 @@ class ServePlatform:
         All start at the same time: an engine needs most of its start for imports and its model.
 
         Raises:
-            BadInputError: the port is in use.
+            BadInputError: the port is in use, or Serve serves another home or port; nothing was touched.
             InfrastructureError: something did not start in time; the message says why.
         """
         config = self._config
-        if not self._is_up():
-            require_free_port(config.http_host, config.http_port)
+        self.require_room(stable, *others, with_critic=bool(critic_path))
+        self._has_started_serve |= not self._is_up()
         serve.start(
             proxy_location="HeadOnly",
             http_options=HTTPOptions(
@@ -108,12 +117,41 @@ class ServePlatform:
         self._open_split(stable.version)
         critics = [self._begin_critic(critic_path)] if critic_path else []
         self._begin(GATEWAY, self._gateway_app(), route_prefix="/")
-        for name in (*(policy.application for policy in (stable, *others)), *critics, GATEWAY):
+        names = (*(policy.application for policy in (stable, *others)), *critics, GATEWAY)
+        for name in names:
             self._await(name)
+        # Of two homes that start at once, both found room: the one that came second must not go on with the other's.
+        self._require_no_stranger(*names)
+
+    def require_room(self, *policies: ServedPolicy, with_critic: bool = False) -> None:
+        """Raise BadInputError unless gateway, policies and critic can be served here; touches nothing.
+
+        What another home serves on this Ray would get our requests, or lose its own.
+        """
+        host, port = self._config.http_host, self._config.http_port
+        if not self._is_up():
+            require_free_port(host, port)
+        critics = [self._critic_name] if with_critic or self._gateway.critic_application else []
+        self._require_no_stranger(GATEWAY, *critics, *(policy.application for policy in policies))
+        if self._is_up() and not self._has_started_serve:
+            require_serve_there(host, port)
 
     def shutdown(self) -> None:
-        """Stop every application and Serve itself; Ray goes on."""
-        serve.shutdown()
+        """Stop what was started for this home by this owner, and Serve too when we started it for nobody else.
+
+        Ray goes on. Where a service's gateway of this home stays, so do the policies that it may send traffic to.
+        """
+        with _serve_errors():
+            found = serve.status().applications
+            ours = [name for name, app in found.items() if self._site.is_started_here(app.deployments)]
+            if self._has_started_serve and len(ours) == len(found):
+                serve.shutdown()
+                self._has_started_serve = False
+                return
+            gateway = found.get(GATEWAY)
+            stays = gateway is not None and GATEWAY not in ours and not self._site.is_strange(gateway.deployments)
+            for name in sorted(set(ours) - (self._in_force() if stays else frozenset())):
+                serve.delete(name)
 
     # --- policies -----------------------------------------------------------------------------------------------------
 
@@ -121,9 +159,10 @@ class ServePlatform:
         """Serve a version beside the others; returns when it answers. The same again changes nothing.
 
         Raises:
-            BadInputError: the name was used for another version.
+            BadInputError: the name was used for another version, or another home serves it.
             EngineError: it did not become healthy in time; it is removed again.
         """
+        self._require_no_stranger(policy.application)
         self._served.add(policy)
         self._begin(policy.application, self._policy_app(policy))
         try:
@@ -134,20 +173,31 @@ class ServePlatform:
 
     def remove_policy(self, version: str) -> None:
         """Stop serving a version; one that is not served is no error. Refuses a version that may carry traffic."""
-        record = self._splits.read()
-        if record is not None and (record.stable == version or (record.candidate == version and record.share > 0)):
-            raise BadInputError("version", version, "it carries traffic; move the split away from it first")
         application = self._served.find(version).application
+        if application in self._in_force():
+            raise BadInputError("version", version, "it carries traffic; move the split away from it first")
+        self._require_no_stranger(application)
         with _serve_errors():
             if application in serve.status().applications:
                 serve.delete(application)
 
+    def _in_force(self) -> frozenset[str]:
+        """Return the applications of the versions that the split may send traffic to."""
+        record = self._splits.read()
+        if record is None:
+            return frozenset()
+        versions = [record.stable, *([record.candidate] if record.share > 0 else [])]
+        return frozenset(map(application_of, versions))
+
+    @property
+    def _critic_name(self) -> str:
+        return self._gateway.critic_application or CRITIC
+
     def _begin_critic(self, path: str) -> str:
         """Ask for a reward model under the gateway's `critic_application` name; returns that name."""
-        name = self._gateway.critic_application or CRITIC
-        deployment = _deployment(CriticServer).options(**self._options(self._config.policy_cpus), num_replicas=1)
-        self._begin(name, deployment.bind(path))
-        return name
+        options = self._on_head(self._options(CriticServer, self._config.policy_cpus))
+        self._begin(self._critic_name, _deployment(CriticServer).options(**options, num_replicas=1).bind(path))
+        return self._critic_name
 
     # --- ReleasePlatform ----------------------------------------------------------------------------------------------
 
@@ -172,6 +222,17 @@ class ServePlatform:
     def _is_up(self) -> bool:
         with _serve_errors():
             return bool(serve.status().proxies)
+
+    def _require_no_stranger(self, *names: str) -> None:
+        """Raise BadInputError when one of these applications is there, of another home or port."""
+        with _serve_errors():
+            found = serve.status().applications
+        for name in names:
+            deployments = sorted(found[name].deployments) if name in found else []
+            if self._site.is_strange(deployments):
+                remedy = f"this Ray already serves the application {name} of another home or port ({deployments[0]})"
+                remedy += "; end that where it was started (seatrial down), or use another Ray"
+                raise BadInputError(PORT_FIELD, self._config.http_port, remedy)
 
     def _open_split(self, stable: str) -> None:
         """Put the first split in force; a split that is there already is the truth and stays."""
@@ -205,7 +266,7 @@ class ServePlatform:
 
     def _policy_app(self, policy: ServedPolicy) -> serve.Application:
         config = self._config
-        options = self._options(config.policy_cpus)
+        options = self._options(PolicyServer, config.policy_cpus)
         options["ray_actor_options"]["num_gpus"] = config.gpus_per_policy
         deployment = _deployment(PolicyServer).options(
             **options,
@@ -222,14 +283,21 @@ class ServePlatform:
     def _gateway_app(self) -> serve.Application:
         limit = self._gateway.max_concurrency
         deployment = _deployment(Gateway).options(
-            **self._options(self._config.gateway_cpus),
+            **self._on_head(self._options(Gateway, self._config.gateway_cpus)),
             num_replicas=self._config.num_gateways,
             max_ongoing_requests=4 * limit,
             max_queued_requests=8 * limit,
         )
         return deployment.bind(self._gateway)
 
-    def _options(self, cpus: float) -> dict[str, Any]:
+    def _on_head(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Keep a deployment on the head node: a ledger in WAL mode is shared through the memory of one host."""
+        with _serve_errors():
+            if _HEAD in ray.cluster_resources():
+                options["ray_actor_options"]["resources"] = {_HEAD: 0.001}
+        return options
+
+    def _options(self, kind: type, cpus: float) -> dict[str, Any]:
         """Return what all our deployments share; an engine's threads are capped before it starts."""
         threads = str(self._config.engine_threads)
         environment = {
@@ -240,6 +308,7 @@ class ServePlatform:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
         return {
+            "name": self._site.deployment(kind.__name__),
             "graceful_shutdown_timeout_s": self._config.graceful_shutdown_s,
             "graceful_shutdown_wait_loop_s": 0.2,
             "logging_config": _QUIET,
@@ -253,19 +322,6 @@ class ServePlatform:
 def _deployment(kind: type) -> serve.Deployment:
     """Make a Serve deployment of a plain class (Ray types its decorator for functions only)."""
     return cast(serve.Deployment, serve.deployment(kind))
-
-
-def require_free_port(host: str, port: int) -> None:
-    """Raise BadInputError when nobody could listen there."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            remedy = "already in use; end what listens there, or set cluster.serve_port"
-            if error.errno != errno.EADDRINUSE:
-                remedy = f"cannot listen there ({error.strerror}); choose another host or port"
-            raise BadInputError("cluster.serve_port", f"{host}:{port}", remedy) from error
 
 
 def _reason(found: Any) -> str:

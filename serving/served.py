@@ -20,6 +20,7 @@ from serving.durable_files import disk_errors, replace_durably
 from serving.openai_api import ApiLimits
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9_.])?")
 _STAMP = re.compile(r"[!-~]{1,256}")
 """What a header can carry as it is: a line break in a stamp would add headers to every response."""
 
@@ -78,7 +79,12 @@ class ServedPolicy:
     @property
     def application(self) -> str:
         """Name of its Serve application; carries the version, so that it is never reused."""
-        return f"policy-{self.version}"
+        return application_of(self.version)
+
+
+def application_of(version: str) -> str:
+    """Return the name of a version's Serve application."""
+    return f"policy-{version}"
 
 
 class ServedPolicies:
@@ -117,7 +123,8 @@ class GatewayConfig:
 
     `stale_after_s` is the age at which a split record counts as share 0. Costs are per token, in the spec's unit.
     `critic_application` names the Serve application of the critic; empty for none. `trace_fraction` is the share of
-    runs whose prompts and tool actions are kept.
+    runs whose prompts and tool actions are kept. `allowed_hosts` are further host names, without port, under which
+    clients reach the gateway; IP addresses, `localhost` and the machine's own names always work.
     """
 
     root: str
@@ -138,6 +145,14 @@ class GatewayConfig:
     critic_application: str = ""
     critic_queue_size: int = 1000
     trace_fraction: float = 0.1
+    allowed_hosts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse a host that is no plain name: a pattern, an address with a port or a URL would never match."""
+        for host in self.allowed_hosts:
+            if not _HOST_NAME.fullmatch(host):
+                remedy = "give each host as its bare name, such as gateway.example.org, without scheme, port or pattern"
+                raise BadInputError("gateway.allowed_hosts", host, remedy)
 
     @property
     def files(self) -> ReleaseFiles:

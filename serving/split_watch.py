@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -108,16 +110,31 @@ class SplitWatcher:
 
 
 def read_acks(directory: Path) -> tuple[Ack, ...]:
-    """Return the last word of every gateway that ever acknowledged and did not leave."""
+    """Return the last word of every gateway that ever acknowledged and did not leave.
+
+    A word that cannot be read, as after a power cut, counts as epoch 0 long ago: nothing acknowledged, and stale.
+    """
     found = []
     for path in sorted(directory.glob("*.json")):
-        try:
-            found.append(Ack(**json.loads(path.read_text(encoding="utf-8"))))
-        except FileNotFoundError:
-            continue
-        except (ValueError, TypeError) as error:
-            raise TamperedError(f"{path} is not an acknowledgement ({error}); delete it") from error
+        with disk_errors(path), suppress(FileNotFoundError):
+            found.append(_parsed(path.read_bytes(), path.stem))
     return tuple(found)
+
+
+def _parsed(text: bytes, gateway: str) -> Ack:
+    try:
+        ack = Ack(**json.loads(text))
+        if ack.gateway == gateway and _is_sound(ack):
+            return ack
+    except (ValueError, TypeError):
+        pass
+    return Ack(gateway=gateway, host="", pid=0, epoch=0, at=0.0)
+
+
+def _is_sound(ack: Ack) -> bool:
+    """Whether the values have their types and ranges: signalling process 0 or -1 would ask about whole groups."""
+    numbers_fit = type(ack.epoch) is int and type(ack.pid) is int and 0 < ack.pid < 2**31
+    return numbers_fit and isinstance(ack.host, str) and isinstance(ack.at, int | float) and math.isfinite(ack.at)
 
 
 def is_live(ack: Ack, now: float, live_within_s: float) -> bool:

@@ -90,6 +90,9 @@ class FakeAliases:
     named: dict[str, str] = field(default_factory=dict)
     calls: list[tuple[str, ...]] = field(default_factory=list)
 
+    def alias_version(self, alias: str) -> str:
+        return self.named.get(alias, "")
+
     def move(self, alias: str, version: str) -> None:
         self.calls.append(("move", alias, version))
         self.named[alias] = version

@@ -17,13 +17,13 @@ from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.agent.loop import AgentLimits
 from rl_actors.agent.workflow import WorkflowRef
 from rl_actors.contracts import Completion, SamplingParams, ToolResult
-from rl_actors.errors import EngineError, ToolHostError
+from rl_actors.errors import EngineError, InfrastructureError, TamperedError, ToolHostError
 from rl_actors.models.tokenizer import train_tokenizer
 from serving.contracts import RunRecord, SplitRecord
 from serving.critic_queue import Critic, CriticQueue
 from serving.http_app import build_app
 from serving.ledger import RunLedger
-from serving.live import LivePolicy, LivePorts
+from serving.live_ports import LivePolicy, LivePorts
 from serving.openai_api import ApiLimits
 from serving.served import GatewayConfig, ServedPolicy
 from serving.split import SplitStore
@@ -115,8 +115,21 @@ class MemoryWorlds:
 
 
 @dataclass
+class Damage:
+    """What is broken on disk: `policies` maps a version to why it cannot be loaded, `stamps` names unreadable ones."""
+
+    policies: dict[str, InfrastructureError] = field(default_factory=dict)
+    stamps: set[str] = field(default_factory=set)
+
+    def find_stamps(self, version: str) -> ServedPolicy:
+        if version in self.stamps:
+            raise TamperedError(f"{version}.json does not hold a policy's stamps")
+        return make_policy(version)
+
+
+@dataclass
 class Rig:
-    """One gateway on fakes."""
+    """One gateway on fakes. A version without an engine is one that Serve does not know."""
 
     root: Path
     ports: LivePorts
@@ -126,6 +139,7 @@ class Rig:
     worlds: MemoryWorlds
     workflow: ShopWorkflow
     engines: dict[str, ScriptedEngine]
+    damage: Damage
 
     def put_split(self, share: float, *, stable: str = STABLE, candidate: str = CANDIDATE, poll: bool = True) -> None:
         """Put the next split in force and let the gateway see it."""
@@ -172,10 +186,18 @@ def make_rig(
     engines = {version: ScriptedEngine(script) for version, script in (scripts or {STABLE: PAY}).items()}
     store = SplitStore(chosen.files.split)
 
+    damage = Damage()
+
     async def find_policy(version: str) -> LivePolicy:
-        if version not in engines:
-            raise EngineError(f"policy {version} was never deployed")
-        return LivePolicy(stamps=make_policy(version), renderer=renderer(), generate=engines[version])
+        if version in damage.policies:
+            raise damage.policies[version]
+
+        async def generate(prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
+            if version not in engines:
+                raise EngineError(f"Application 'policy-{version}' does not exist")
+            return await engines[version](prompt_token_ids, sampling)
+
+        return LivePolicy(stamps=make_policy(version), renderer=renderer(), generate=generate)
 
     ports = LivePorts(
         config=chosen,
@@ -188,6 +210,7 @@ def make_rig(
             store, chosen.files.acks, gateway="gateway-1", stale_after_s=chosen.stale_after_s, clock=clock
         ),
         find_policy=find_policy,
+        find_stamps=damage.find_stamps,
         ledger=ledger,
         critic=CriticQueue(critic, ledger, size=4, clock=clock),
         traces=TraceLog(chosen.files.traces, chosen.trace_fraction),
@@ -197,7 +220,7 @@ def make_rig(
     )
     rig = Rig(
         root=tmp_path, ports=ports, ledger=ledger, store=store, clock=clock, worlds=worlds, workflow=workflow,
-        engines=engines,
+        engines=engines, damage=damage,
     )  # fmt: skip
     if share is not None:
         rig.put_split(share)
@@ -215,6 +238,7 @@ def make_config(root: Path) -> GatewayConfig:
         api=ApiLimits(max_body_bytes=20_000, max_messages=5, max_text_chars=3_000),
         poll_s=0.01,
         check_timeout_s=0.3,
+        allowed_hosts=("gateway",),
     )
 
 

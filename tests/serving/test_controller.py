@@ -359,6 +359,73 @@ class TestRecovery:
         assert isinstance(rig.controller().run(), RolledBack)
 
 
+class TestEarlierPromotion:
+    """The registry outlives a run: its `stable` may name a policy that another run promoted before this release."""
+
+    EARLIER = "ppo-of-another-run"
+
+    def rig(self, tmp_path: Path, make: Callable[[Canary], LiveEvidence] | None = None) -> Harness:
+        rig = harness(tmp_path, make=make)
+        rig.aliases.named["stable"] = self.EARLIER
+        return rig
+
+    def test_a_roll_back_leaves_it_alone(self, tmp_path: Path):
+        rig = self.rig(tmp_path, unsafe)
+        assert isinstance(rig.controller().run(), RolledBack)
+        assert rig.aliases.named == {"stable": self.EARLIER}
+
+    def test_a_halt_leaves_it_alone(self, tmp_path: Path):
+        rig = self.rig(tmp_path, lambda state: replace(good_evidence(), epoch_sessions=(400, 1000)))
+        assert isinstance(rig.controller().run(), Halted)
+        assert rig.aliases.named == {"stable": self.EARLIER}
+
+    def test_a_promotion_replaces_it_and_a_fail_back_names_this_release_s_stable(self, tmp_path: Path):
+        rig = self.rig(tmp_path)
+        assert isinstance(rig.controller().run(), Promoted)
+        assert rig.aliases.named == {"stable": "ppo-b"}
+        rig.controller().roll_back(actor="ann", reason="complaints")
+        assert isinstance(rig.controller().run(), FailedBack)
+        assert rig.aliases.named == {"stable": "sft-a"}
+
+    def test_a_fail_back_after_a_later_promotion_elsewhere_leaves_that_alone(self, tmp_path: Path):
+        rig = self.rig(tmp_path)
+        rig.controller().run()
+        rig.aliases.named["stable"] = "promoted-later"
+        rig.controller().roll_back(actor="ann", reason="complaints")
+        assert isinstance(rig.controller().run(), FailedBack)
+        assert rig.aliases.named == {"stable": "promoted-later"}
+
+    def test_where_nothing_is_named_a_roll_back_names_stable(self, tmp_path: Path):
+        """Negative control: the alias is not left alone for its own sake."""
+        rig = harness(tmp_path, make=unsafe)
+        assert isinstance(rig.controller().run(), RolledBack)
+        assert ("move", "stable", "sft-a") in rig.aliases.calls
+
+    def test_a_promotion_killed_before_its_record_and_then_rolled_back_is_undone(self, tmp_path: Path):
+        """The alias already names the candidate, the record does not say so: the roll back still takes it back."""
+        rig = self.rig(tmp_path)
+        assert isinstance(ticks(rig, 4), Promoting)
+        rig.aliases.move("stable", "ppo-b")
+        rig.platform.is_healthy = False
+        assert isinstance(rig.controller().run(), RolledBack)
+        assert rig.aliases.named == {"stable": "sft-a"}
+
+    def test_a_registry_that_is_down_ends_nothing_and_loses_nothing(self, tmp_path: Path):
+        rig = self.rig(tmp_path, unsafe)
+        ticks(rig, 2)
+
+        def down(alias: str) -> str:
+            raise InfrastructureError(f"registry is down: {alias}")
+
+        asked, rig.aliases.alias_version = rig.aliases.alias_version, down
+        with pytest.raises(InfrastructureError, match="registry is down"):
+            rig.controller().run()
+        assert rig.platform.shares[-1] == 0.0
+        rig.aliases.alias_version = asked
+        assert isinstance(rig.controller().run(), RolledBack)
+        assert rig.aliases.named == {"stable": self.EARLIER}
+
+
 class TestHumans:
     @pytest.mark.parametrize("healthy_ticks", [0, 1, 2, 3, 4])
     def test_one_action_rolls_back_from_anywhere(self, tmp_path: Path, healthy_ticks: int):

@@ -14,9 +14,10 @@ import pytest
 
 from rl_actors.errors import EngineError, InfrastructureError, TamperedError
 from serving import gateway as gateway_module
-from serving.gateway import ServePolicies, end_orphans
+from serving.gateway import ServePolicies
 from serving.ledger import RunLedger
-from serving.live import LivePolicy
+from serving.live_ports import LivePolicy
+from serving.orphans import end_orphans
 from serving.served import ServedPolicies
 from serving.trace_log import TraceLog, read_traces
 from tests.serving.fakes import START, FakeClock, make_record
@@ -98,6 +99,7 @@ class TestPolicyThatCannotBeLoaded:
             return await (broken.find(version) if version == CANDIDATE else healthy(version))
 
         object.__setattr__(rig.ports, "find_policy", find)
+        object.__setattr__(rig.ports, "find_stamps", ServedPolicies(make_config(tmp_path).files.served).find)
 
         async def ask() -> Any:
             async with rig.client() as client:
@@ -105,7 +107,9 @@ class TestPolicyThatCannotBeLoaded:
 
         answer = asyncio.run(ask())
         assert (answer.status_code, answer.headers["x-seatrial-policy-version"]) == (200, STABLE)
-        assert [row.split_epoch for row in rig.rows()] == [0], "it belongs to the other arm, and enters no comparison"
+        first, second = rig.rows()
+        assert (first.policy_version, first.status, first.split_epoch) == (CANDIDATE, "engine_error", 1)
+        assert (second.status, second.split_epoch) == ("ok", 0), "it belongs to the other arm, and enters no comparison"
 
 
 class TestTraces:

@@ -18,7 +18,7 @@ from serving import gateway as gateway_module
 from serving.gateway import serve_ports
 from serving.http_app import build_app
 from serving.ledger import RunLedger
-from serving.live import LivePolicy
+from serving.live_ports import LivePolicy
 from serving.split import SplitStore
 from serving.split_watch import SplitWatcher, acknowledged_epoch, read_acks
 from tests.serving.live_fakes import (

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from rl_actors.errors import EngineError
-from serving.live import LiveRequest
+from serving.live_ports import LiveRequest
 from serving.openai_api import ApiError
 from tests.serving.live_fakes import (
     CANDIDATE,

@@ -188,6 +188,19 @@ def test_engine_that_fails_only_under_traffic_fails_no_request(tmp_path: Path) -
     assert all(row.split_epoch == 0 and row.status == "ok" for row in retried)
 
 
+def test_candidate_whose_engine_is_missing_is_rolled_back_by_a_gate(tmp_path: Path) -> None:
+    """Its sessions are answered by stable; without a row of their own, no gate would ever see that it cannot answer."""
+    site = make_site(tmp_path, HELLO)
+    del site.rig.engines[CANDIDATE]
+    site.candidate_healthy = lambda: True  # type: ignore[method-assign]
+    state = run(site)
+    assert isinstance(state, RolledBack)
+    assert set(site.statuses) == {200}
+    canary = [row for row in site.rig.rows() if row.release_channel == "canary"]
+    assert canary
+    assert {(row.policy_version, row.status) for row in canary} == {(CANDIDATE, "engine_error")}
+
+
 def test_recovery_is_timed_from_the_split_to_the_acknowledgement(tmp_path: Path) -> None:
     site = make_site(tmp_path, RUDE)
     state = run(site)

@@ -11,6 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from rl_actors.errors import EngineError
+from serving.live import UNREAD
+from serving.openai_api import ApiLimits
 from tests.serving.live_fakes import (
     CANDIDATE,
     HELLO,
@@ -19,6 +22,7 @@ from tests.serving.live_fakes import (
     PROMPT,
     STABLE,
     Rig,
+    ScriptedEngine,
     body,
     engine_error,
     host_error,
@@ -223,10 +227,17 @@ class TestEngineFailure:
         self.ask(rig)
         assert [row.split_epoch for row in rig.rows()] == [1, 0]
 
-    def test_candidate_that_was_never_deployed(self, tmp_path: Path) -> None:
+    def test_candidate_whose_engine_is_missing_fails_in_its_own_row(self, tmp_path: Path) -> None:
+        """Its user is answered by stable; its failure is the candidate's, where a gate sees it."""
         rig = make_rig(tmp_path, share=0.5)
         assert self.ask(rig).headers["x-seatrial-policy-version"] == STABLE
-        assert len(rig.rows()) == 1
+        first, second = rig.rows()
+        assert (first.request_id, first.policy_version, first.status, first.split_epoch) == (
+            "k", CANDIDATE, "engine_error", 1
+        )  # fmt: skip
+        assert (second.request_id, second.policy_version, second.status, second.split_epoch) == ("k~2", STABLE, "ok", 0)
+        (event,) = rig.ledger.events(["failure"], epochs=[1])
+        assert (event.policy_version, event.run_id) == (CANDIDATE, "run-k")
 
     def test_a_write_is_made_once_over_both_attempts(self, tmp_path: Path) -> None:
         rig = self.rig(tmp_path, (*PAY[:2], engine_error()))
@@ -289,6 +300,84 @@ class TestEngineFailure:
             assert response.status_code == 503
             assert response.headers["x-should-retry"] == "false"
         assert len(rig.worlds.calls) == 1
+
+    def test_stable_whose_engine_is_missing_leaves_a_completed_row(self, tmp_path: Path) -> None:
+        rig = make_rig(tmp_path, scripts={CANDIDATE: PAY})
+        response = post(rig, **{"idempotency-key": "k"})
+        assert (response.status_code, response.headers["x-should-retry"]) == (503, "true")
+        (row,) = rig.rows()
+        assert (row.policy_version, row.status, row.success) == (STABLE, "engine_error", "no")
+        assert [event.run_id for event in rig.ledger.events(["failure"], epochs=[1])] == ["run-k"]
+
+    def test_a_key_that_met_no_engine_runs_once_there_is_one(self, tmp_path: Path) -> None:
+        rig = make_rig(tmp_path, scripts={CANDIDATE: PAY})
+
+        async def twice(client: httpx.AsyncClient) -> list[int]:
+            statuses = []
+            for engine in (None, ScriptedEngine(PAY)):
+                rig.engines |= {STABLE: engine} if engine else {}
+                statuses.append((await client.post(CHAT, json=body(), headers={"idempotency-key": "k"})).status_code)
+            return statuses
+
+        assert talk(rig, twice) == [503, 200]
+        assert [(row.request_id, row.status) for row in rig.rows()] == [("k", "engine_error"), ("k~2", "ok")]
+
+    def test_a_key_meets_a_missing_engine_only_so_often(self, tmp_path: Path) -> None:
+        """Every attempt is a row: a client that never stops must not fill the ledger under one key."""
+        rig = make_rig(tmp_path, scripts={CANDIDATE: PAY})
+
+        async def often(client: httpx.AsyncClient) -> list[int]:
+            asked = [await client.post(CHAT, json=body(), headers={"idempotency-key": "k"}) for _ in range(10)]
+            return [response.status_code for response in asked]
+
+        assert talk(rig, often) == [503] * 8 + [409] * 2
+        assert len(rig.rows()) == 8
+
+    def test_the_row_is_there_before_the_engine_is_asked_for(self, tmp_path: Path) -> None:
+        rig = make_rig(tmp_path, scripts={STABLE: HELLO})
+        seen: list[str] = []
+        say = rig.engines[STABLE]
+
+        class Watched(ScriptedEngine):
+            async def __call__(self, prompt_token_ids: Any, sampling: Any) -> Any:
+                seen.extend(row.status for row in rig.rows())
+                return await say(prompt_token_ids, sampling)
+
+        rig.engines[STABLE] = Watched(HELLO)
+        post(rig)
+        assert seen == ["running"]
+
+    @pytest.mark.parametrize("are_stamps_read", [True, False])
+    def test_candidate_that_cannot_be_loaded_fails_in_its_own_row(self, tmp_path: Path, are_stamps_read: bool) -> None:
+        """No tokenizer in its directory, or not even readable stamps: the row says as much as is known."""
+        rig = self.rig(tmp_path, PAY)
+        rig.damage.policies[CANDIDATE] = EngineError("no tokenizer")
+        if not are_stamps_read:
+            rig.damage.stamps.add(CANDIDATE)
+        assert self.ask(rig).headers["x-seatrial-policy-version"] == STABLE
+        first, second = rig.rows()
+        assert (first.policy_version, first.release_channel, first.status) == (CANDIDATE, "canary", "engine_error")
+        assert first.bundle_id == (f"bundle-{CANDIDATE}" if are_stamps_read else UNREAD)
+        assert first.model_version == ("gpt-oss-1m" if are_stamps_read else UNREAD)
+        assert first.reward_model_version == ("rm-1" if are_stamps_read else UNREAD)
+        assert (second.policy_version, second.status, second.request_id) == (STABLE, "ok", "k~2")
+        assert len(rig.worlds.opened) == 1, "a version that cannot be loaded opens no world"
+
+    def test_stable_that_cannot_be_loaded_is_unavailable_with_its_reason(self, tmp_path: Path) -> None:
+        rig = make_rig(tmp_path)
+        rig.damage.policies[STABLE] = EngineError("no tokenizer in /models")
+        rig.damage.stamps.add(STABLE)
+        response = post(rig)
+        assert response.status_code == 503
+        assert "no tokenizer in /models" in response.json()["error"]["message"]
+        assert [(row.status, row.policy_version) for row in rig.rows()] == [("engine_error", STABLE)]
+
+    def test_a_prompt_that_is_too_long_still_has_no_row(self, tmp_path: Path) -> None:
+        """Bad input is no run: it must not count against the version that would have answered."""
+        rig = make_rig(tmp_path, config={"api": ApiLimits(max_body_bytes=100_000)})
+        response = post(rig, body("word " * 3_000))
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert rig.rows() == []
 
     def test_both_dead(self, tmp_path: Path) -> None:
         rig = self.rig(tmp_path, (engine_error(),), (engine_error(),))

@@ -50,7 +50,8 @@ def talk(rig: Rig, conversation: Callable[[httpx.AsyncClient], Awaitable[Any]]) 
 
 
 def send(rig: Rig, data: bytes, path: str = CHAT, **headers: str) -> httpx.Response:
-    return talk(rig, lambda client: client.post(path, content=data, headers=headers))
+    sent = {"content-type": "application/json"} | headers
+    return talk(rig, lambda client: client.post(path, content=data, headers=sent))
 
 
 class TestSizes:
@@ -179,7 +180,8 @@ class TestWords:
 
         async def ask(client: httpx.AsyncClient) -> int:
             run_id = (await client.post(CHAT, json=body())).headers["x-seatrial-run-id"]
-            return (await client.post(f"/v1/runs/{run_id}/override", content=data)).status_code
+            headers = {"content-type": "application/json"}
+            return (await client.post(f"/v1/runs/{run_id}/override", content=data, headers=headers)).status_code
 
         assert talk(rig, ask) == 400
         assert not rig.rows()[0].human_override

@@ -16,7 +16,7 @@ from rl_actors.contracts import Completion, SamplingParams, ToolResult
 from rl_actors.errors import EngineError, ToolHostError
 from serving.critic_queue import CriticQueue, FinishedRun
 from serving.ledger import RunLedger
-from serving.live import Meter
+from serving.meter import Meter
 from serving.once_world import OnceWorld, RequestMemory
 from tests.serving.fakes import FakeClock, record_run
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,8 @@ class FakeServe:
     deleted: list[str] = field(default_factory=list)
     num_shutdowns: int = 0
     broken: Exception | None = None
+    is_up: bool = False
+    resources: dict[str, float] = field(default_factory=lambda: {"CPU": 4.0, "node:__internal_head__": 1.0})
     RunTarget: Callable[..., Any] = SimpleNamespace
     Application = Any
     Deployment = FakeDeployment
@@ -76,12 +79,17 @@ class FakeServe:
 
     def start(self, **options: Any) -> None:
         self.started.append(options)
+        self.is_up = True
 
     def run_many(self, targets: Sequence[Any], wait_for_applications_running: bool) -> None:
         assert not wait_for_applications_running
         for target in targets:
             self.targets.append(target)
-            self.apps[target.name] = SimpleNamespace(status="DEPLOYING", message="", deployments={}, polls=0)
+            self.add(target.name, target.target.chosen["name"], status="DEPLOYING")
+
+    def add(self, name: str, deployment: str, status: str = "RUNNING") -> None:
+        deployments = {deployment: SimpleNamespace(message="the replica said why")}
+        self.apps[name] = SimpleNamespace(status=status, message="", deployments=deployments, polls=0)
 
     def status(self) -> Any:
         if self.broken is not None:
@@ -90,8 +98,7 @@ class FakeServe:
             app.polls += 1
             if app.polls > self.start_polls and app.status == "DEPLOYING":
                 app.status, app.message = self.end_status, self.message
-                app.deployments = {"D": SimpleNamespace(message="the replica said why")}
-        return SimpleNamespace(applications=dict(self.apps), proxies={"p": 1} if self.started else {})
+        return SimpleNamespace(applications=dict(self.apps), proxies={"p": 1} if self.is_up else {})
 
     def delete(self, name: str) -> None:
         self.deleted.append(name)
@@ -99,6 +106,12 @@ class FakeServe:
 
     def shutdown(self) -> None:
         self.num_shutdowns += 1
+        self.apps.clear()
+        self.is_up = False
+
+    def cluster_resources(self) -> dict[str, float]:
+        """Ray's, not Serve's: one fake stands for both."""
+        return self.resources
 
     def get_app_handle(self, name: str) -> Any:
         if name not in self.apps:
@@ -113,7 +126,17 @@ class FakeServe:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     serve = FakeServe()
     monkeypatch.setattr(platform_module, "serve", serve)
+    monkeypatch.setattr(platform_module, "ray", serve)
     return serve
+
+
+@contextmanager
+def listening() -> Iterator[int]:
+    """Somebody listens at this port: another program, or Serve's own proxy."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
 
 
 def free_port() -> int:
@@ -202,27 +225,21 @@ class TestStart:
         assert application.named["max_model_len"] == 700
 
     def test_port_in_use(self, fake: FakeServe, tmp_path: Path) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            platform, _ = make_platform(tmp_path, http_port=taken.getsockname()[1])
+        with listening() as port:
+            platform, _ = make_platform(tmp_path, http_port=port)
             with pytest.raises(BadInputError, match=r"cluster\.serve_port.*in use"):
                 platform.start(make_policy())
         assert fake.started == []
 
     def test_our_own_serve_on_the_port_is_no_conflict(self, fake: FakeServe, tmp_path: Path) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            platform, _ = make_platform(tmp_path, http_port=taken.getsockname()[1])
-            fake.started.append({})
+        fake.is_up = True
+        with listening() as port:
+            platform, _ = make_platform(tmp_path, http_port=port)
             platform.start(make_policy())
 
-    def test_url_and_shutdown(self, fake: FakeServe, tmp_path: Path) -> None:
+    def test_url(self, fake: FakeServe, tmp_path: Path) -> None:
         platform, _ = make_platform(tmp_path, http_port=8123)
         assert platform.url == "http://127.0.0.1:8123"
-        platform.shutdown()
-        assert fake.num_shutdowns == 1
 
 
 def test_host_nobody_can_listen_on() -> None:
@@ -421,6 +438,54 @@ class TestServePolicies:
 
         with pytest.raises(EngineError, match="never deployed"):
             asyncio.run(self.policies(tmp_path, monkeypatch, None).find("other"))
+
+    def test_engine_is_looked_up_when_it_samples_and_again_until_it_is_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Finding a version asks only the disk; a missing application fails an attempt, and heals by itself."""
+        import asyncio
+
+        asked: list[str] = []
+
+        def look_up(name: str) -> FakeHandle:
+            asked.append(name)
+            if len(asked) < 3:
+                raise RayServeException(f"Application '{name}' does not exist.")
+            return FakeHandle(answer)
+
+        async def answer(prompt: Any, sampling: Any) -> Any:
+            return prompt
+
+        async def run() -> Any:
+            policies = self.policies(tmp_path, monkeypatch, None)
+            monkeypatch.setattr(gateway_module.serve, "get_app_handle", look_up)
+            policy = await policies.find(STABLE)
+            assert asked == []
+            for _ in range(2):
+                with pytest.raises(EngineError, match=r"policy sft-a: .*does not exist"):
+                    await policy.generate([1, 2], None)
+            return [await policy.generate([1, 2], None) for _ in range(2)]
+
+        assert asyncio.run(run()) == [(1, 2), (1, 2)]
+        assert asked == ["policy-sft-a"] * 3, "once found, it is kept"
+
+    def test_a_look_up_that_hangs_is_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import asyncio
+        import threading
+
+        release = threading.Event()
+
+        async def run() -> None:
+            policies = self.policies(tmp_path, monkeypatch, None, timeout_s=0.02)
+            monkeypatch.setattr(gateway_module.serve, "get_app_handle", lambda name: release.wait(10.0))
+            policy = await policies.find(STABLE)
+            try:
+                await policy.generate([1], None)
+            finally:
+                release.set()
+
+        with pytest.raises(EngineError, match="no answer in time"):
+            asyncio.run(run())
 
     @pytest.mark.parametrize("error", [RayActorError(), RayServeException("full"), EngineError("dead"), RayError("x")])
     def test_whatever_ray_says_is_an_engine_error(

@@ -7,19 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from rl_actors.errors import InfrastructureError, TamperedError
+from rl_actors.errors import InfrastructureError
 from serving.contracts import SplitRecord
-from serving.gateway import end_orphans
-from serving.ledger import RunLedger
 from serving.split import SplitStore
 from serving.split_watch import Ack, SplitWatcher, acknowledged_epoch, is_live, read_acks
-from tests.serving.fakes import START, FakeClock, make_record
-from tests.serving.live_fakes import make_config
+from tests.serving.fakes import START, FakeClock
 
 
 def record(epoch: int, share: float = 0.0, at: float = START) -> SplitRecord:
@@ -58,6 +55,18 @@ def dead_pid() -> int:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
     return process.pid
+
+
+TORN: tuple[bytes | dict[str, object], ...] = (
+    b"", b"{", b"[]", b"null", b'{"gateway": "g9"}', b"\x00" * 60, b"\xff\xfe", {"at": "now"}, {"at": float("nan")},
+    {"at": float("inf")}, {"at": None}, {"epoch": "3"}, {"epoch": 3.5}, {"epoch": True}, {"pid": 0}, {"pid": -1},
+    {"pid": 2**40}, {"pid": "7"}, {"host": None}, {"gateway": "other"}, {"gateway": "../g9"}, {"colour": "red"},
+)  # fmt: skip
+
+
+def torn(change: bytes | dict[str, object]) -> bytes:
+    """The bytes themselves, or the word of gateway g9 with values that no gateway writes."""
+    return change if isinstance(change, bytes) else json.dumps(asdict(ack(gateway="g9")) | change).encode()
 
 
 class TestWatcher:
@@ -181,30 +190,39 @@ class TestAcknowledgedEpoch:
         directory = write(tmp_path, ack(epoch=4), ack(gateway="g2", epoch=0))
         assert acknowledged_epoch(directory, START, 30.0) == 0
 
-    @pytest.mark.parametrize("text", ["", "{", "[]", '{"gateway": "g"}'])
-    def test_broken_file_is_named(self, tmp_path: Path, text: str) -> None:
-        directory = write(tmp_path, ack())
-        (directory / "g9.json").write_text(text)
-        with pytest.raises(TamperedError, match=r"g9\.json"):
-            read_acks(directory)
+    @pytest.mark.parametrize("change", TORN)
+    def test_a_torn_word_is_nobody_s(self, tmp_path: Path, change: bytes | dict[str, object]) -> None:
+        """Left by a power cut: it stops no gateway and no controller, acknowledges nothing, and holds nothing up."""
+        directory = write(tmp_path, ack(epoch=5))
+        (directory / "g9.json").write_bytes(torn(change))
+        read = {each.gateway: each for each in read_acks(directory)}
+        assert set(read) == {"g1", "g9"}
+        assert (read["g9"].epoch, is_live(read["g9"], START, 30.0)) == (0, False)
+        assert acknowledged_epoch(directory, START, 30.0) == 5
 
+    def test_a_sound_word_in_the_same_place_counts(self, tmp_path: Path) -> None:
+        """Negative control of the torn ones: the same file, whole, is a live gateway that holds the epoch up."""
+        directory = write(tmp_path, ack(epoch=5))
+        (directory / "g9.json").write_bytes(torn({}))
+        assert acknowledged_epoch(directory, START, 30.0) == 3
 
-class TestOrphans:
-    def test_open_runs_of_dead_gateways_are_aborted(self, tmp_path: Path) -> None:
-        config = make_config(tmp_path)
-        dead = RunLedger(config.files.ledger, owner="dead")
-        dead.start(make_record(1))
-        live = RunLedger(config.files.ledger, owner="live")
-        live.start(make_record(2))
-        write(tmp_path, ack(gateway="dead", pid=dead_pid()), ack(gateway="live"))
-        end_orphans(live, config, FakeClock())
-        assert {row.run_id: row.status for row in live.rows()} == {"run-1": "aborted", "run-2": "running"}
-        assert [each.gateway for each in read_acks(tmp_path / "acks")] == ["live"]
+    def test_torn_words_alone_are_no_gateway(self, tmp_path: Path) -> None:
+        directory = write(tmp_path)
+        (directory / "g9.json").write_bytes(b"")
+        with pytest.raises(InfrastructureError, match="no gateway is alive"):
+            acknowledged_epoch(directory, START, 30.0)
 
-    def test_twice_changes_nothing(self, tmp_path: Path) -> None:
-        config = make_config(tmp_path)
-        ledger = RunLedger(config.files.ledger, owner="new")
-        write(tmp_path, replace(ack(), gateway="old", pid=dead_pid()))
-        for _ in range(2):
-            end_orphans(ledger, config, FakeClock())
-        assert list(ledger.rows()) == []
+    def test_a_word_that_may_not_be_read_is_named(self, tmp_path: Path) -> None:
+        (write(tmp_path) / "g9.json").mkdir()
+        with pytest.raises(InfrastructureError, match=r"g9\.json.*permissions"):
+            read_acks(tmp_path / "acks")
+
+    def test_the_next_heartbeat_mends_a_torn_word(self, tmp_path: Path) -> None:
+        clock = FakeClock()
+        watch = watcher(tmp_path, clock)
+        put(tmp_path, record(1))
+        watch.poll()
+        (tmp_path / "acks" / "g1.json").write_bytes(b"\x00" * 40)
+        clock.sleep(1.0)
+        watch.poll()
+        assert acknowledged_epoch(tmp_path / "acks", clock(), 30.0) == 1
