@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a spec file, its folder, or a packaged workflow")]
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a spec file, its folder, or a workflow's name")]
 OptionalSpec = Annotated[str, typer.Argument(metavar="SPEC", help="as for validate; left out with --resume RUN_ID")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN_ID", help="a run; the newest when left out")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a knob; repeatable")]

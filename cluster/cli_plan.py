@@ -11,6 +11,7 @@ from cluster.plan_changes import Comparison, compare, explain
 from cluster.plan_view import render_explanations, render_plan
 from cluster.planning import plan_run
 from cluster.spec import WorkflowSpec, load_spec
+from cluster.workflows import spec_file
 
 
 def show_plan(request: RunRequest, names: Sequence[str] = ()) -> Reply:
@@ -27,7 +28,9 @@ def show_plan(request: RunRequest, names: Sequence[str] = ()) -> Reply:
 
 
 def compared(request: RunRequest, spec: WorkflowSpec) -> Comparison:
-    """Compare with the spec without its settings; without settings, with the packaged spec of the workflow."""
+    """Compare with the spec without its settings; without settings, with the workflow's own spec if it brings one."""
     if request.settings:
         return compare(requested_spec(replace(request, settings=())), spec, f"{request.spec} as it is")
-    return compare(load_spec(spec.workflow.name), spec, f"the packaged {spec.workflow.name}")
+    name = spec.workflow.name
+    own = load_spec(name) if spec_file(name).is_file() else spec
+    return compare(own, spec, f"the packaged {name}")

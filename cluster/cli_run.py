@@ -28,21 +28,24 @@ class PipelineCommand:
 def finish_run(request: RunRequest, command: PipelineCommand, scene: Scene) -> Reply:
     """Run the pipeline as far as the command says.
 
-    Everything that can be refused is refused before the run's folder exists.
+    Everything that can be refused is refused before the run is recorded, a cluster that does not answer included.
     """
     home = seatrial_home()
     spec, folder = open_run(request, home)
     require_machine(spec, home, command.until, is_resumed=bool(request.resume))
-    record_spec(spec, folder)
     words = ["seatrial", command.name, request.spec, *(f"--set {setting}" for setting in request.settings)]
-    scene.resume = " ".join(word for word in (*words, "--resume", folder.run_id) if word)
-    scene.crash_folder = folder.root
     with _watching(quiet=command.quiet) as watch:
-        watch.note(f"run {folder.run_id} in {folder.root}")
+
+        def begin() -> None:
+            record_spec(spec, folder)
+            scene.resume = " ".join(word for word in (*words, "--resume", folder.run_id) if word)
+            scene.crash_folder = folder.root
+            watch.note(f"run {folder.run_id} in {folder.root}")
+
         # Imported here: this is what loads Ray, torch and vLLM.
         from cluster.pipeline import run_pipeline
 
-        summary = run_pipeline(spec, folder, watch, until=command.until)
+        summary = run_pipeline(spec, folder, watch, until=command.until, begin=begin)
     served = _serve(folder, spec.cluster.serve_port) if command.keep_serving and summary.exit_code == 0 else None
     return _ending(summary, served)
 

@@ -10,10 +10,11 @@ from typing import Final
 
 from cluster.paths import RunFolder, list_runs, new_run_id, write_json
 from cluster.planning import plan_run
-from cluster.preflight import becomes_free, check_model, probe_machine, require_ready
-from cluster.spec import WorkflowSpec, load_spec, override, packaged_workflows, parse_spec
-from cluster.spec_errors import SpecSource, leaf_paths, unknown_name
+from cluster.preflight import becomes_free, check_model, check_workflow, probe_machine, require_ready
+from cluster.spec import WorkflowSpec, load_spec, override, parse_spec
+from cluster.spec_errors import SpecSource, leaf_paths, parse_yaml, unknown_name
 from cluster.watch import RunSummary
+from cluster.workflows import known_workflows
 from rl_actors.errors import BadInputError, TamperedError
 
 LATEST: Final = "latest"
@@ -35,13 +36,14 @@ class RunRequest:
 def requested_spec(request: RunRequest) -> WorkflowSpec:
     """Return the spec with settings applied. Raises BadInputError."""
     if not request.spec:
-        raise BadInputError("SPEC", "", f"name a spec file or a packaged workflow: {', '.join(packaged_workflows())}")
+        raise BadInputError("SPEC", "", f"name a spec file or a workflow: {', '.join(known_workflows())}")
     settings = list(request.settings)
     if request.address:
         settings.append(f"cluster.address={json.dumps(request.address)}")
     spec = load_spec(request.spec)
     spec = override(spec, settings) if settings else spec
     check_model(spec.model.path)
+    check_workflow(spec)
     return spec
 
 
@@ -90,7 +92,7 @@ def _existing(home: Path, run_id: str) -> RunFolder:
     folder = RunFolder.of(home, run_id)
     if folder.spec.is_file():
         return folder
-    if run_id in packaged_workflows() or Path(run_id).is_file():
+    if run_id in known_workflows() or Path(run_id).is_file():
         raise BadInputError("--resume", run_id, f"is a spec, not a run; write: seatrial run {run_id} --resume")
     hint = unknown_name(run_id, runs[::-1][:5]) if runs else f"{home} has no run yet"
     raise BadInputError("--resume", run_id, f"no such run to resume; {hint}")
@@ -100,9 +102,14 @@ def latest_unfinished(home: Path, workflow: str) -> RunFolder:
     """Return the newest run of a workflow that did not reach its end. Raises BadInputError when there is none."""
     for run_id in reversed(list_runs(home)):
         folder = RunFolder.of(home, run_id)
-        if not is_finished(folder) and recorded_spec(folder).workflow.name == workflow:
+        if not is_finished(folder) and _recorded_workflow(folder) == workflow:
             return folder
     raise BadInputError("--resume", LATEST, f"no unfinished run of {workflow} in {home}; leave --resume out")
+
+
+def _recorded_workflow(folder: RunFolder) -> str:
+    """Return whose run it is. Not through the whole spec: a run of a folder that is not named now is skipped."""
+    return str(parse_yaml(folder.spec.read_text(encoding="utf-8"), str(folder.spec)).value("workflow.name"))
 
 
 def recorded_spec(folder: RunFolder) -> WorkflowSpec:

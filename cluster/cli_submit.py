@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from rich.text import Text
@@ -11,6 +11,7 @@ from rich.text import Text
 from cluster.cli_answer import Reply, Scene
 from cluster.jobs import connect, entrypoint, follow, submit
 from cluster.spec import WorkflowSpec, spec_to_yaml
+from cluster.workflows import PATH_VARIABLE, user_folders
 from rl_actors.errors import InfrastructureError
 
 SHIPPED_VARIABLES: Final = ("SEATRIAL_HOME", "MLFLOW_TRACKING_URI")
@@ -24,8 +25,7 @@ def submit_and_follow(
     Raises InfrastructureError when the cluster does not take the job or stops answering; the job itself goes on.
     """
     client = connect(address)
-    environ = {name: os.environ[name] for name in SHIPPED_VARIABLES if os.environ.get(name)}
-    job_id = submit(client, spec_to_yaml(spec), entrypoint(), environ)
+    job_id = submit(client, spec_to_yaml(spec), entrypoint(), shipped_variables())
     # Ctrl-C ends the following, not the job.
     scene.resume = f"the job goes on; ray job logs {job_id} --address {address} --follow"
     write(f"job {job_id} on {address}\n")
@@ -39,6 +39,18 @@ def submit_and_follow(
     line = f"job {job_id}: {ending.status.lower()}, exit code {code}"
     style = "green" if code == 0 else "red"
     return Reply(data={"job_id": job_id, "status": ending.status}, show=Text(line, style=style), exit_code=code)
+
+
+def shipped_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables that go with a job. Folders of workflows must lie at the same path on the cluster.
+
+    Raises:
+        BadInputError: a folder that SEATRIAL_WORKFLOWS names does not exist here.
+    """
+    shipped = {name: environ[name] for name in SHIPPED_VARIABLES if environ.get(name)}
+    # Absolute: the job starts in a working directory of its own, and a relative folder would be looked for there.
+    folders = [str(folder) for folder in user_folders(environ)]
+    return {**shipped, PATH_VARIABLE: os.pathsep.join(folders)} if folders else shipped
 
 
 def exit_code_of(client: Any, job_id: str, succeeded: bool) -> int:

@@ -11,8 +11,9 @@ from typing import Any, Final, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cluster.spec import ALGORITHMS, WorkflowSpec, packaged_workflows
+from cluster.spec import ALGORITHMS, WorkflowSpec
 from cluster.spec_errors import leaf_paths, nearest
+from cluster.workflows import known_workflows
 from rl_actors.errors import BadInputError
 
 MEANINGS: Final[Mapping[str, str]] = {
@@ -160,7 +161,7 @@ def limits_of(path: str, info: FieldInfo) -> str:
 
 
 def _choices(path: str, annotation: Any) -> tuple[str, ...]:
-    known = {"workflow.name": tuple(packaged_workflows()), "workflow.policy_training": ALGORITHMS}
+    known = {"workflow.name": tuple(known_workflows()), "workflow.policy_training": ALGORITHMS}
     inner = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
     return known.get(path, get_args(inner) if get_origin(inner) is Literal else ())
 

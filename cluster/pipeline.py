@@ -5,6 +5,8 @@ A stage whose inputs are unchanged is taken from the journal, so a resumed run g
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cluster.journal import Journal, lock_run
 from cluster.paths import RunFolder, seatrial_home, write_json
 from cluster.placement import place
@@ -22,14 +24,19 @@ from serving.contracts import GateResult, ReleasePlan
 STAGES = ("ppo", "eval", "release")
 
 
-def run_pipeline(spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str = "") -> RunSummary:
+def run_pipeline(
+    spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str = "", *, begin: Callable[[], None] = lambda: None
+) -> RunSummary:
     """Run every stage, or those up to `until` (one of `STAGES`), and return how it ended.
+
+    `begin` is called once Ray has answered: a run that found no cluster is none, and nobody must resume it.
 
     Raises:
         SeatrialError: With the exit code of design section 8; what has finished stays finished.
     """
     placement, name = place(spec), spec.workflow.name
     with lock_run(folder.root), connected(spec.cluster.address, placement):
+        begin()
         run = Run(
             spec=spec,
             folder=folder,

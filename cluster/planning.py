@@ -123,7 +123,7 @@ def _rollout_tokens(spec: WorkflowSpec) -> int:
 def tickets_needed(spec: WorkflowSpec) -> int:
     """Return how many live tickets bring every ramp step its candidate runs: at least this many, at its share."""
     release = spec.release
-    return sum(math.ceil(release.min_canary_requests * 100 / min(share, 99.0)) for share in release.ramp)
+    return sum(math.ceil(release.min_canary_requests * 100 / share) for share in release.ramp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.spec import WorkflowSpec
+from cluster.spec_sections import NUM_RELEASES
+from cluster.workflows import find_workflow, most_tasks
 from rl_actors.errors import BadInputError, InfrastructureError
 
 GIB = 1024**3
@@ -140,6 +142,20 @@ def check_model(path: str) -> None:
     if not any(True for pattern in WEIGHT_PATTERNS for _ in directory.glob(pattern)):
         raise BadInputError("model.path", path, f"has no weights ({', '.join(WEIGHT_PATTERNS)}); copy them there")
     _check_shards(directory, path)
+
+
+def check_workflow(spec: WorkflowSpec) -> None:
+    """Refuse a workflow that cannot be loaded, or one that cannot build as many tasks of a split as are asked for.
+
+    Raises:
+        BadInputError: names the workflow, or the knob and the largest value that every seed can serve.
+    """
+    for split, largest in most_tasks(find_workflow(spec.workflow.name)).items():
+        times = NUM_RELEASES if split == "live" else 1
+        asked = spec.num_tasks[split]
+        if asked * times > largest:
+            remedy = f"{spec.workflow.name} has tasks for at most {largest // times}; lower it"
+            raise BadInputError(f"data.num_{split}", asked, remedy)
 
 
 def _check_shards(directory: Path, path: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from cluster.registry_store import Store
+from cluster.registry_store import Store, without_credentials
 from rl_actors.errors import InfrastructureError, SeatrialError
 
 Parameters = ParamSpec("Parameters")
@@ -27,7 +27,7 @@ def reported(call: Callable[Parameters, Result]) -> Callable[Parameters, Result]
             raise
         except Exception as error:
             store = getattr(args[0], "store", None)
-            said = str(error).strip().partition("\n")[0] or type(error).__name__
+            said = without_credentials(str(error).strip().partition("\n")[0]) or type(error).__name__
             remedy = store.remedy if isinstance(store, Store) else "check the MLflow store"
             raise InfrastructureError(f"MLflow, {call.__name__.strip('_')}: {said}; {remedy}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,22 @@ _ENVIRONMENT: Final = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+# A password may hold any character but a space, as SQLAlchemy reads it: rather too much is cut than too little.
+_USERINFO: Final = re.compile(r"(?<=://)[^/?#\s:@]*(?::\S*)?@")
+_SECRET_PARAMETER: Final = re.compile(r"(?i)([?&][\w.-]*(?:password|passwd|pwd|token|secret)[\w.-]*=)[^&#\s]*")
+
+
+def without_credentials(text: str) -> str:
+    """Return a URI, or a text with URIs in it, without users, passwords and tokens: fit for screens and files."""
+    return _SECRET_PARAMETER.sub(r"\1***", _USERINFO.sub("", text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Store:
-    """A tracking store. `artifacts` is None where a server decides where artifacts go."""
+    """A tracking store. `artifacts` is None where a server decides where artifacts go.
+
+    `uri` may hold a password and is for connecting only; what is printed or written down is `public_uri`.
+    """
 
     uri: str
     artifacts: Path | None
@@ -31,13 +43,18 @@ class Store:
         return self.uri.startswith(("http://", "https://"))
 
     @property
+    def public_uri(self) -> str:
+        """The URI without credentials."""
+        return without_credentials(self.uri)
+
+    @property
     def remedy(self) -> str:
         """What a human does when the store fails."""
         if self.is_server:
-            return (
-                f"check that the MLflow server at {self.uri} answers, or unset MLFLOW_TRACKING_URI for the embedded one"
-            )
-        return f"check that {self.uri} can be written and its disk has space, and that no other process holds it locked"
+            server = f"the MLflow server at {self.public_uri}"
+            return f"check that {server} answers, or unset MLFLOW_TRACKING_URI for the embedded one"
+        store = self.public_uri
+        return f"check that {store} can be written and its disk has space, and that no other process holds it locked"
 
 
 def store_of(home: Path, environ: Mapping[str, str] = os.environ) -> Store:

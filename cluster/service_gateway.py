@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from cluster.codec import decode, encode
 from cluster.paths import RunFolder, list_runs, write_json
-from rl_actors.errors import BadInputError, TamperedError
+from cluster.registry_store import Store, store_of
+from rl_actors.errors import BadInputError, InfrastructureError, TamperedError
 
 if TYPE_CHECKING:
     from serving.served import GatewayConfig
@@ -57,13 +59,55 @@ def recorded_gateway(folder: RunFolder) -> GatewayConfig:
 
 
 def servable_run(home: Path, run_id: str = "") -> RunFolder | None:
-    """Return the run to serve: the named one, else the newest that finished and served; None when there is none."""
+    """Return the run to serve: the named one, else of those that finished and served the one whose policy is stable.
+
+    Stable is what the registry's alias names: a later run that was rolled back must not displace it. Where the registry
+    does not say, or names a policy of no run here, it is the newest.
+    """
     if run_id:
         folder = RunFolder.of(home, run_id)
         recorded_gateway(folder)
         return folder
-    folders = (RunFolder.of(home, name) for name in reversed(list_runs(home)))
-    return next((folder for folder in folders if folder.summary.exists() and _file(folder).exists()), None)
+    folders = [RunFolder.of(home, name) for name in reversed(list_runs(home))]
+    ended = {folder: _ending(folder) for folder in folders if folder.summary.exists() and _file(folder).exists()}
+    newest = next(iter(ended), None)
+    if newest is None or len({end.get("stable_policy") for end in ended.values()}) == 1:
+        return newest
+    wanted = (ended[newest].get("workflow"), stable_by_registry(str(ended[newest].get("workflow", "")), store_of(home)))
+    named = (folder for folder, end in ended.items() if (end.get("workflow"), end.get("stable_policy")) == wanted)
+    return next(named, newest)
+
+
+def _ending(folder: RunFolder) -> Mapping[str, Any]:
+    """Return a run's summary as it lies there; one that cannot be read names no policy."""
+    try:
+        found = json.loads(folder.summary.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def stable_by_registry(workflow: str, store: Store) -> str:
+    """Return the policy that the alias `stable` of a workflow names; empty when none, or when no registry answers."""
+    if not workflow or not _is_there(store):
+        return ""
+    # Imported here: MLflow loads for seconds, and most homes have one run to serve.
+    from cluster.registry import Registry
+
+    try:
+        return Registry(workflow, "up", store=store).versions.alias_version("stable")
+    except InfrastructureError:
+        return ""
+
+
+def _is_there(store: Store) -> bool:
+    """Look before MLflow does: it would create a missing database, and ask a missing server for minutes."""
+    if store.is_server:
+        from cluster.ui import answers
+
+        return answers(store.public_uri)
+    path = store.uri.removeprefix("sqlite:///")
+    return path == store.uri or Path(path).exists()
 
 
 def serve_stable(request: GatewayRequest) -> str:

@@ -19,7 +19,6 @@ from cluster.spec_sections import (
     ALGORITHMS,
     GATES,
     MONITORS,
-    WORKFLOWS_DIRECTORY,
     AgentSection,
     ClusterSection,
     DataSection,
@@ -32,9 +31,9 @@ from cluster.spec_sections import (
     SftSection,
     WorkflowSection,
     closed_list,
-    packaged_workflows,
     refuse,
 )
+from cluster.workflows import PATH_VARIABLE, SPEC_FILE, known_workflows, spec_file
 from rl_actors.contracts import Split
 from rl_actors.errors import BadInputError
 from rl_actors.training.recipe import Recipe, require_batch_choices
@@ -47,7 +46,6 @@ __all__ = [
     "WorkflowSpec",
     "load_spec",
     "override",
-    "packaged_workflows",
     "parse_spec",
     "spec_to_yaml",
 ]
@@ -102,7 +100,7 @@ class WorkflowSpec(Section):
 
 
 def load_spec(path_or_name: str | Path) -> WorkflowSpec:
-    """Read a spec from a YAML file, a folder with `spec.yaml`, or a packaged workflow's name.
+    """Read a spec from a YAML file, a folder with `spec.yaml`, or by a workflow's name, a user's own included.
 
     Raises:
         BadInputError: with the field's dotted path, the value found and the remedy, line number included.
@@ -147,12 +145,15 @@ def _locate(path_or_name: str | Path) -> Path:
     path = Path(path_or_name)
     if path.is_file():
         return path
-    if (path / "spec.yaml").is_file():
-        return path / "spec.yaml"
-    if str(path_or_name) in packaged_workflows():
-        return WORKFLOWS_DIRECTORY / str(path_or_name) / "spec.yaml"
-    remedy = "no such file or packaged workflow; " + unknown_name(str(path_or_name), packaged_workflows())
-    raise BadInputError("spec", str(path_or_name), remedy)
+    if (path / SPEC_FILE).is_file():
+        return path / SPEC_FILE
+    name, known = str(path_or_name), known_workflows()
+    if name not in known:
+        remedy = f"no such file or workflow; {unknown_name(name, known)}; add folders of your own with {PATH_VARIABLE}"
+        raise BadInputError("spec", name, remedy)
+    if not spec_file(name).is_file():
+        raise BadInputError("spec", name, f"this workflow brings no spec; write {spec_file(name)}, or name a spec file")
+    return spec_file(name)
 
 
 def _validated(source: SpecSource) -> WorkflowSpec:

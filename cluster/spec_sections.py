@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cluster.spec_errors import unknown_name
+from cluster.workflows import PATH_VARIABLE, known_workflows
 from rl_actors.training.recipe import RECIPES
 
 GateName = Literal[
@@ -20,14 +20,10 @@ MonitorName = Literal["human_override_rate", "tool_error_rate", "policy_kl_drift
 GATES: tuple[GateName, ...] = get_args(GateName)
 MONITORS: tuple[MonitorName, ...] = get_args(MonitorName)
 ALGORITHMS = tuple(RECIPES)
-WORKFLOWS_DIRECTORY = Path(__file__).parent / "workflows"
 DEFAULT_RAMP = (25.0, 50.0)
+MAX_SHARE = 99.0  # percent
+NUM_RELEASES = 2  # the candidate, and the deliberately bad one after it: each gets live tickets of its own
 VERSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-
-
-def packaged_workflows() -> list[str]:
-    """Return the names of the workflows under `cluster/workflows/`: folders with a `spec.yaml`."""
-    return sorted(path.parent.name for path in WORKFLOWS_DIRECTORY.glob("*/spec.yaml"))
 
 
 def refuse(remedy: str, *below: str | int, **found: object) -> PydanticCustomError:
@@ -67,9 +63,10 @@ class WorkflowSection(Section):
 
     @field_validator("name")
     @classmethod
-    def _is_packaged(cls, name: str) -> str:
-        if name not in packaged_workflows():
-            raise refuse(unknown_name(name, packaged_workflows()))
+    def _is_there(cls, name: str) -> str:
+        known = known_workflows()
+        if name not in known:
+            raise refuse(f"{unknown_name(name, known)}; add folders of your own with {PATH_VARIABLE}")
         return name
 
     @field_validator("policy_training")
@@ -214,7 +211,7 @@ class AgentSection(Section):
 class ReleaseSection(Section):
     """How the candidate may reach users. All four gates are needed for a canary (requirement 127)."""
 
-    canary_traffic_percent: float = Field(default=5.0, gt=0, le=100)
+    canary_traffic_percent: float = Field(default=5.0, gt=0, le=MAX_SHARE)
     gates: tuple[GateName, ...] = Field(strict=False)
     ramp: tuple[float, ...] = Field(
         default=(), strict=False, description="shares in percent; the first is the canary's"
@@ -247,8 +244,9 @@ class ReleaseSection(Section):
             raise refuse(f"must start at canary_traffic_percent = {canary:g}", "ramp")
         if any(later <= earlier for earlier, later in zip(self.ramp, self.ramp[1:], strict=False)):
             raise refuse("must increase from step to step", "ramp")
-        if self.ramp[-1] > 100:
-            raise refuse("a share is a percentage in (0, 100]", "ramp")
+        if self.ramp[-1] > MAX_SHARE:
+            last = f"the last step must be at most {MAX_SHARE:g}: a canary needs stable traffic to be held against"
+            raise refuse(f"{last}; the promotion itself is the step to 100", "ramp")
         return self
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -20,11 +20,13 @@ from cluster.ticket_book import TicketBook, TicketResult
 from rl_actors.agent.tool_client import ToolHostPool
 from rl_actors.agent.workflow import Workflow
 from rl_actors.contracts import Outcome, Task
-from rl_actors.errors import ToolHostError
+from rl_actors.errors import InfrastructureError, ToolHostError
 
 ACTOR: Final = "simulated-user"
 ALREADY_RAN: Final = "already_ran"
 """A ticket that was served before a kill: a resumed driver sends it again, and the gateway runs nothing twice."""
+MAX_UNREACHED: Final = 20
+"""Tickets in a row that no gateway answered at all: a silence of our own making, which says nothing of a candidate."""
 _MAX_TRIES: Final = 20
 _RETRY_S: Final = 0.25
 
@@ -113,19 +115,44 @@ class TrafficDriver:
         self.progress.num_before = self.progress.num_answered
 
     async def drive(self, tasks: Iterable[Task], is_over: Callable[[], bool]) -> AsyncIterator[TicketResult]:
-        """Yield results as tickets finish. Once `is_over`, no new ticket is sent; those in flight are finished."""
+        """Yield results as tickets finish. Once `is_over`, no new ticket is sent; those in flight are finished.
+
+        Raises:
+            InfrastructureError: `MAX_UNREACHED` tickets in a row reached nobody. Their end is in no book, so that a
+                resumed driver sends them again.
+        """
         started, waiting = self._clock(), iter(self._book.waiting(tasks))
+        unreached: list[TicketResult] = []
         async with self._open() as desk:
             pending = self._send(desk, waiting, self._config.concurrency)
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                pending |= set() if is_over() else self._send(desk, waiting, len(done))
-                for finished in done:
-                    self._book.end(finished.result())
-                    self.progress.add(finished.result())
-                    self.progress.num_throttled = desk.num_throttled
-                    self.progress.seconds = self._clock() - started
-                    yield finished.result()
+                settled, over = list(_settled(unreached, [finished.result() for finished in done])), is_over()
+                # A gateway that restarts must not be met by all tickets at once.
+                await asyncio.sleep(_RETRY_S if unreached and not over else 0.0)
+                pending |= set() if over else self._send(desk, waiting, len(done))
+                for result in settled:
+                    self._end(result, desk, started)
+                    yield result
+                if not over:
+                    self._require_reached(unreached)
+            for result in unreached:
+                self._end(result, desk, started)
+                yield result
+
+    def _end(self, result: TicketResult, desk: _Desk, started: float) -> None:
+        """Write down and count how a ticket ended."""
+        self._book.end(result)
+        self.progress.add(result)
+        self.progress.num_throttled = desk.num_throttled
+        self.progress.seconds = self._clock() - started
+
+    def _require_reached(self, unreached: Sequence[TicketResult]) -> None:
+        if len(unreached) >= MAX_UNREACHED:
+            raise InfrastructureError(
+                f"{len(unreached)} tickets in a row reached no gateway at {self._config.url} (the last: "
+                f"{unreached[-1].failure}); see that it listens there, then go on with --resume"
+            )
 
     def _send(self, desk: _Desk, waiting: Iterator[Task], count: int) -> set[asyncio.Task[TicketResult]]:
         """Let up to `count` tickets go out, each written into the book before."""
@@ -139,7 +166,9 @@ class TrafficDriver:
         """Open a client and the tool host that reads final states."""
         config = self._config
         limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
-        client = self._client or httpx.AsyncClient(base_url=config.url, timeout=config.timeout_s, limits=limits)
+        client = self._client or httpx.AsyncClient(
+            base_url=config.url, timeout=config.timeout_s, limits=limits, trust_env=False
+        )
         hosts = ToolHostPool(self._workflow.tools_module, num_hosts=1)
         try:
             yield _Desk(self._workflow, config, client, hosts, self._clock)
@@ -147,6 +176,23 @@ class TrafficDriver:
             await hosts.close()
             if self._client is None:
                 await client.aclose()
+
+
+def _settled(unreached: list[TicketResult], results: Sequence[TicketResult]) -> Iterator[TicketResult]:
+    """Yield results whose end is certain; those that reached nobody wait in `unreached` until somebody is reached."""
+    for result in results:
+        if is_unreached(result):
+            unreached.append(result)
+            continue
+        yield from unreached
+        unreached.clear()
+        yield result
+
+
+def is_unreached(result: TicketResult) -> bool:
+    """Whether a ticket got no HTTP answer at all: its failure is named after the error of the connection."""
+    kind = getattr(httpx, result.failure, None)
+    return isinstance(kind, type) and issubclass(kind, httpx.TransportError)
 
 
 def run_traffic(

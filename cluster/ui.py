@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from cluster.preflight import is_port_free
-from cluster.registry_store import Store, quieten
+from cluster.registry_store import Store, quieten, without_credentials
 from rl_actors.errors import BadInputError, InfrastructureError
 
 _POLL_S: Final = 0.25
@@ -65,7 +65,7 @@ def start_ui(
         InfrastructureError: it ended or did not answer within `timeout_s`; it was stopped. Its log is `home`/mlflow.
     """
     if store.is_server:
-        return UiServer(url=store.uri, process=None, log=None)
+        return UiServer(url=store.public_uri, process=None, log=None)
     _check_port(port, host)
     log = home / "mlflow" / "ui.log"
     server = UiServer(url=f"http://{host}:{port}", process=_spawn(store, log, host, port), log=log)
@@ -86,9 +86,10 @@ def _check_port(port: int, host: str) -> None:
 
 def _spawn(store: Store, log: Path, host: str, port: int) -> subprocess.Popen[bytes]:
     """Start in a process group of its own, so that the server's workers end with it."""
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store.uri, "--host", host]
-    command += ["--port", str(port), "--workers", "1", "--default-artifact-root", str(store.artifacts)]
-    environ = dict(os.environ)
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--default-artifact-root", str(store.artifacts)]
+    # By environment: a command line is read by everybody on the machine, and the URI may hold a password.
+    environ = {**os.environ, "MLFLOW_BACKEND_STORE_URI": store.uri}
     quieten(environ)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
@@ -98,7 +99,7 @@ def _spawn(store: Store, log: Path, host: str, port: int) -> subprocess.Popen[by
 
 
 def _wait(server: UiServer, deadline: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
-    while not _answers(server.url):
+    while not answers(server.url):
         if not server.is_running:
             raise InfrastructureError(f"the MLflow UI ended while starting; {_said(server.log)}")
         if clock() > deadline:
@@ -106,9 +107,12 @@ def _wait(server: UiServer, deadline: float, clock: Callable[[], float], sleep: 
         sleep(_POLL_S)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether an MLflow server answers at a URL within two seconds."""
+    # Proxies of the environment are for the outside world; this is an address of this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2.0) as reply:
+        with opener.open(f"{url}/health", timeout=2.0) as reply:
             return reply.status == 200
     except (urllib.error.URLError, OSError):
         return False
@@ -118,7 +122,7 @@ def _said(log: Path | None) -> str:
     if log is None or not log.exists():
         return "it wrote no log"
     text = log.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:].strip()
-    return f"see {log}: {text}"
+    return f"see {log}: {without_credentials(text)}"
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -195,6 +195,8 @@ class ReleaseBench:
             live_world=self._world,
             run_name=f"{self._run.folder.run_id}-{index}",
             concurrency=self._run.spec.release.concurrency,
+            # Later than the gateway's own bound: a slow candidate must fail there, by name, not here as a silence.
+            timeout_s=max(90.0, 2.0 * self._run.spec.agent.timeout_s),
         )
         return TrafficDriver(self._run.workflow, config, book)
 

@@ -25,6 +25,7 @@ from rl_actors.training.metrics_log import read_metrics
 Value = TypeVar("Value")
 NUM_THREADS = 2  # learners and engines take turns, so each may use the cores of a small machine
 _POLL_S = 0.5
+_ROW_KEYS = ("stage", "step", "at", "num_steps")
 
 
 def left_at_path(output: object) -> tuple[str, ...]:
@@ -126,7 +127,13 @@ class Run:
             rows = read_metrics(self.folder.metrics, name)
             if len(rows) > seen:
                 seen = len(rows)
-                self.watch.progress(name, int(rows[-1]["step"]), int(rows[-1].get("num_steps", 0)), rows[-1])
+                row = rows[-1]
+                self.watch.progress(name, int(row["step"]), int(row.get("num_steps", 0)), _step_metrics(row))
+
+
+def _step_metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a metrics row that say something of its step; a non-finite one is text, and no number."""
+    return {name: value for name, value in row.items() if name not in _ROW_KEYS and isinstance(value, int | float)}
 
 
 def _encoded(inputs: Mapping[str, Any]) -> Any:

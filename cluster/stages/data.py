@@ -16,11 +16,10 @@ from cluster.snapshot import (
     verify_snapshot,
     write_snapshot,
 )
+from cluster.spec_sections import NUM_RELEASES
 from cluster.stages.context import Run
 from rl_actors.agent.harmony import demonstration_texts
 from rl_actors.contracts import DataSnapshot, Demonstration, PolicyVersion, Split, Task
-
-NUM_RELEASES = 2  # the candidate, and the deliberately bad one after it: each gets live tickets of its own
 
 
 def freeze_snapshot(run: Run) -> DataSnapshot:

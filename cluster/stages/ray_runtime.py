@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.placement import Placement, Role, Stage, check_capacity, local_cpus, reserve
+from cluster.ray_token import REMEDY as TOKEN_REMEDY
 from cluster.stages.context import NUM_THREADS
 from rl_actors.actors.pools import Options
+from rl_actors.errors import BadInputError, InfrastructureError
 
 RESERVE_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 5.0
+_HOST_PORT = re.compile(r"(?:ray://)?(?P<host>[^:/]+):(?P<port>\d+)")
 WORKER_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
@@ -31,11 +38,16 @@ WORKER_ENVIRONMENT = {
 
 @contextmanager
 def connected(address: str, placement: Placement) -> Iterator[None]:
-    """Connect to a cluster, or start a local Ray that ends with the run; refuse a spec it could never place."""
+    """Connect to a cluster, or start a local Ray that ends with the run; refuse a spec it could never place.
+
+    Raises:
+        BadInputError: the address is none, or the cluster is too small.
+        InfrastructureError: nothing answers at the address.
+    """
     quieten_libraries()
     is_ours = not ray.is_initialized()
     if is_ours:
-        _initialise(address or os.environ.get("RAY_ADDRESS", ""), placement)
+        _initialise(address, placement)
     try:
         check_capacity(placement, ray.cluster_resources())
         yield
@@ -47,7 +59,7 @@ def connected(address: str, placement: Placement) -> Iterator[None]:
 def join(address: str) -> None:
     """Connect to a running cluster and stay; what its workers print belongs into their logs, not on this screen."""
     quieten_libraries()
-    ray.init(address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+    _connect("Ray address", address, ignore_reinit_error=True)
 
 
 def quieten_libraries() -> None:
@@ -60,8 +72,10 @@ def quieten_libraries() -> None:
 
 def _initialise(address: str, placement: Placement) -> None:
     runtime_env = {"env_vars": worker_environment(placement)}
+    field = "cluster.address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS", "")
     if address:
-        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+        _connect(field, address, runtime_env=runtime_env)
         return
     # One machine is never preempted; the watcher is an actor per job, with three seconds of imports.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -74,6 +88,40 @@ def _initialise(address: str, placement: Placement) -> None:
         object_store_memory=512 << 20,
         runtime_env=runtime_env,
     )
+
+
+def _connect(field: str, address: str, **options: Any) -> None:
+    """Connect to a running cluster; Ray itself tries for minutes and ends in a traceback."""
+    found = _HOST_PORT.fullmatch(address)
+    if found and not listens(found["host"], int(found["port"])):
+        raise _unreachable(field, address, f"nobody listens within {CONNECT_TIMEOUT_S:.0f} s")
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except ValueError as error:
+        remedy = f"{_first_line(error)}; write host:port, ray://host:port, or auto for the one of this machine"
+        raise BadInputError(field, address, remedy) from error
+    except AuthenticationError as error:
+        raise InfrastructureError(f"{field} = {address!r}: this Ray asks for a token; {TOKEN_REMEDY}") from error
+    except (ConnectionError, RuntimeError) as error:
+        raise _unreachable(field, address, _first_line(error)) from error
+
+
+def _unreachable(field: str, address: str, reason: str) -> InfrastructureError:
+    remedy = "start one (ray start --head), correct the address, or leave it empty for a Ray of the run's own"
+    return InfrastructureError(f"{field} = {address!r}: no Ray cluster answers there ({reason}); {remedy}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether somebody accepts connections there, within five seconds."""
+    try:
+        with socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S):
+            return True
+    except (OSError, OverflowError):
+        return False
 
 
 def worker_environment(placement: Placement) -> dict[str, str]:

@@ -150,7 +150,7 @@ def finish(
         brief_html=str(run.folder.report / "brief.en-US.html"),
         brief_md=str(run.folder.report / "brief.en-US.md"),
         ledger=str(files.ledger),
-        mlflow_uri=registry.store.uri,
+        mlflow_uri=registry.store.public_uri,
     )
     stable = learned.candidate if is_promoted else learned.baseline
     return summarise(

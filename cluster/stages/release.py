@@ -25,9 +25,7 @@ def release_plan(run: Run, *, may_promote: bool) -> ReleasePlan:
     release = run.spec.release
     max_duration_s = release.max_minutes * 60.0
     ramp = tuple(
-        RampStep(
-            share=min(share, 99.0) / 100.0, min_requests=release.min_canary_requests, max_duration_s=max_duration_s
-        )
+        RampStep(share=share / 100.0, min_requests=release.min_canary_requests, max_duration_s=max_duration_s)
         for share in release.ramp
     )
     return ReleasePlan(

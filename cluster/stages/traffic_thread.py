@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cluster.stages.context import Run
 from cluster.traffic import TrafficDriver, TrafficProgress, run_traffic
 from rl_actors.contracts import Task
-from rl_actors.errors import InfrastructureError
+from rl_actors.errors import InfrastructureError, SeatrialError
 
 _STAGES = ("canary", "failback_drill")
 
@@ -40,6 +40,8 @@ class TrafficThread(threading.Thread):
 
     def require_healthy(self) -> None:
         """Raise when the driver itself broke: silence of our own making is no evidence."""
+        if isinstance(self._failure, SeatrialError):
+            raise self._failure
         if self._failure is not None:
             raise InfrastructureError(f"the traffic driver stopped: {self._failure!r}")
 

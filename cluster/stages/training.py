@@ -132,7 +132,8 @@ def train_policy(
         learners, scorers, pool = _start_actors(run, baseline, reward_model, checkpoints, options)
         sync = AttestedSync(learners, pool, probes, tolerance=ppo.attestation_tolerance)
         start, loop_state = learners.load_newest_checkpoint()
-        sync.publish(start)
+        # A row of its own: the first rollouts are sampled by weights that were proved too.
+        report(start, {"attestation_gap": sync.publish(start), "weights_version": float(start)})
         ports = PpoPorts(source=pool, scorer=scorers, learner=learners, sync=sync, report=report)
         run_ppo(tasks, ppo_plan(run), ports, stability_limits(run), start=start, loop_state=loop_state)
         learners.save_policy(str(directory))

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rl_actors.agent.workflow import Workflow, WorkflowRef
+from rl_actors.contracts import Split
 from rl_actors.errors import BadDataError, BadInputError
 
 PATH_VARIABLE = "SEATRIAL_WORKFLOWS"
+SPEC_FILE = "spec.yaml"
+_PACKAGED = Path(__file__).parent
 
 
 def known_workflows(environ: Mapping[str, str] = os.environ) -> dict[str, WorkflowRef]:
@@ -19,8 +22,8 @@ def known_workflows(environ: Mapping[str, str] = os.environ) -> dict[str, Workfl
     Raises:
         BadInputError: a folder that the environment names does not exist.
     """
-    known = {name: WorkflowRef(module=f"{__name__}.{name}") for name in _packages(Path(__file__).parent)}
-    for folder in _user_folders(environ):
+    known = {name: WorkflowRef(module=f"{__name__}.{name}") for name in _packages(_PACKAGED)}
+    for folder in user_folders(environ):
         for name in _packages(folder):
             known.setdefault(name, WorkflowRef(module=name, search_path=str(folder)))
     return known
@@ -40,21 +43,47 @@ def locate_workflow(name: str, environ: Mapping[str, str] = os.environ) -> Workf
     return known[name]
 
 
+def spec_file(name: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """Return where a workflow's own spec belongs: `spec.yaml` in its package; a user's workflow may go without one.
+
+    Raises:
+        BadInputError: no such workflow.
+    """
+    return Path(locate_workflow(name, environ).search_path or _PACKAGED) / name / SPEC_FILE
+
+
 def find_workflow(name: str, environ: Mapping[str, str] = os.environ) -> Workflow:
     """Import the workflow of that name and return its `WORKFLOW`.
 
     Raises:
         BadInputError: no such workflow.
-        BadDataError: the package has no `WORKFLOW`.
+        BadDataError: the package cannot be imported, has no `WORKFLOW`, or one of another name.
     """
     try:
-        return locate_workflow(name, environ).load()
+        workflow = locate_workflow(name, environ).load()
     except AttributeError as error:
         raise BadDataError("workflow", name, f"its package must define WORKFLOW ({error})") from error
+    except (ImportError, SyntaxError) as error:
+        raise BadDataError("workflow", name, f"its package cannot be imported: {error}; correct it") from error
+    # Registry, tickets and traces go by the workflow's own name: another one would move that one's aliases.
+    own_name = getattr(workflow, "name", "")
+    if own_name != name:
+        remedy = f"its WORKFLOW.name is {own_name!r}; a workflow is called as its folder is"
+        raise BadDataError("workflow", name, remedy)
+    return workflow
 
 
-def _user_folders(environ: Mapping[str, str]) -> list[Path]:
-    """Return the folders that the environment names, which must exist."""
+def most_tasks(workflow: Workflow) -> Mapping[Split, int]:
+    """Return how many tasks of a split a workflow can build, whatever the seed: what it says as `most_tasks`, if so."""
+    return getattr(workflow, "most_tasks", {})
+
+
+def user_folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Return the folders that the environment names, as absolute paths.
+
+    Raises:
+        BadInputError: one of them does not exist.
+    """
     folders = [Path(entry).resolve() for entry in environ.get(PATH_VARIABLE, "").split(os.pathsep) if entry]
     for folder in folders:
         if not folder.is_dir():

@@ -20,7 +20,7 @@ from cluster import cli_runs
 from cluster.cli import app
 from cluster.cli_answer import Scene, fault_of
 from cluster.cli_override import Override, record_override
-from cluster.cli_runs import RunRequest, find_run, is_finished, open_run, record_spec
+from cluster.cli_runs import RunRequest, find_run, is_finished, latest_unfinished, open_run, record_spec
 from cluster.cli_submit import exit_code_of
 from cluster.paths import RunFolder, list_runs, write_json
 from cluster.preflight import Machine
@@ -111,9 +111,13 @@ Script = Callable[[RunFolder, Watch], RunSummary]
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """A pipeline that does what the test says, in place of the one that trains."""
     calls: list[tuple[WorkflowSpec, str, str]] = []
-    fake = SimpleNamespace(calls=calls, script=lambda folder, _watch: ending(folder))
+    fake = SimpleNamespace(calls=calls, connect=lambda: None, script=lambda folder, _watch: ending(folder))
 
-    def run_pipeline(spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str = "") -> RunSummary:
+    def run_pipeline(
+        spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str = "", *, begin: Callable[[], None]
+    ) -> RunSummary:
+        fake.connect()
+        begin()
         calls.append((spec, folder.run_id, until))
         return fake.script(folder, watch)
 
@@ -156,7 +160,7 @@ def test_validate_gives_machines_the_whole_spec(article: Path):
         ("no_safety_regression", "no_safty_regression", "release.gates.0", "did you mean 'no_safety_regression'?"),
         ("baseline:", "basline:", "workflow.basline", "did you mean 'workflow.baseline'?"),
         ('  baseline: "sft_checkpoint_v1"\n', "", "workflow.baseline", "required key is missing"),
-        ("percent: 5", "percent: 500", "release.canary_traffic_percent", "100"),
+        ("percent: 5", "percent: 500", "release.canary_traffic_percent", "99"),
         ("percent: 5", 'percent: "5"', "release.canary_traffic_percent", "must be"),
         ("ppo_kl", "dpo", "workflow.policy_training", "valid: ppo_kl"),
     ],
@@ -493,6 +497,24 @@ def test_an_error_that_ray_wrapped_is_unwrapped():
 
     fault = fault_of(RayTaskError(BadInputError("ppo.clip", 2, "lower it")), Scene())
     assert (fault.message, fault.exit_code) == ("ppo.clip = 2: lower it", 2)
+
+
+def test_a_run_that_found_no_cluster_is_none(pipeline: SimpleNamespace, home: Path):
+    """A later --resume must not pick it up; what was there before is still the newest unfinished run."""
+
+    def unreachable() -> None:
+        raise InfrastructureError("cluster.address = 'head:1': no Ray cluster answers there; start one")
+
+    recorded_run(home, "r1")
+    pipeline.connect = unreachable
+    result = seatrial("run", "support_desk", "--address", "head:1", "--run-id", "r2")
+    assert result.exit_code == 3
+    assert "no Ray cluster answers" in result.stderr
+    assert list_runs(home) == ["r1"]
+    assert latest_unfinished(home, "support_desk").run_id == "r1"
+    pipeline.connect = lambda: None
+    assert seatrial("run", "support_desk", "--run-id", "r2").exit_code == 0
+    assert list_runs(home) == ["r1", "r2"], "negative control: the same id is free, and recorded once Ray answers"
 
 
 # --- keep-serving, report, submit, override ---------------------------------------------------------------------------

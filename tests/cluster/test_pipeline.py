@@ -344,10 +344,31 @@ def test_a_changed_artifact_stops_the_resume(tmp_path: Path, story: Story):
 # --- before anything starts -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", ["release.alpha=0.7", "release.ramp=[5, 99.5, 100]"])
-def test_rules_no_release_can_follow_are_refused_before_training(tmp_path: Path, story: Story, setting: str):
+def test_rules_no_release_can_follow_are_refused_before_training(tmp_path: Path, story: Story):
     with pytest.raises(BadInputError, match="plan"):
-        tell(tmp_path, override(SPEC, [setting]))
+        tell(tmp_path, override(SPEC, ["release.alpha=0.7"]))
+    assert story.log == []
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_run_begins_once_ray_has_answered(
+    tmp_path: Path, story: Story, monkeypatch: pytest.MonkeyPatch, is_there: bool
+):
+    @contextmanager
+    def connected(_address: str, _placement: object) -> Iterator[None]:
+        if not is_there:
+            raise InfrastructureError("no Ray cluster answers there")
+        story.ray.append("up")
+        yield
+
+    def begin() -> None:
+        story.ray.append("begin")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "connected", connected)
+    with pytest.raises(KeyboardInterrupt if is_there else InfrastructureError):
+        pipeline.run_pipeline(SPEC, RunFolder.of(tmp_path, "run-9"), RecordingWatch(), begin=begin)
+    assert story.ray == (["up", "begin"] if is_there else [])
     assert story.log == []
 
 

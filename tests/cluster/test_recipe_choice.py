@@ -49,7 +49,8 @@ def test_every_named_recipe_is_a_change_of_any_other(name: str):
 
 
 CHANGES: dict[str, Any] = {
-    "advantages": "gae", "group_baseline": False, "loss": "cispo", "aggregation": "sequence_sum", "dual_clip": 3.0, "clip_high": 0.28,
+    "advantages": "gae", "group_baseline": False, "loss": "cispo", "aggregation": "sequence_sum", "dual_clip": 3.0,
+    "clip_high": 0.28,
     "kl_in": "loss", "kl_kind": "k2", "kl_target": 0.05, "kl_horizon": 500.0, "correction": "sequence_mask",
     "correction_cap": 5.0, "correction_floor": 0.5, "veto": 1e-4, "value_clip": None, "critic_warmup_updates": 3,
     "bootstrap_truncated": True, "overlong_buffer": 0, "overlong_max": 64, "mask_truncated": True,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from cluster.registry_errors import reported
-from cluster.registry_store import Store
+from cluster.registry_store import Store, without_credentials
 from rl_actors.errors import BadInputError, InfrastructureError, TamperedError
 
 
@@ -51,6 +51,31 @@ def test_a_failure_says_what_was_tried_what_it_said_and_what_to_do(store: Store 
         Port(failure=OSError("no disk space\n(a long tail)"), store=store).read_version("x")
     assert isinstance(caught.value.__cause__, OSError)
     assert "long tail" not in str(caught.value), "one line is enough; the cause keeps the rest"
+
+
+def test_no_failure_tells_a_password():
+    store = Store(uri="postgresql://ann:s3cret@db/mlflow", artifacts=None)
+    with pytest.raises(InfrastructureError, match="db/mlflow") as caught:
+        Port(failure=OSError("cannot open postgresql://ann:s3cret@db/mlflow"), store=store).read_version("x")
+    assert "s3cret" not in str(caught.value)
+    assert "ann:" not in str(caught.value)
+    assert str(caught.value).count("postgresql://db/mlflow") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "public"),
+    [
+        ("postgresql://ann:s3cr@t@db:5432/m?sslmode=require", "postgresql://db:5432/m?sslmode=require"),
+        ("postgresql://ann:s3/cr?et#1@db/m", "postgresql://db/m"),
+        ("http://token@host:5000", "http://host:5000"),
+        ("mysql://db/m?user=ann&password=s3cret&x=1", "mysql://db/m?user=ann&password=***&x=1"),
+        ("no store at http://ann:s3cret@host/ , really?", "no store at http://host/ , really?"),
+        ("sqlite:////home/a@b/mlflow.db", "sqlite:////home/a@b/mlflow.db"),
+        ("http://mlflow:5000/x?y=1", "http://mlflow:5000/x?y=1"),
+    ],
+)
+def test_a_public_uri_has_no_credentials_and_all_the_rest(text: str, public: str):
+    assert without_credentials(text) == Store(uri=text, artifacts=None).public_uri == public
 
 
 def test_a_failure_without_words_gives_its_kind():

@@ -19,10 +19,15 @@ from types import SimpleNamespace
 import pytest
 
 from cluster import service as service_module
+from cluster import service_gateway
 from cluster.cli_service import show_status
 from cluster.codec import encode
 from cluster.journal import lock_run
-from cluster.paths import RunFolder, write_json
+from cluster.paths import RunFolder, list_runs, write_json
+from cluster.registry import Registry
+from cluster.registry_entries import Lineage
+from cluster.registry_store import store_of
+from cluster.registry_versions import RegisteredVersions
 from cluster.service import (
     PartState,
     Service,
@@ -51,6 +56,7 @@ from cluster.service_processes import (
 from cluster.spec import load_spec
 from rl_actors.agent.loop import AgentLimits
 from rl_actors.agent.workflow import WorkflowRef
+from rl_actors.contracts import PolicyVersion
 from rl_actors.errors import BadInputError, InfrastructureError, TamperedError
 from serving.served import GatewayConfig
 
@@ -469,6 +475,68 @@ def test_the_newest_finished_run_is_served(tmp_path: Path):
         os.utime(folder.spec, (1e9 - age, 1e9 - age))
     assert servable_run(tmp_path) == newer
     assert servable_run(tmp_path, "a-1") == older
+
+
+def ended_run(home: Path, run_id: str, stable: str, workflow: str = "support_desk") -> RunFolder:
+    """A finished run, younger than those before it."""
+    folder = finished_run(home, run_id)
+    write_json(folder.summary, {"workflow": workflow, "stable_policy": stable})
+    os.utime(folder.spec, (1e9 + len(list_runs(home)), 1e9 + len(list_runs(home))))
+    return folder
+
+
+def register(home: Path, *names: str, stable: str = "") -> None:
+    """Write policies into the real registry of a home, and which of them is stable."""
+    registry = Registry("support_desk", "run-1", store=store_of(home))
+    for name in names:
+        (home / name).mkdir()
+        policy = PolicyVersion(
+            name=name, kind="ppo", path=str(home / name), sha256=name.encode().hex().ljust(64, "0"), parent_sha256=""
+        )
+        registry.versions.register_policy(policy, Lineage(bundle_id="b", snapshot_sha256="s", stage="ppo"))
+    if stable:
+        registry.versions.move("stable", stable)
+
+
+def test_the_run_whose_policy_is_stable_is_served_not_one_that_was_rolled_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    promoted, rolled_back = ended_run(tmp_path, "a-1", "ppo-1"), ended_run(tmp_path, "a-2", "sft-2")
+    other = ended_run(tmp_path, "b-1", "ppo-1", workflow="night_desk")
+    assert servable_run(tmp_path) == other, "another workflow's registry is asked for its newest run"
+    other.summary.unlink()
+    assert servable_run(tmp_path) == rolled_back, "negative control: without a registry it is the newest"
+    assert not (tmp_path / "mlflow").exists(), "looking creates no registry"
+    register(tmp_path, "ppo-1", "sft-2")
+    assert servable_run(tmp_path) == rolled_back, "nothing is stable"
+    register(tmp_path, stable="ppo-1")
+    assert servable_run(tmp_path) == promoted
+    assert servable_run(tmp_path, "a-2") == rolled_back, "a run that is named is served"
+    promoted.summary.write_text("{")
+    assert servable_run(tmp_path) == rolled_back, "the stable policy is of no run that is here"
+
+
+def test_runs_that_agree_ask_no_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(service_gateway, "stable_by_registry", lambda *_: pytest.fail("loads MLflow for nothing"))
+    ended_run(tmp_path, "a-1", "ppo-1")
+    newest = ended_run(tmp_path, "a-2", "ppo-1")
+    assert servable_run(tmp_path) == newest
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:1", "postgresql://127.0.0.1:1/mlflow"])
+def test_a_registry_that_does_not_answer_leaves_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(RegisteredVersions, "alias_version", broken_registry)
+    ended_run(tmp_path, "a-1", "ppo-1")
+    newest = ended_run(tmp_path, "a-2", "sft-2")
+    started = time.monotonic()
+    assert servable_run(tmp_path) == newest
+    assert time.monotonic() - started < 30
+
+
+def broken_registry(*_: object) -> str:
+    raise InfrastructureError("MLflow, connect: refused")
 
 
 def test_a_run_that_never_served_is_refused(tmp_path: Path):

@@ -16,11 +16,11 @@ from cluster.spec import (
     WorkflowSpec,
     load_spec,
     override,
-    packaged_workflows,
     parse_spec,
     spec_to_yaml,
 )
 from cluster.spec_errors import leaf_paths, nearest, parse_yaml
+from cluster.workflows import PATH_VARIABLE, known_workflows
 from rl_actors.errors import BadInputError
 
 ARTICLE = """\
@@ -80,7 +80,7 @@ def test_knobs_are_few():
     assert {"workflow.baseline", "release.ramp", "ppo.kl_coef", "seed", "monitoring"} <= set(knobs)
 
 
-@pytest.mark.parametrize("name", packaged_workflows())
+@pytest.mark.parametrize("name", known_workflows({}))
 def test_every_packaged_spec_parses(name: str):
     assert load_spec(name).workflow.name == name
 
@@ -118,7 +118,7 @@ def test_a_spec_cannot_be_changed():
             7,
         ),
         ("  baseline", "  base_line", "workflow.base_line", "'workflow.baseline'", 3),
-        ("percent: 5", "percent: 101", "release.canary_traffic_percent", "less than or equal to 100", 7),
+        ("percent: 5", "percent: 101", "release.canary_traffic_percent", "less than or equal to 99", 7),
         ("percent: 5", "percent: 0", "release.canary_traffic_percent", "greater than 0", 7),
         ("percent: 5", 'percent: "5"', "release.canary_traffic_percent", "valid number", 7),
         ("percent: 5", "percent: .nan", "release.canary_traffic_percent", "finite", 7),
@@ -132,7 +132,9 @@ def test_a_spec_cannot_be_changed():
         ("release:\n", "release:\n  ramp: [5, 50, 25]\n", "release.ramp", "increase", 7),
         ("release:\n", "release:\n  ramp: [5, 5]\n", "release.ramp", "increase", 7),
         ("release:\n", "release:\n  ramp: [10, 50]\n", "release.ramp", "start at canary_traffic_percent = 5", 7),
-        ("release:\n", "release:\n  ramp: [5, 150]\n", "release.ramp", "(0, 100]", 7),
+        ("release:\n", "release:\n  ramp: [5, 150]\n", "release.ramp", "at most 99", 7),
+        ("release:\n", "release:\n  ramp: [5, 100]\n", "release.ramp", "the promotion itself is the step to 100", 7),
+        ("release:\n", "release:\n  ramp: [5, 99.5]\n", "release.ramp", "at most 99", 7),
         ("release:\n", "release:\n  ramp: []\n", "release.ramp", "start at", 7),
     ],
 )
@@ -219,7 +221,7 @@ def test_override_sets_and_checks_again():
 
 def test_overriding_the_share_moves_a_ramp_nobody_set():
     assert override(parse_spec(ARTICLE), ["release.canary_traffic_percent=30"]).release.ramp == (30, 50)
-    assert override(parse_spec(ARTICLE), ["release.canary_traffic_percent=100"]).release.ramp == (100,)
+    assert override(parse_spec(ARTICLE), ["release.canary_traffic_percent=99"]).release.ramp == (99,)
     with pytest.raises(BadInputError, match="start at"):
         override(load_spec("support_desk"), ["release.canary_traffic_percent=30"])
 
@@ -277,7 +279,7 @@ def test_nearest_is_silent_when_nothing_is_near():
 @given(
     st.integers(1, 10_000),
     st.floats(1e-9, 1.0),
-    st.lists(st.integers(6, 100), max_size=4, unique=True).map(sorted),
+    st.lists(st.integers(6, 99), max_size=4, unique=True).map(sorted),
     st.permutations(MONITORS),
 )
 def test_every_accepted_spec_survives_yaml_and_json(steps: int, rate: float, shares: list[int], monitors: list[str]):
@@ -297,11 +299,21 @@ def test_a_new_workflow_is_a_new_folder_and_nothing_else(tmp_path: Path, monkeyp
     text = changed("workflow:\n", "workflow:\n  name: ops_desk\n")
     assert refusal(text).field == "workflow.name"
     (tmp_path / "ops_desk").mkdir()
+    for file in ("__init__.py", "tools.py"):
+        (tmp_path / "ops_desk" / file).write_text("")
+    monkeypatch.setenv(PATH_VARIABLE, str(tmp_path))
+    assert parse_spec(text).workflow.name == "ops_desk"
+    with pytest.raises(BadInputError, match=r"brings no spec; write .*ops_desk/spec\.yaml"):
+        load_spec("ops_desk")
     (tmp_path / "ops_desk" / "spec.yaml").write_text(text)
-    for module in ("cluster.spec", "cluster.spec_sections"):
-        monkeypatch.setattr(f"{module}.WORKFLOWS_DIRECTORY", tmp_path)
-    assert packaged_workflows() == ["ops_desk"]
     assert load_spec("ops_desk").workflow.name == "ops_desk"
+    with pytest.raises(BadInputError, match=f"did you mean 'ops_desk'.*{PATH_VARIABLE}"):
+        load_spec("opsdesk")
+
+
+def test_a_folder_of_workflows_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(PATH_VARIABLE, str(tmp_path / "nowhere"))
+    assert refusal(changed("workflow:\n", "workflow:\n  name: support_desk\n")).field == PATH_VARIABLE
 
 
 @settings(max_examples=60, deadline=None)

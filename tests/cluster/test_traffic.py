@@ -13,11 +13,21 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.ticket_book import TicketBook
-from cluster.traffic import ACTOR, TrafficConfig, TrafficDriver, TrafficProgress, request_id, run_traffic
+from cluster import traffic
+from cluster.ticket_book import TicketBook, TicketResult
+from cluster.traffic import (
+    ACTOR,
+    TrafficConfig,
+    TrafficDriver,
+    TrafficProgress,
+    is_unreached,
+    request_id,
+    run_traffic,
+)
 from cluster.workflows.support_desk import WORKFLOW
 from cluster.workflows.support_desk.tools import WORLD
 from rl_actors.contracts import Demonstration, Task
+from rl_actors.errors import InfrastructureError
 from tests.cluster.workflows.desk_runs import calls_of, reply_of, right, try_call, wrong
 
 NUM_TASKS = 12
@@ -215,6 +225,114 @@ def test_failures_are_counted_by_name(gateway: ExpertGateway, tasks: list[Task],
     progress = drive(gateway, tasks[:3])
     assert (progress.num_failed, progress.num_answered) == (1, 2)
     assert dict(progress.failures) == {name: 1}
+
+
+def test_the_environments_proxy_is_for_the_outside_world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ours is on this machine: a proxy would answer in its place, or not at all."""
+
+    async def proxies() -> int:
+        with closing(TicketBook(tmp_path / "tickets.jsonl")) as book:
+            config = TrafficConfig(url="http://127.0.0.1:1", live_world={}, run_name="r1")
+            async with TrafficDriver(WORKFLOW, config, book)._open() as desk:
+                return len(desk._client._mounts)
+
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with httpx.Client() as another:
+        assert len(another._mounts) > 0, "negative control: httpx follows it by itself"
+    assert asyncio.run(proxies()) == 0
+
+
+@dataclass
+class Outage:
+    """A gateway that cannot be reached from its `first`-th ticket to its `last`-th."""
+
+    gateway: ExpertGateway
+    first: int
+    last: int
+    error: type[httpx.TransportError] = httpx.ConnectError
+    tickets: int = 0
+
+    @property
+    def live_world(self) -> dict[str, str]:
+        return self.gateway.live_world
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/chat/completions":
+            self.tickets += 1
+            if self.first <= self.tickets <= self.last:
+                raise self.error("refused")
+        return await self.gateway(request)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic, "_RETRY_S", 0.001)
+    monkeypatch.setattr(traffic, "MAX_UNREACHED", 5)
+
+
+def book_of(gateway: ExpertGateway) -> TicketBook:
+    return TicketBook(Path(gateway.live_world["database"]).with_name("tickets.jsonl"))
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError, httpx.ReadTimeout, httpx.RemoteProtocolError])
+def test_an_outage_of_our_own_is_no_verdict(
+    gateway: ExpertGateway, tasks: list[Task], quick: None, error: type[httpx.TransportError]
+) -> None:
+    """It stops the users; what reached nobody is asked again on resume, and counts as nobody's failure."""
+    outage: Any = Outage(gateway, 4, 1_000, error)
+    with pytest.raises(InfrastructureError, match=f"5 tickets in a row .*http://gateway .*{error.__name__}.*--resume"):
+        drive(outage, tasks, concurrency=1)
+    with closing(book_of(gateway)) as book:
+        assert [result.failure for result in book.ended] == ["", "", ""]
+        assert [task.task_id for task in book.waiting(tasks)] == [task.task_id for task in tasks[3:]]
+    progress = drive(gateway, tasks)
+    assert (progress.num_answered, progress.num_failed) == (NUM_TASKS, 0)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_short_outage_is_counted_as_what_users_saw(
+    gateway: ExpertGateway, tasks: list[Task], quick: None, length: int
+) -> None:
+    """Negative control: up to the limit every ticket that reached nobody is a failed one, wherever it lies."""
+    outage: Any = Outage(gateway, 3, 2 + length)
+    progress = drive(outage, tasks, concurrency=1)
+    assert (progress.num_failed, progress.num_answered) == (length, NUM_TASKS - length)
+    assert dict(progress.failures) == {"ConnectError": length}
+    with closing(book_of(gateway)) as book:
+        assert len(book.ended) == NUM_TASKS
+
+
+def test_an_outage_at_the_very_end_is_counted_too(gateway: ExpertGateway, tasks: list[Task], quick: None) -> None:
+    outage: Any = Outage(gateway, NUM_TASKS - 1, NUM_TASKS)
+    progress = drive(outage, tasks, concurrency=1)
+    assert (progress.num_failed, progress.num_answered) == (2, NUM_TASKS - 2)
+
+
+def test_refusals_are_answers_however_many(gateway: ExpertGateway, tasks: list[Task], quick: None) -> None:
+    """A status came from a gateway: it is evidence, and the gates decide over it."""
+    for task in tasks:
+        gateway.refuse[task.task_id] = [503]
+    assert drive(gateway, tasks).num_failed == NUM_TASKS
+
+
+def test_after_the_decision_silence_is_nobodys_outage(gateway: ExpertGateway, tasks: list[Task], quick: None) -> None:
+    """The service goes down when the release is over, with tickets in flight."""
+    outage: Any = Outage(gateway, 1, 1_000)
+    progress = drive(outage, tasks, is_over=lambda: True, concurrency=8)
+    assert progress.num_failed == 8
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [("ConnectError", True), ("ReadTimeout", True), ("http_503", False), ("already_ran", False), ("", False),
+     ("DecodingError", False), ("Client", False)],
+)  # fmt: skip
+def test_only_errors_of_the_connection_reached_nobody(failure: str, expected: bool) -> None:
+    result = TicketResult(
+        task_id="a", run_id="", release_channel="", policy_version="", failure=failure, outcome=None, duration_ms=1.0
+    )
+    assert is_unreached(result) == expected
 
 
 def test_failed_label_leaves_the_run_unlabelled(gateway: ExpertGateway, tasks: list[Task]) -> None:

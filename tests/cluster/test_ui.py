@@ -8,7 +8,9 @@ import socket
 import sys
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -50,6 +52,60 @@ def test_a_tracking_server_is_its_own_ui(tmp_path: Path):
     server = ui.start_ui(Store(uri="http://mlflow.example:5000", artifacts=None), home=tmp_path, port=1)
     assert (server.url, server.is_running) == ("http://mlflow.example:5000", True)
     server.stop()
+
+
+def test_a_tracking_servers_password_is_not_shown(tmp_path: Path):
+    server = ui.start_ui(Store(uri="http://ann:s3cret@mlflow:5000", artifacts=None), home=tmp_path)
+    assert server.url == "http://mlflow:5000"
+
+
+def test_the_store_is_told_by_environment_not_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Everybody on the machine reads command lines."""
+    program = 'import os, sys; print(sys.argv[1:], "by environment:", os.environ["MLFLOW_BACKEND_STORE_URI"])'
+    substitute(monkeypatch, tmp_path, program)
+    store = Store(uri="postgresql://ann:s3cret@db/mlflow", artifacts=tmp_path)
+    log = tmp_path / "ui.log"
+    assert ui._spawn(store, log, "127.0.0.1", 5000).wait(30) == 0
+    arguments, _, told = log.read_text().partition(" by environment: ")
+    assert told.strip() == store.uri
+    assert "s3cret" not in arguments
+    assert "'--port', '5000'" in arguments
+    with pytest.raises(InfrastructureError, match="by environment: postgresql://db/mlflow") as caught:
+        ui.start_ui(store, home=tmp_path, port=free_port(), timeout_s=30)
+    assert "s3cret" not in str(caught.value), "what the log says of it is not shown either"
+
+
+def test_mlflow_takes_the_store_from_the_environment():
+    """The variable is the one that the installed MLflow reads."""
+    from mlflow.cli import server
+
+    (option,) = [each for each in server.params if each.name == "backend_store_uri"]
+    assert option.envvar == "MLFLOW_BACKEND_STORE_URI"
+
+
+def test_the_environments_proxy_is_not_asked(monkeypatch: pytest.MonkeyPatch):
+    """Negative control first: urllib by itself goes there, and finds nobody."""
+    with HTTPServer(("127.0.0.1", 0), Healthy) as listener:
+        Thread(target=listener.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.server_port}"
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        monkeypatch.delenv("no_proxy", raising=False)
+        with pytest.raises(OSError, match="refused"):
+            urllib.request.urlopen(f"{url}/health", timeout=2)
+        assert ui.answers(url)
+        listener.shutdown()
+    assert not ui.answers(url)
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """Says yes."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 class Dying:

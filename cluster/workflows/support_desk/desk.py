@@ -26,6 +26,7 @@ class SupportDesk:
     intents: Sequence[str] = (*INTENTS, *ADVERSARIAL)
     rubric: Sequence[RubricCriterion] = labels.RUBRIC
     num_annotators: int = len(labels.ANNOTATORS)
+    most_tasks: Mapping[Split, int] = {"live": tasks.most_live_tasks()}
 
     def __init__(self, mistake_probability: float = expert.MISTAKE_PROBABILITY) -> None:
         """Set how often the expert errs on tickets where it can."""

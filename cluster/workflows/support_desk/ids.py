@@ -20,6 +20,10 @@ RESIDUES: Mapping[Split, tuple[int, ...]] = {
 }
 
 
+_ORDERS, _CUSTOMERS = range(10_000, 100_000), range(1_000, 10_000)
+NUM_CUSTOMERS = len(_CUSTOMERS)
+
+
 class IdPool:
     """A seeded permutation of a split's numbers; live numbers are never given twice, because live worlds are merged."""
 
@@ -47,14 +51,14 @@ class IdPool:
         return self._customers.pop()
 
     def _fill_orders(self) -> None:
-        numbers = (number for number in range(10_000, 100_000) if number % MODULUS in RESIDUES[self._split])
+        numbers = (number for number in _ORDERS if number % MODULUS in RESIDUES[self._split])
         self._orders = [f"O{number // 1_000}-{number % 1_000:03}" for number in numbers]
         self._rng.shuffle(self._orders)
 
     def _fill_customers(self) -> None:
-        self._customers = [f"C{number // 100}_{number % 100:02}" for number in range(1_000, 10_000)]
+        self._customers = [f"C{number // 100}_{number % 100:02}" for number in _CUSTOMERS]
         self._rng.shuffle(self._customers)
 
     def _refuse_live(self, what: str) -> None:
         if self._split == "live":
-            raise BadInputError("count", what, "more live tasks than free numbers; ask for at most 6000")
+            raise BadInputError("count", what, "more live tasks than free numbers; lower data.num_live")

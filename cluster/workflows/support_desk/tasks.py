@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.workflows.support_desk.adversarial import ADVERSARIAL, AdversarialKind
 from cluster.workflows.support_desk.articles import ARTICLES
-from cluster.workflows.support_desk.ids import IdPool
+from cluster.workflows.support_desk.ids import NUM_CUSTOMERS, IdPool
 from cluster.workflows.support_desk.intents import INTENTS, Intent
 from cluster.workflows.support_desk.phrasings import CLOSINGS, OPENINGS, bank_of
 from cluster.workflows.support_desk.ticket import Ticket
@@ -18,6 +18,17 @@ from rl_actors.contracts import Split, Task
 NAME = "support_desk"
 UNSEEN_SPLITS: frozenset[Split] = frozenset({"held_out", "frozen", "live"})
 UNSEEN_FRACTION = 0.4
+
+
+def most_live_tasks() -> int:
+    """Return how many live tasks every seed can build before customers run out; there are more than enough orders.
+
+    A ticket about somebody else's order takes two customers. Of the last round, those may come first.
+    """
+    size = sum(intent.weight for intent in INTENTS.values())
+    foreign = sum(intent.weight for intent in INTENTS.values() if intent.situation.foreign)
+    rounds, left = divmod(NUM_CUSTOMERS, size + foreign)
+    return rounds * size + max(left - foreign, left // 2)
 
 
 def build_tasks(split: Split, count: int, seed: int) -> list[Task]:

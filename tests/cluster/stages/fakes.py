@@ -13,6 +13,7 @@ from cluster.journal import Journal
 from cluster.paths import RunFolder
 from cluster.placement import place
 from cluster.registry_entries import StageLog
+from cluster.registry_store import Store
 from cluster.registry_traces import MirrorReport, SampledTrace
 from cluster.spec import load_spec, override
 from cluster.stages.bench import ReleaseResult
@@ -272,6 +273,9 @@ class FakeVersions:
     def clear(self, alias: str) -> None:
         self.named.pop(alias, None)
 
+    def alias_version(self, alias: str) -> str:
+        return self.named.get(alias, "")
+
 
 @dataclass
 class FakeRegistry:
@@ -284,8 +288,8 @@ class FakeRegistry:
     lost: int = 0
 
     @property
-    def store(self) -> Any:
-        return type("Store", (), {"uri": "sqlite:///mlflow.db"})
+    def store(self) -> Store:
+        return Store(uri="postgresql://ann:s3cret@db/mlflow", artifacts=None)
 
     def start_run(self, **values: Any) -> str:
         self.runs.append(("start", values))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,13 +16,16 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from cluster.placement import Placement, place
+from cluster.ray_token import REMEDY
 from cluster.spec import load_spec, override
 from cluster.stages import ray_runtime
 from cluster.stages.ray_runtime import WORKER_ENVIRONMENT, connected, placed, worker_environment
 from rl_actors.errors import BadInputError, InfrastructureError
 
+LISTENS = ray_runtime.listens
 GPU = ("cluster.gpus_per_learner=1", "cluster.gpus_per_rollout_worker=2", "ppo.num_rollout_workers=2")
 
 
@@ -58,6 +63,7 @@ class FakeRay:
     is_up: bool = False
     inits: list[dict[str, Any]] = field(default_factory=list)
     num_shutdowns: int = 0
+    error: Exception | None = None
 
     def is_initialized(self) -> bool:
         return self.is_up
@@ -65,6 +71,8 @@ class FakeRay:
     def init(self, **options: Any) -> None:
         assert not self.is_up
         self.inits.append(options)
+        if self.error is not None:
+            raise self.error
         self.is_up = True
 
     def cluster_resources(self) -> dict[str, float]:
@@ -80,6 +88,7 @@ class FakeRay:
 def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay({"CPU": 8.0})
     monkeypatch.setattr(ray_runtime, "ray", fake)
+    monkeypatch.setattr(ray_runtime, "listens", lambda _host, _port: True)
     return fake
 
 
@@ -91,6 +100,82 @@ def test_without_an_address_a_local_ray_is_started_and_no_other_is_joined(fake_r
     assert options["include_dashboard"] is False
     assert options["runtime_env"] == {"env_vars": worker_environment(placement_of())}
     assert (fake_ray.is_up, fake_ray.num_shutdowns) == (False, 1)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ConnectionError("Could not find any running Ray instance.\nA page more"),
+            "Could not find any running Ray instance.",
+        ),
+        (RuntimeError(""), "RuntimeError"),
+    ],
+)
+@pytest.mark.parametrize(("given", "environ", "field"), [("auto", "", "cluster.address"), ("", "auto", "RAY_ADDRESS")])
+def test_a_cluster_that_is_not_there_is_named_with_its_remedy(
+    fake_ray: FakeRay,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    said: str,
+    given: str,
+    environ: str,
+    field: str,
+):
+    monkeypatch.setenv("RAY_ADDRESS", environ)
+    fake_ray.error = error
+    with pytest.raises(InfrastructureError) as caught, connected(given, placement_of()):
+        pytest.fail("nothing may start")
+    assert str(caught.value).startswith(
+        f"{field} = 'auto': no Ray cluster answers there ({said}); start one (ray start"
+    )
+    assert "\n" not in str(caught.value)
+    assert (caught.value.exit_code, fake_ray.num_shutdowns) == (3, 0)
+
+
+def test_an_address_that_is_none_is_bad_input(fake_ray: FakeRay):
+    fake_ray.error = ValueError("Invalid address format: nonsense")
+    with pytest.raises(BadInputError, match="Invalid address format") as caught, connected("nonsense", placement_of()):
+        pytest.fail("nothing may start")
+    assert (caught.value.field, caught.value.value, caught.value.exit_code) == ("cluster.address", "nonsense", 2)
+
+
+def test_a_cluster_that_wants_a_token_says_where_it_comes_from(fake_ray: FakeRay):
+    fake_ray.error = AuthenticationError("no token")
+    with (
+        pytest.raises(InfrastructureError, match=f"asks for a token; {re.escape(REMEDY)}"),
+        connected("auto", placement_of()),
+    ):
+        pytest.fail("nothing may start")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}"])
+def test_a_port_where_nobody_listens_is_refused_before_ray_tries_for_minutes(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, address: str
+):
+    monkeypatch.setattr(ray_runtime, "listens", LISTENS)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        there = address.format(port=listener.getsockname()[1])
+        started = time.monotonic()
+        with pytest.raises(InfrastructureError, match="nobody listens"), connected(there, placement_of()):
+            pytest.fail("nothing may start")
+        assert time.monotonic() - started < 5
+        assert fake_ray.inits == []
+        listener.listen()
+        with connected(there, placement_of()):
+            assert fake_ray.inits[0]["address"] == there
+
+
+def test_no_host_and_no_port_listen_not():
+    assert not LISTENS("no-such-host.invalid", 6379)
+    assert not LISTENS("127.0.0.1", 700_000)
+
+
+def test_joining_a_cluster_that_is_gone_is_told_alike(fake_ray: FakeRay):
+    fake_ray.error = ConnectionError("gone")
+    with pytest.raises(InfrastructureError, match="no Ray cluster answers there"):
+        ray_runtime.join("auto")
 
 
 def test_a_small_machine_gets_enough_logical_cpus(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch):

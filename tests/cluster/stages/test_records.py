@@ -121,6 +121,8 @@ def own_workflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     source = Path(str(WORKFLOW.__class__.__module__).replace(".", "/")).parent
     target = tmp_path / "mine" / "own_desk"
     shutil.copytree(Path(records.__file__).parents[2] / source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    with (target / "__init__.py").open("a") as file:
+        file.write('\nWORKFLOW.name = "own_desk"\n')
     monkeypatch.setenv("SEATRIAL_WORKFLOWS", str(target.parent))
     monkeypatch.syspath_prepend(str(target.parent))
     yield target
@@ -315,5 +317,5 @@ def test_finishing_writes_briefs_mirrors_and_names_who_is_stable(
     assert written == [(run.folder.root, run.folder.root / "serving" / "ledger.sqlite")]
     assert [what for what, _ in registry.runs] == ["start", "report", "end"]
     assert registry.runs[-1][1]["is_success"] is is_success
-    assert (summary.paths.mlflow_uri, summary.paths.folder) == ("sqlite:///mlflow.db", str(run.folder.root))
+    assert (summary.paths.mlflow_uri, summary.paths.folder) == ("postgresql://db/mlflow", str(run.folder.root))
     assert summary.paths.brief_html.endswith("report/brief.en-US.html")

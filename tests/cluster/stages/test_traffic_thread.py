@@ -77,6 +77,16 @@ def test_a_broken_driver_is_an_infrastructure_error(run: Run, monkeypatch: pytes
     assert type(error).__name__ in str(caught.value)
 
 
+def test_an_error_of_our_own_tree_comes_out_as_itself(run: Run, monkeypatch: pytest.MonkeyPatch):
+    def unreached(*_: object) -> None:
+        raise InfrastructureError("20 tickets in a row reached no gateway")
+
+    thread, _ = start(run, monkeypatch, unreached)
+    thread.join(10)
+    with pytest.raises(InfrastructureError, match=r"^20 tickets in a row"):
+        thread.require_healthy()
+
+
 @pytest.mark.parametrize(("index", "stage"), [(0, "canary"), (1, "failback_drill")])
 def test_progress_is_told_under_the_releases_own_stage(
     run: Run, monkeypatch: pytest.MonkeyPatch, index: int, stage: str

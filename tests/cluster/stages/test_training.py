@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from cluster.console import metrics_line
 from cluster.hashing import sha256_directory
+from cluster.registry_entries import metric_points
+from cluster.reports.rows import _learning
 from cluster.snapshot import write_snapshot
 from cluster.stages import training
-from cluster.stages.context import NUM_THREADS, Run
+from cluster.stages.context import NUM_THREADS, Run, _step_metrics
 from cluster.stages.data import read_tasks
 from cluster.stages.preferences import TABLES
 from cluster.stages.training import (
@@ -34,6 +37,7 @@ from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion
 from rl_actors.errors import InstabilityError, StageRefusedError, TamperedError
 from rl_actors.models.tokenizer import HARMONY_TOKENS
+from rl_actors.training.metrics_log import read_metrics
 from rl_actors.training.ppo import LoopState, PpoPlan, PpoPorts
 from rl_actors.training.ppo_learner import PpoSettings
 from rl_actors.training.recipe import RECIPES
@@ -322,7 +326,7 @@ class Group:
 
     def publish(self, weights_version: int) -> float:
         self.stage.log.append(f"publish {weights_version}")
-        return 0.0
+        return 0.004
 
     def close(self) -> None:
         self.stage.log.append(f"close {self.kind}")
@@ -439,9 +443,26 @@ def test_ppo_trains_on_train_tasks_as_the_spec_plans(
 def test_ppo_metrics_can_be_followed(run: Run, snapshot: DataSnapshot, baseline: PolicyVersion, ppo: PpoStage):
     ppo.script = lambda ports: ports.report(3, {"reward": 0.25})
     train(run, snapshot, baseline)
-    (row,) = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
+    _, row = [json.loads(line) for line in run.folder.metrics.read_text().splitlines()]
     assert (row["stage"], row["step"], row["num_steps"], row["reward"]) == ("ppo", 3, run.spec.ppo.num_steps, 0.25)
     assert watch_of(run).finished == []
+
+
+@pytest.mark.parametrize("start", [0, 15])
+def test_the_first_attestation_is_a_row_like_all_later_ones(
+    run: Run, snapshot: DataSnapshot, baseline: PolicyVersion, ppo: PpoStage, start: int
+):
+    """Before the loop: also for a run that is stopped in its first step. Readers of learning curves pass it over."""
+    ppo.checkpoint = start
+    ppo.script = lambda ports: ports.report(start + 1, {"attestation_gap": 0.002, "success": 0.5, "kl": 0.1})
+    train(run, snapshot, baseline)
+    rows = read_metrics(run.folder.metrics, "ppo")
+    assert [(row["step"], row["attestation_gap"]) for row in rows] == [(start, 0.004), (start + 1, 0.002)]
+    assert rows[0]["weights_version"] == start
+    assert [(point.step, point.success) for point in _learning(run.folder.metrics)] == [(start + 1, 0.5)]
+    gaps = [(point.step, point.value) for point in metric_points(rows, "ppo") if point.key == "attestation_gap"]
+    assert gaps == [(start, 0.004), (start + 1, 0.002)], "MLflow draws it from the first"
+    assert metrics_line(_step_metrics(rows[0])).startswith("attestation gap 0.004"), "and so does whoever watches"
 
 
 def test_the_candidate_is_complete_and_its_checkpoints_are_gone(

@@ -17,11 +17,12 @@ from cluster.workflows.support_desk import WORKFLOW
 from cluster.workflows.support_desk.adversarial import ADVERSARIAL
 from cluster.workflows.support_desk.articles import ARTICLE_FACTS, ARTICLES
 from cluster.workflows.support_desk.database import COLUMNS
+from cluster.workflows.support_desk.desk import SupportDesk
 from cluster.workflows.support_desk.ids import MODULUS, RESIDUES, IdPool
 from cluster.workflows.support_desk.intents import INTENTS
 from cluster.workflows.support_desk.phrasings import BANKS, CLOSINGS, OPENINGS, Bank, bank_of
 from cluster.workflows.support_desk.policy_program import resolve
-from cluster.workflows.support_desk.tasks import UNSEEN_FRACTION, UNSEEN_SPLITS
+from cluster.workflows.support_desk.tasks import UNSEEN_FRACTION, UNSEEN_SPLITS, most_live_tasks
 from cluster.workflows.support_desk.ticket import Ticket
 from rl_actors.contracts import Split, Task
 from rl_actors.errors import BadInputError
@@ -220,8 +221,18 @@ def test_live_numbers_never_repeat() -> None:
 
 
 def test_too_many_live_tasks_are_refused_with_a_remedy() -> None:
-    with pytest.raises(BadInputError, match="at most 6000"):
+    with pytest.raises(BadInputError, match=r"lower data\.num_live"):
         WORKFLOW.build_tasks("live", 12_000, 1)
+
+
+@pytest.mark.parametrize("seed", [0, 8])
+def test_every_seed_can_build_the_live_tasks_that_are_promised(seed: int) -> None:
+    """And hardly more: in the last round a seed may be luckier than the worst."""
+    most = most_live_tasks()
+    assert SupportDesk().most_tasks == {"live": most} == {"live": 8328}
+    assert len(WORKFLOW.build_tasks("live", most, seed)) == most
+    with pytest.raises(BadInputError, match="more live tasks than free numbers"):
+        WORKFLOW.build_tasks("live", most + 9, seed)
 
 
 def test_other_splits_start_over_when_numbers_run_out() -> None:
