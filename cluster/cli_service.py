@@ -98,5 +98,8 @@ def _hints(service: Service) -> list[Text]:
     broken = [f"  {each.part.name}: {each.remedy} ({each.part.log})" for each in status(service) if each.remedy]
     gateway, ray = service.find("gateway"), service.find("ray")
     lines = [f"  ask it        OpenAI(base_url={gateway.url!r}, api_key='-')"] if gateway else []
-    lines += [f"  submit to it  seatrial submit SPEC --address {ray.url}"] if ray else []
+    if ray and gateway:
+        lines += ["  a new run     seatrial down first, or submit to another Ray: one Ray serves one home"]
+    elif ray:
+        lines += [f"  submit to it  seatrial submit SPEC --address {ray.url}"]
     return [Text(line, style="yellow", overflow="fold") for line in broken] + [Text(line) for line in lines]

@@ -69,6 +69,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def tripwires(self) -> Path:
+        """What tripped in training, one JSON object a line: step, reason code, metric, value and limit."""
+        return self.root / "tripwires.jsonl"
+
+    @property
     def snapshots(self) -> Path:
         """Parent of the frozen datasets."""
         return self.root / "snapshots"

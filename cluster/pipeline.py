@@ -12,11 +12,11 @@ from cluster.paths import RunFolder, seatrial_home, write_json
 from cluster.placement import place
 from cluster.registry import Registry
 from cluster.spec import WorkflowSpec
-from cluster.stages import data, evaluation, preferences, records, release, training
+from cluster.stages import bench, data, evaluation, preferences, records, release, training
 from cluster.stages.context import Run
 from cluster.stages.learned import Learned
 from cluster.stages.ray_runtime import connected
-from cluster.watch import RunPaths, RunSummary, Watch
+from cluster.watch import RunSummary, Watch
 from cluster.workflows import find_workflow, locate_workflow
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
 from serving.contracts import GateResult, ReleasePlan
@@ -47,22 +47,22 @@ def run_pipeline(
             workflow=find_workflow(name),
             placement=placement,
         )
-        summary = _learn_and_release(run, until)
+        with records.registry_of(run) as registry:
+            summary = _learn_and_release(run, registry, until)
         write_json(folder.summary, summary.to_json())
         return summary
 
 
-def _learn_and_release(run: Run, until: str) -> RunSummary:
+def _learn_and_release(run: Run, registry: Registry, until: str) -> RunSummary:
     """Stages 1 to 9 of design section 2, in order."""
-    plan = release.release_plan(run, may_promote=True)  # first: rules that cannot be are refused before any training
-    registry = records.open_registry(run)
+    plan = release.release_plan(run, may_promote=True)  # first: what cannot be is refused before any training
+    bench.require_room(run, until)
     learned = _learn(run)
-    paths = RunPaths(folder=str(run.folder.root))
     if until == "ppo":
-        return records.summarise(run, trained=learned.trained, paths=paths)
+        return records.summarise(run, trained=learned.trained)
     report = _compare(run, learned, plan)
     if until == "eval":
-        return records.summarise(run, trained=learned.trained, report=report, paths=paths)
+        return records.summarise(run, trained=learned.trained, report=report)
     return _release(run, registry, learned, report, plan)
 
 
@@ -111,7 +111,7 @@ def _learn(run: Run) -> Learned:
     )
     candidate = run.stage(
         "ppo",
-        {"ppo": spec.ppo, "baseline": baseline.sha256, "reward_model": reward_model.sha256, "seed": spec.seed},
+        {"ppo": (spec.ppo, spec.recipe), "baseline": baseline.sha256, "reward": reward_model.sha256, "seed": spec.seed},
         lambda: training.train_policy(run, snapshot, baseline, reward_model),
         PolicyVersion,
         detail="vLLM rollout workers, reward scorers, DeepSpeed learners",

@@ -131,7 +131,7 @@ def serve_stable(request: GatewayRequest) -> str:
     if split is None:
         raise BadInputError("RUN_ID", request.folder.run_id, f"no split record in {config.files.split}; resume the run")
     stable = ServedPolicies(config.files.served).find(split.stable)
-    settings = PlatformConfig(http_port=request.port, gpus_per_policy=request.gpus_per_policy)
+    settings = PlatformConfig(http_port=request.port, gpus_per_policy=request.gpus_per_policy, owner="service")
     # The critic only scores for the log; a service that only serves goes without it.
     ServePlatform(replace(config, critic_application=""), settings).start(stable)
     return stable.version

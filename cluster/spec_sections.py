@@ -144,7 +144,9 @@ class PpoSection(Section):
     rollouts_per_task: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=3e-4, gt=0, le=1)
     kl_coef: float = Field(default=0.02, gt=0, description="ppo_kl without a KL term is another algorithm")
-    target_kl: float = Field(default=0.1, gt=0, description="mean KL to the baseline at which a step stops early")
+    target_kl: float = Field(
+        default=0.1, gt=0, description="mean KL from the policy that sampled, at which an update stops early"
+    )
     clip: float = Field(default=0.2, gt=0, lt=1)
     lam: float = Field(default=1.0, ge=0, le=1, description="below 1 the reward at the end fades towards early turns")
     epochs: int = Field(default=1, ge=1)
@@ -161,16 +163,6 @@ class PpoSection(Section):
     recipe: dict[Any, Any] = Field(
         default={}, description="changes to the recipe of workflow.policy_training, by field of Recipe"
     )
-
-    @property
-    def clip_low(self) -> float:
-        """Lower clip of the ratio, `1 - clip_low`."""
-        return self.clip
-
-    @property
-    def clip_high(self) -> float:
-        """Upper clip of the ratio, `1 + clip_high`."""
-        return self.clip
 
     @property
     def critic_weight(self) -> float:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from cluster.paths import write_json
 from cluster.service_gateway import record_gateway
-from cluster.stages.context import NUM_THREADS, Run
+from cluster.stages.context import Run, threads_each
 from cluster.stages.data import NUM_RELEASES, read_tasks
 from cluster.stages.traffic_thread import TrafficThread
 from cluster.ticket_book import TicketBook
@@ -80,13 +80,13 @@ class ReleaseBench:
         self._is_started = False
         self._root = run.folder.root / "serving"
         self._root.mkdir(parents=True, exist_ok=True)
-        database = self._root / "live.sqlite"
+        self._config = gateway_config(run)
+        database = Path(self._config.live_world["database"])
         if not database.exists():
             self._build_world(database)
-        self._world = {"database": str(database)}
-        self.platform = ServePlatform(self._gateway(), self._config())
-        self.ledger_path = self._gateway().files.ledger
-        record_gateway(run.folder, self._gateway())
+        self.platform = ServePlatform(self._config, platform_config(run))
+        self.ledger_path = self._config.files.ledger
+        record_gateway(run.folder, self._config)
 
     def _build_world(self, database: Path) -> None:
         """Build it apart and move it into place: what a killed attempt left must not pass for the whole."""
@@ -146,7 +146,7 @@ class ReleaseBench:
         return state
 
     def _controller(self, release: Release, plan: ReleasePlan, ledger: RunLedger, directory: Path) -> ReleaseController:
-        splits = SplitStore(self._gateway().files.split)
+        splits = SplitStore(self._config.files.split)
         return ReleaseController(
             release,
             plan,
@@ -168,7 +168,7 @@ class ReleaseBench:
         progress: TrafficProgress,
         seconds: float,
     ) -> ReleaseResult:
-        history = SplitStore(self._gateway().files.split).history().values()
+        history = SplitStore(self._config.files.split).history().values()
         epochs = [record.epoch for record in history if record.salt == release.release_id and record.share > 0]
         first, second = ledger.session_counts(epochs[:1]), ledger.session_counts(epochs)
         drills = controller.log.drills()
@@ -192,7 +192,7 @@ class ReleaseBench:
     def _driver(self, index: int, book: TicketBook) -> TrafficDriver:
         config = TrafficConfig(
             url=self.platform.url,
-            live_world=self._world,
+            live_world=self._config.live_world,
             run_name=f"{self._run.folder.run_id}-{index}",
             concurrency=self._run.spec.release.concurrency,
             # Later than the gateway's own bound: a slow candidate must fail there, by name, not here as a silence.
@@ -200,23 +200,37 @@ class ReleaseBench:
         )
         return TrafficDriver(self._run.workflow, config, book)
 
-    def _gateway(self) -> GatewayConfig:
-        cost = CostModel()
-        return GatewayConfig(
-            root=str(self._root),
-            workflow=self._run.workflow_ref,
-            live_world=self._world,
-            limits=self._run.limits,
-            temperature=self._run.spec.ppo.temperature,
-            cost_per_token_in=cost.usd_per_million_tokens_in / 1e6,
-            cost_per_token_out=cost.usd_per_million_tokens_out / 1e6,
-            critic_application=CRITIC,
-        )
 
-    def _config(self) -> PlatformConfig:
-        cluster = self._run.spec.cluster
-        return PlatformConfig(
-            http_port=cluster.serve_port,
-            engine_threads=NUM_THREADS // 2,
-            gpus_per_policy=cluster.gpus_per_rollout_worker,
-        )
+def gateway_config(run: Run) -> GatewayConfig:
+    """Return what the gateways of a run's releases are told; nothing is created."""
+    cost, root = CostModel(), run.folder.root / "serving"
+    return GatewayConfig(
+        root=str(root),
+        workflow=run.workflow_ref,
+        live_world={"database": str(root / "live.sqlite")},
+        limits=run.limits,
+        temperature=run.spec.ppo.temperature,
+        cost_per_token_in=cost.usd_per_million_tokens_in / 1e6,
+        cost_per_token_out=cost.usd_per_million_tokens_out / 1e6,
+        critic_application=CRITIC,
+    )
+
+
+def platform_config(run: Run) -> PlatformConfig:
+    """Return how Serve runs for a run's releases."""
+    cluster = run.spec.cluster
+    return PlatformConfig(
+        http_port=cluster.serve_port, engine_threads=threads_each(2), gpus_per_policy=cluster.gpus_per_rollout_worker
+    )
+
+
+def require_room(run: Run, until: str) -> None:
+    """Refuse a run whose releases would find no room on this Ray, before anything is trained.
+
+    One that ends before them (`until` a stage of the pipeline) needs none.
+
+    Raises:
+        BadInputError: The port is taken, or this Ray serves another home; nothing was touched.
+    """
+    if until in ("", "release"):
+        ServePlatform(gateway_config(run), platform_config(run)).require_room()

@@ -25,6 +25,13 @@ from rl_actors.training.metrics_log import read_metrics
 Value = TypeVar("Value")
 NUM_THREADS = 2  # learners and engines take turns, so each may use the cores of a small machine
 _POLL_S = 0.5
+
+
+def threads_each(count: int) -> int:
+    """Return the threads of one of `count` processes that work at the same time: more than the cores only costs."""
+    return max(1, NUM_THREADS // count)
+
+
 _ROW_KEYS = ("stage", "step", "at", "num_steps")
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cluster.codec import encode
 from cluster.paths import write_json
-from cluster.stages.context import NUM_THREADS, Run
+from cluster.stages.context import Run, threads_each
 from cluster.stages.data import read_tasks
 from cluster.stages.ray_runtime import has_room, placed
 from rl_actors.actors.pools import Options, RolloutPool
@@ -71,7 +71,7 @@ def evaluate_together(
 ) -> dict[str, dict[str, SuiteResult]]:
     """Run policies on all suites, suite by suite at the same time, each on engines loaded from its own directory."""
     results: dict[str, dict[str, SuiteResult]] = {policy.name: {} for policy in policies}
-    settings = replace(run.worker_settings, num_threads=max(1, NUM_THREADS // len(policies)))
+    settings = replace(run.worker_settings, num_threads=threads_each(len(policies)))
     with ExitStack() as stack, ThreadPoolExecutor(len(policies)) as threads:
         places = [stack.enter_context(placed(run.placement, "offline_eval")) for _ in policies]
         pools = list(threads.map(lambda policy, place: _open_pool(run, policy, settings, place), policies, places))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +22,7 @@ from cluster.stages.learned import Learned
 from cluster.stages.release import ReleaseResult
 from cluster.watch import ReleaseLine, RunPaths, RunSummary, SuiteLine, TrainedLine
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
+from rl_actors.errors import InfrastructureError, SeatrialError
 from rl_actors.training.metrics_log import read_metrics
 from serving.ledger import RunLedger
 from serving.served import ReleaseFiles
@@ -64,11 +65,19 @@ def _sources_of(package: str) -> Mapping[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*.py"))}
 
 
-def open_registry(run: Run) -> Registry:
-    """Return the registry of this run, connecting beside other work: the first migration takes seconds."""
+@contextmanager
+def registry_of(run: Run) -> Iterator[Registry]:
+    """Open the registry of this run, connecting beside other work: the first migration takes seconds.
+
+    A run that is stopped leaves there what it has learned so far.
+    """
     registry = Registry(run.workflow.name, run.folder.run_id, store=store_of(run.home))
     registry.connect_in_background()
-    return registry
+    try:
+        yield registry
+    except SeatrialError as error:
+        mirror_stopped(run, registry, error)
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,11 +121,36 @@ def mirror_stages(run: Run, registry: Registry, links: Mapping[str, StageLinks])
                 finished_at=record.finished_at,
                 metrics={"seconds": record.seconds, **numbers},
                 rows=rows,
+                artifacts=_tripwires(run) if record.stage == "ppo" else (),
                 inputs=edges.inputs,
                 outputs=edges.outputs,
                 snapshot=edges.snapshot,
             )
         )
+
+
+def _tripwires(run: Run) -> tuple[Path, ...]:
+    return (run.folder.tripwires,) if run.folder.tripwires.exists() else ()
+
+
+def mirror_stopped(run: Run, registry: Registry, error: SeatrialError) -> None:
+    """Leave what a run that was stopped has learned in MLflow, the unfinished stage's curves and tripwires included.
+
+    The reason it was stopped must reach the user whatever MLflow says: a failure here is only noted.
+    """
+    if not run.journal.records:
+        return
+    try:
+        mirror_stages(run, registry, {})
+        rows = read_metrics(run.folder.metrics)
+        done = {record.stage for record in run.journal.records}
+        for stage in dict.fromkeys(str(row["stage"]) for row in rows if row["stage"] not in done):
+            times = [row["at"] for row in rows if row["stage"] == stage]
+            log = StageLog(stage=stage, started_at=times[0], finished_at=times[-1], metrics={}, rows=rows)
+            registry.log_stage(replace(log, artifacts=_tripwires(run) if stage == "ppo" else ()))
+        registry.end_run(finished_at=time.time(), is_success=False, metrics={}, tags={"seatrial.stopped": str(error)})
+    except InfrastructureError as failure:
+        run.watch.note(f"MLflow does not have this run: {failure}")
 
 
 def mirror_traces(run: Run, registry: Registry, files: ReleaseFiles) -> None:
@@ -168,7 +202,7 @@ def summarise(
     run: Run,
     *,
     trained: Iterable[PolicyVersion | RewardModelVersion],
-    paths: RunPaths,
+    paths: RunPaths | None = None,
     report: EvalReport | None = None,
     releases: Iterable[ReleaseResult] = (),
     stable: str = "",
@@ -186,7 +220,7 @@ def summarise(
         stable_policy=stable,
         bundle_id=bundle_id,
         exit_code=0 if not lines or lines[0].outcome == "promoted" else 1,
-        paths=paths,
+        paths=paths or RunPaths(folder=str(run.folder.root)),
     )
 
 

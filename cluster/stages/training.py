@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from cluster.hashing import sha256_directory
 from cluster.model_shape import shape_of, zero_stage
-from cluster.stages.context import NUM_THREADS, Run
+from cluster.stages.context import NUM_THREADS, Run, threads_each
 from cluster.stages.data import read_demonstrations, read_tasks
 from cluster.stages.preferences import read_pairs
 from cluster.stages.ray_runtime import placed
@@ -30,6 +31,7 @@ from rl_actors.training.ppo import PpoPlan, PpoPorts, run_ppo
 from rl_actors.training.ppo_learner import PpoSettings
 from rl_actors.training.reward import RewardSettings
 from rl_actors.training.sft import Example, SftSettings
+from serving.durable_files import append_durably
 
 NUM_PROBES = 4
 DRILL_FRACTION = 0.15  # of the batches of demonstrations
@@ -134,7 +136,9 @@ def train_policy(
         start, loop_state = learners.load_newest_checkpoint()
         # A row of its own: the first rollouts are sampled by weights that were proved too.
         report(start, {"attestation_gap": sync.publish(start), "weights_version": float(start)})
-        ports = PpoPorts(source=pool, scorer=scorers, learner=learners, sync=sync, report=report)
+        ports = PpoPorts(
+            source=pool, scorer=scorers, learner=learners, sync=sync, report=report, tripped=tell_trips(run)
+        )
         run_ppo(tasks, ppo_plan(run), ports, stability_limits(run), start=start, loop_state=loop_state)
         learners.save_policy(str(directory))
         for group in (pool, scorers, learners):
@@ -143,6 +147,17 @@ def train_policy(
     copy_tokenizer(baseline.path, directory)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return run.policy("ppo_v1", "ppo", directory, baseline.sha256)
+
+
+def tell_trips(run: Run) -> Callable[[int, Sequence[str]], None]:
+    """Return what writes tripwires down, with metric, value and limit, and shows them; MLflow gets the file too."""
+
+    def tripped(step: int, trips: Sequence[str]) -> None:
+        for trip in trips:
+            append_durably(run.folder.tripwires, {"stage": "ppo", "step": step, "at": time.time(), "trip": trip})
+            run.watch.note(f"ppo step {step}: tripwire {trip}")
+
+    return tripped
 
 
 def probe_sequences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersion) -> list[list[int]]:
@@ -161,7 +176,7 @@ def _start_actors(
         baseline.path,
         ppo_settings(run),
         num_ranks=ppo.num_learners,
-        num_threads=NUM_THREADS,
+        num_threads=threads_each(ppo.num_learners),
         options=options,
         checkpoints=checkpoints,
     )
@@ -172,7 +187,11 @@ def _start_actors(
     # Last, because it waits for its engines: learners and scorers load meanwhile.
     pool = RolloutPool(
         baseline.path,
-        replace(run.worker_settings, wants_routes=ppo_settings(run).recipe.routing == "replay"),
+        replace(
+            run.worker_settings,
+            wants_routes=run.spec.recipe.routing == "replay",
+            num_threads=threads_each(ppo.num_rollout_workers),
+        ),
         num_workers=ppo.num_rollout_workers,
         options=options,
         timeout_s=run.spec.agent.timeout_s * 10,
@@ -202,12 +221,12 @@ def require_untouched(version: PolicyVersion) -> None:
 
 def ppo_settings(run: Run) -> PpoSettings:
     """Return the update's settings from the spec."""
-    ppo = run.spec.ppo
+    ppo, recipe = run.spec.ppo, run.spec.recipe
     return PpoSettings(
         learning_rate=ppo.learning_rate,
         kl_coef=ppo.kl_coef,
-        clip_low=ppo.clip_low,
-        clip_high=ppo.clip_high,
+        clip_low=ppo.clip,
+        clip_high=ppo.clip if recipe.clip_high is None else recipe.clip_high,
         gamma=ppo.gamma,
         lam=ppo.lam,
         epochs=ppo.epochs,
@@ -216,7 +235,7 @@ def ppo_settings(run: Run) -> PpoSettings:
         temperature=ppo.temperature,
         microbatch_tokens=MICROBATCH_TOKENS,
         seed=run.spec.seed,
-        recipe=run.spec.recipe,
+        recipe=recipe,
         zero_stage=zero_stage(shape_of(run.spec.model).params, ppo.num_learners),
         limits=stability_limits(run),
     )
@@ -231,7 +250,7 @@ def train_resources(run: Run) -> TrainResources:
     """Return what a Ray Train job reserves."""
     return TrainResources(
         num_workers=run.spec.ppo.num_learners,
-        num_threads=NUM_THREADS,
+        num_threads=threads_each(run.spec.ppo.num_learners),
         gpus_per_worker=run.spec.cluster.gpus_per_learner,
         storage=str(run.folder.root / "ray_train"),
     )

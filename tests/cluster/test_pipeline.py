@@ -21,7 +21,7 @@ from cluster.paths import RunFolder
 from cluster.pipeline import STAGES, run_pipeline
 from cluster.placement import Placement
 from cluster.spec import WorkflowSpec, load_spec, override
-from cluster.stages import data, evaluation, preferences, records, release, training
+from cluster.stages import bench, data, evaluation, preferences, records, release, training
 from cluster.stages.bench import ReleaseResult
 from cluster.stages.context import Run
 from cluster.watch import RunPaths, RunSummary
@@ -122,8 +122,12 @@ class Story:
         paths = RunPaths(folder=str(run.folder.root))
         return records.summarise(run, trained=(), paths=paths, report=given[3], releases=given[4], stable="ppo")
 
-    def open_registry(self, _run: Run) -> str:
-        return "registry"
+    @contextmanager
+    def registry_of(self, _run: Run) -> Iterator[str]:
+        yield "registry"
+
+    def require_room(self, _run: Run, until: str) -> None:
+        self.given["room"] = (until,)
 
     @contextmanager
     def connected(self, address: str, placement: Placement) -> Iterator[None]:
@@ -145,7 +149,8 @@ def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
         preferences: ("collect_preferences",),
         evaluation: ("evaluate", "require_offline_gates"),
         release: ("release_all",),
-        records: ("make_bundle", "finish", "open_registry"),
+        bench: ("require_room",),
+        records: ("make_bundle", "finish", "registry_of"),
         pipeline: ("connected",),
     }
     for module, names in places.items():

@@ -286,17 +286,25 @@ class FakeRegistry:
     stages: list[StageLog] = field(default_factory=list)
     traces: list[SampledTrace] = field(default_factory=list)
     lost: int = 0
+    ended: list[tuple[bool, Mapping[str, str]]] = field(default_factory=list)
+    refusal: InfrastructureError | None = None
+
+    def connect_in_background(self) -> None:
+        """Nothing to connect to."""
 
     @property
     def store(self) -> Store:
         return Store(uri="postgresql://ann:s3cret@db/mlflow", artifacts=None)
 
     def start_run(self, **values: Any) -> str:
+        if self.refusal is not None:
+            raise self.refusal
         self.runs.append(("start", values))
         return "1"
 
     def end_run(self, **values: Any) -> None:
         self.runs.append(("end", values))
+        self.ended.append((values["is_success"], values.get("tags", {})))
 
     def log_stage(self, log: StageLog) -> str:
         self.stages.append(log)

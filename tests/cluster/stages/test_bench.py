@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pytest
 from cluster.service_gateway import recorded_gateway
 from cluster.stages import bench as bench_module
 from cluster.stages import traffic_thread
-from cluster.stages.bench import ReleaseBench, ReleaseResult, live_tasks
+from cluster.stages.bench import ReleaseBench, ReleaseResult, live_tasks, require_room
 from cluster.stages.context import NUM_THREADS, Run
 from cluster.stages.data import NUM_RELEASES, read_tasks
 from cluster.stages.release import release_plan
@@ -195,6 +195,23 @@ def rig(home: Path, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bench_module, "ServePlatform", FakeServe)
     monkeypatch.setattr(traffic_thread, "run_traffic", users)
     return Rig(run=make_run(home, *FAST), snapshot=snapshot, users=users)
+
+
+# --- room -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("until", "asks"), [("", True), ("release", True), ("ppo", False), ("eval", False)])
+def test_a_run_asks_for_room_before_it_trains_when_it_will_release(
+    home: Path, monkeypatch: pytest.MonkeyPatch, until: str, asks: bool
+):
+    def full(_serve: FakeServe) -> None:
+        raise BadInputError("cluster.serve_port", 8000, "this Ray already serves another home")
+
+    monkeypatch.setattr(bench_module, "ServePlatform", FakeServe)
+    monkeypatch.setattr(FakeServe, "require_room", full, raising=False)
+    with pytest.raises(BadInputError, match="another home") if asks else nullcontext():
+        require_room(make_run(home), until)
+    assert not (home / "runs" / "run-1" / "serving").exists()
 
 
 # --- tickets ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from cluster.stages.records import (
     make_bundle,
     mirror_stages,
     mirror_traces,
-    open_registry,
+    registry_of,
     stage_links,
     summarise,
 )
@@ -34,12 +34,20 @@ from cluster.stages.registration import register_policies
 from cluster.watch import RunPaths, RunSummary, StageLine
 from cluster.workflows.support_desk import WORKFLOW
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion
-from rl_actors.errors import TamperedError
+from rl_actors.errors import BadInputError, InfrastructureError, InstabilityError, TamperedError
 from rl_actors.training.metrics_log import MetricsLog
 from serving.ledger import RunLedger
 from serving.served import ReleaseFiles
 from serving.trace_log import LiveTrace, TraceLog
-from tests.cluster.stages.fakes import CALIBRATION, FakeRegistry, make_policy, make_result, make_reward_model, make_run
+from tests.cluster.stages.fakes import (
+    CALIBRATION,
+    FakeRegistry,
+    make_policy,
+    make_result,
+    make_reward_model,
+    make_run,
+    watch_of,
+)
 from tests.rl_actors.fakes import make_turn
 from tests.serving.fakes import make_report, make_suite, record_run
 
@@ -247,10 +255,65 @@ def test_every_version_is_linked_to_reward_model_data_and_its_own_bundle(run: Ru
 def test_the_registry_connects_beside_other_work(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch):
     connected: list[Registry] = []
     monkeypatch.setattr(Registry, "connect_in_background", lambda registry: connected.append(registry))
-    registry = open_registry(run)
-    assert connected == [registry]
-    assert (registry.workflow, registry.run_id) == ("support_desk", "run-1")
-    assert str(home / "mlflow") in registry.store.uri
+    with registry_of(run) as registry:
+        assert connected == [registry]
+        assert (registry.workflow, registry.run_id) == ("support_desk", "run-1")
+        assert str(home / "mlflow") in registry.store.uri
+
+
+# --- a run that is stopped --------------------------------------------------------------------------------------------
+
+
+def finish_sft(run: Run) -> None:
+    directory = run.fresh("models/sft")
+    (directory / "weights").write_text("w")
+    run.stage("sft", {}, lambda: run.policy("sft", "sft", directory, "0" * 64), PolicyVersion)
+
+
+def stop(run: Run, error: BaseException) -> None:
+    with registry_of(run):
+        raise error
+
+
+@pytest.fixture
+def mirrored(monkeypatch: pytest.MonkeyPatch) -> FakeRegistry:
+    fake = FakeRegistry()
+    monkeypatch.setattr(records, "Registry", lambda *_, **__: fake)
+    return fake
+
+
+def test_a_stopped_run_leaves_its_curves_its_tripwires_and_the_reason(run: Run, mirrored: FakeRegistry):
+    finish_sft(run)
+    MetricsLog(run.folder.metrics, "ppo").write(3, {"reward": 0.5})
+    run.folder.tripwires.write_text("{}\n")
+    with pytest.raises(InstabilityError):
+        stop(run, InstabilityError("entropy_collapse: entropy = 0.0001, limit 0.0005"))
+    logs = {log.stage: log for log in mirrored.stages}
+    assert list(logs) == ["sft", "ppo"]
+    assert logs["ppo"].artifacts == (run.folder.tripwires,)
+    assert [row["reward"] for row in logs["ppo"].rows if row["stage"] == "ppo"] == [0.5]
+    assert mirrored.ended == [(False, {"seatrial.stopped": "entropy_collapse: entropy = 0.0001, limit 0.0005"})]
+
+
+def test_a_run_that_did_nothing_leaves_nothing(run: Run, mirrored: FakeRegistry):
+    with pytest.raises(BadInputError):
+        stop(run, BadInputError("cluster.serve_port", 8000, "already in use"))
+    assert (mirrored.stages, mirrored.ended) == ([], [])
+
+
+def test_a_silent_mlflow_does_not_hide_why_a_run_was_stopped(run: Run, mirrored: FakeRegistry):
+    finish_sft(run)
+    mirrored.refusal = InfrastructureError("MLflow does not answer")
+    with pytest.raises(InstabilityError, match="entropy_collapse"):
+        stop(run, InstabilityError("entropy_collapse: entropy = 0.0001, limit 0.0005"))
+    assert watch_of(run).notes == ["MLflow does not have this run: MLflow does not answer"]
+
+
+def test_a_run_that_goes_well_is_no_stopped_one(run: Run, mirrored: FakeRegistry):
+    finish_sft(run)
+    with registry_of(run):
+        pass
+    assert (mirrored.stages, mirrored.ended) == ([], [])
 
 
 # --- the ending -------------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def test_sft_follows_the_spec(
         "seed": 7,
     }
     assert resources == train_resources(run)
-    assert (resources.num_workers, resources.num_threads, resources.gpus_per_worker) == (2, NUM_THREADS, 0.0)
+    assert (resources.num_workers, resources.num_threads, resources.gpus_per_worker) == (2, NUM_THREADS // 2, 0.0)
     assert Path(resources.storage).is_relative_to(run.folder.root)
 
 
