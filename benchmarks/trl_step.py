@@ -9,9 +9,9 @@ microbatches and threads, float32, GRPO loss (mean over sequences), KL coefficie
 epoch, one AdamW step. Both skip the pass for old log-probabilities. The sides are processes of their own that take
 steps in turn, the first one of each round in turn as well; each figure is the median after the warm-up rounds.
 
-seatrial: vLLM engine, learner, publish and attestation, in one process without Ray. TRL: generation by Transformers,
-its default; its vLLM modes need a GPU or a server, so this is not TRL at its fastest on other hardware. TRL lives in an
-environment of its own, which the first run installs (1.2 GB) under --environment.
+seatrial: vLLM engines, learners, publish and attestation as Ray actors, one engine and one learner for each thread.
+TRL: generation by Transformers, its default; its vLLM modes need a GPU or a server, so this is not TRL at its fastest
+on other hardware. TRL lives in an environment of its own, which the first run installs (1.2 GB) under --environment.
 """
 
 from __future__ import annotations
