@@ -70,10 +70,14 @@ class VllmEngine:
         self._shapes = checkpoint_shapes(model_path)
         self._llm: Any = None
         loaded: Future[Any] = Future()
+        num_threads = torch.get_num_threads()
         # Loaded on the thread that steps it: vLLM's CPU attention dies when two threads differ in OpenMP threads.
         self._thread = threading.Thread(
             target=self._run,
-            args=(lambda: _load(model_path, max_model_len, max_num_seqs, transfer_backend, record_routes), loaded),
+            args=(
+                lambda: _load(model_path, max_model_len, max_num_seqs, transfer_backend, record_routes, num_threads),
+                loaded,
+            ),
             name="vllm-engine",
             daemon=True,
         )
@@ -244,9 +248,16 @@ def _settle(done: Future[Any], function: Callable[[], Any]) -> None:
 
 
 def _load(
-    model_path: str, max_model_len: int, max_num_seqs: int, transfer_backend: str | None, record_routes: bool
+    model_path: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    transfer_backend: str | None,
+    record_routes: bool,
+    num_threads: int,
 ) -> Any:
     """Import vLLM under the right environment and load the model."""
+    # A thread begins with the process's OpenMP default, not with what its maker has set for itself.
+    torch.set_num_threads(num_threads)
     for key, value in (_ENGINE_ENVIRONMENT | (_RECORDING_ENVIRONMENT if record_routes else {})).items():
         os.environ.setdefault(key, value)
     from vllm import LLM

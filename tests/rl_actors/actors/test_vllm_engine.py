@@ -30,6 +30,7 @@ from tests.rl_actors.fakes import PROMPT, save_tiny_model
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]
 
 MAX_LEN = 256
+NUM_THREADS = 1  # not the default of this machine, nor of any with two cores
 TOLERANCE = 1e-3
 PROBES = [[random.Random(number).randrange(8, 300) for _ in range(30 + number)] for number in range(4)]
 STOCK = "seatrial_test_stock"
@@ -71,6 +72,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def engine(model_dir: Path) -> Iterator[VllmEngine]:
     """The engine as rollout workers start it."""
+    torch.set_num_threads(NUM_THREADS)
     one = VllmEngine(str(model_dir), max_model_len=MAX_LEN, max_num_seqs=32)
     ENGINES.append(one)
     yield one
@@ -109,6 +111,11 @@ def ask(engine: VllmEngine, *requests: tuple[Sequence[int], SamplingParams]) -> 
         return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 120)
 
     return asyncio.run(all_of_them())
+
+
+def test_the_engine_uses_the_threads_its_maker_was_given(engine: VllmEngine):
+    """Else two engines beside each other take twice the cores there are."""
+    assert engine.call(torch.get_num_threads) == torch.get_num_threads()  # NUM_THREADS, unless vLLM was loaded before
 
 
 # --- weight sync ----------------------------------------------------------------------------------
