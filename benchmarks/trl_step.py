@@ -7,7 +7,8 @@ Two models of about 1M parameters (GPT-OSS and dense Qwen3), each written once a
 prompts, 8 of them with 8 completions of exactly 128 tokens (the end token lies outside the vocabulary), the same
 microbatches and threads, float32, GRPO loss (mean over sequences), KL coefficient 0.02 with a reference pass, one
 epoch, one AdamW step. Both skip the pass for old log-probabilities. The sides are processes of their own that take
-steps in turn, the first one of each round in turn as well; each figure is the median after the warm-up rounds.
+steps in turn, the first one of each round in turn as well, and are stopped while the other one works; each figure is
+the median after the warm-up rounds.
 
 seatrial: vLLM engines, learners, publish and attestation as Ray actors, one engine and one learner for each thread.
 TRL: generation by Transformers, its default; its vLLM modes need a GPU or a server, so this is not TRL at its fastest
@@ -21,15 +22,19 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from grpo_job import PARTS, Job
@@ -40,6 +45,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 TRL_VERSION = "1.16.0"
 GOAL = 1.5
+SETTLE_S = 0.3  # Ray's heartbeats catch up
 SIDES = ("seatrial", "trl")
 MODELS = ("gpt_oss", "qwen3")
 NUM_PROMPTS = 64
@@ -154,9 +160,17 @@ class Side:
                 env=environment,
             )
         self.versions = self._answer()
+        self._signal(signal.SIGSTOP)
 
     def step(self) -> Answer:
-        """Take one step; returns its seconds."""
+        """Take one step; returns its seconds. All its processes rest before and after: the other side gets the cores."""
+        self._signal(signal.SIGCONT)
+        time.sleep(SETTLE_S)
+        answer = self._step()
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def _step(self) -> Answer:
         assert self._process.stdin
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
@@ -164,11 +178,20 @@ class Side:
 
     def close(self) -> None:
         """Hang up, and end a worker that does not leave by itself; idempotent."""
+        self._signal(signal.SIGCONT)
         try:
             self._process.communicate(timeout=20)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.communicate()
+
+    def _signal(self, number: int) -> None:
+        """Tell the worker and everything it started."""
+        with suppress(psutil.NoSuchProcess):
+            worker = psutil.Process(self._process.pid)
+            for process in (*worker.children(recursive=True), worker):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
     def _answer(self) -> Answer:
         assert self._process.stdout
