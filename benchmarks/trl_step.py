@@ -163,7 +163,7 @@ class Side:
         self._signal(signal.SIGSTOP)
 
     def step(self) -> Answer:
-        """Take one step; returns its seconds. All its processes rest before and after: the other side gets the cores."""
+        """Take one step; returns its seconds. Its processes rest before and after: the cores are the other side's."""
         self._signal(signal.SIGCONT)
         time.sleep(SETTLE_S)
         answer = self._step()
