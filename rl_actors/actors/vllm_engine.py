@@ -196,7 +196,8 @@ class VllmEngine:
     def _step(self) -> None:
         for output in self._llm.llm_engine.step():
             if output.finished and output.request_id in self._waiting:
-                self._waiting.pop(output.request_id).set_result(self._completion(output))
+                completion = self._completion(output)  # should it raise, its caller is still among those to be told
+                self._waiting.pop(output.request_id).set_result(completion)
 
     def _completion(self, output: Any) -> Completion:
         sampled = output.outputs[0]

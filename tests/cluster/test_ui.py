@@ -88,6 +88,9 @@ def test_the_environments_proxy_is_not_asked(monkeypatch: pytest.MonkeyPatch):
     with HTTPServer(("127.0.0.1", 0), Healthy) as listener:
         Thread(target=listener.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{listener.server_port}"
+        monkeypatch.setattr(
+            urllib.request, "_opener", None
+        )  # it keeps the proxies of its first use for all that follow
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
         monkeypatch.delenv("no_proxy", raising=False)
         with pytest.raises(OSError, match="refused"):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +31,7 @@ class FakeLlm:
         self.most_at_once = self.num_steps = 0
         self.prompts: dict[str, list[int]] = {}
         self.error: BaseException | None = None
+        self.routes: Any = None
         self.calls: list[Any] = []
         self.aborted: list[str] = []
         self.gate = threading.Event()
@@ -61,8 +63,11 @@ class FakeLlm:
     def _output(self, name: str, finished: bool) -> Any:
         ids = self.prompts[name][::-1]
         logprobs = [{token: SimpleNamespace(logprob=-float(token)), 999: SimpleNamespace(logprob=0.0)} for token in ids]
-        sampled = SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason="stop" if ids[-1] == 1 else "length")
-        return SimpleNamespace(request_id=name, finished=finished, outputs=[sampled], num_cached_tokens=None)
+        reason = "stop" if ids[-1] == 1 else "length"
+        sampled = SimpleNamespace(token_ids=ids, logprobs=logprobs, finish_reason=reason, routed_experts=self.routes)
+        return SimpleNamespace(
+            request_id=name, finished=finished, outputs=[sampled], num_cached_tokens=None, prompt_token_ids=[1]
+        )
 
     def start_weight_update(self) -> None:
         self.calls.append("start")
@@ -154,6 +159,15 @@ def test_a_dying_engine_ends_every_waiting_request_and_every_later_one(start: An
     assert "dead: RuntimeError('out of memory')" in str(late)
     with pytest.raises(EngineError, match="dead"):
         engine.call(lambda: 1)
+
+
+def test_an_output_that_cannot_be_read_is_told_to_its_caller(start: Any):
+    """It ends the engine; whoever waits for that very output must hear of it, and not wait for ever."""
+    engine, fake = start()
+    fake.routes = np.zeros((9, 1, 1), dtype=np.uint8)
+    (found,) = generate(engine, [5, 6])
+    assert isinstance(found, EngineError)
+    assert "routes of 9 tokens" in str(found)
 
 
 def test_closing_fails_what_waits_and_what_comes_after(start: Any):
