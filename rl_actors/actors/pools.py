@@ -49,8 +49,13 @@ def wait_for(references: Sequence[Any], *, timeout_s: float, what: str) -> list[
         cause = innermost(error)
         if isinstance(cause, SeatrialError):
             raise cause from error
-        where = f"pid {error.pid} on {error.ip}"
-        raise InfrastructureError(f"{what} failed: {one_line(cause)} ({where}); {LOGS}") from error
+        raise InfrastructureError(f"{what} failed: {one_line(cause)}{_where(error)}; {LOGS}") from error
+
+
+def _where(error: RayTaskError) -> str:
+    """Say which process; Ray's error of a known kind passes itself off as its cause, and has forgotten."""
+    pid, address = getattr(error, "pid", None), getattr(error, "ip", None)
+    return f" (pid {pid} on {address})" if pid and address else ""
 
 
 def innermost(error: BaseException) -> BaseException:
