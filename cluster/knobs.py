@@ -33,8 +33,8 @@ MEANINGS: Final[Mapping[str, str]] = {
     "release.alpha": "Bounds the chance of a false roll-back and of a false pass; lower needs more tickets for either "
     "verdict.",
     "release.max_minutes": "Longest time of a release; one that has no verdict by then is not promoted.",
-    "release.concurrency": "Tickets open at a time; higher presses both arms harder, and their latencies depend more "
-    "on each other.",
+    "release.concurrency": "Tickets open at a time; where they saturate the machine, the arm with fewer of them looks "
+    "faster than it is.",
     "monitoring": "Names the live series to watch; gates decide, these do not.",
     "model.path": "The pretrained model to start from; empty builds a tiny GPT-OSS that knows nothing yet.",
     "model.hidden_size": "Width of the model built on the spot; higher adds capacity, and parameters grow with its "

@@ -211,7 +211,7 @@ class ReleaseSection(Section):
     min_canary_requests: int = Field(default=50, ge=1)
     alpha: float = Field(default=0.05, gt=0, lt=1)
     max_minutes: float = Field(default=10.0, gt=0)
-    concurrency: int = Field(default=8, ge=1, description="tickets the traffic driver keeps open")
+    concurrency: int = Field(default=4, ge=1, description="tickets the traffic driver keeps open")
 
     @field_validator("gates", mode="before")
     @classmethod

@@ -38,7 +38,7 @@ class TrafficConfig:
     url: str
     live_world: Mapping[str, Any]
     run_name: str
-    concurrency: int = 8
+    concurrency: int = 4
     timeout_s: float = 90.0
 
 

@@ -197,6 +197,38 @@ def look_at(num_candidate: int, first: int) -> Look | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MatchedSamples:
+    """Samples of both arms up to the same moment: that of the last planned look."""
+
+    stable: tuple[RunSample, ...]
+    candidate: tuple[RunSample, ...]
+    alpha_fraction: float
+
+    @property
+    def num_effective(self) -> float:
+        """n m / (n + m): the variance of a difference goes with 1/n + 1/m.
+
+        Beside far more stable runs, n of the candidate weigh n; beside as many, n / 2.
+        """
+        n, m = len(self.candidate), len(self.stable)
+        return n * m / (n + m)
+
+
+def match_samples(
+    stable: Sequence[RunSample], candidate: Sequence[RunSample], min_samples: int
+) -> MatchedSamples | None:
+    """Return both arms as of the last planned look; None while either has fewer than `min_samples` runs."""
+    look = look_at(len(candidate), min_samples)
+    if look is None:
+        return None
+    seen = tuple(candidate[: look.num_samples])
+    beside = tuple(sample for sample in stable if sample.completed_at <= seen[-1].completed_at)
+    if len(beside) < min_samples:
+        return None
+    return MatchedSamples(stable=beside, candidate=seen, alpha_fraction=look.alpha_fraction)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RatioEstimate:
     """candidate / stable with one-sided bounds: `low` at 1 - alpha, `high` at 1 - alpha_high (else alpha)."""
 

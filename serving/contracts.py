@@ -178,9 +178,9 @@ class ReleasePlan:
 
     All `gates` must pass to advance; a failing gate or stop rule rolls back. `alpha` bounds the chance of a false roll
     back over the release, and of a false pass per gate. Margins are relative (non-inferiority). `event_rate_tolerance`
-    is the rate of bad sessions that is acceptable even where events are too rare to compare the arms. A controller that
-    comes back after more than `stale_after_s`, the gateways' own bound, does not count its absence as canary time.
-    `may_promote=False` is a rollback drill: it can never promote.
+    is the rate of bad sessions that is acceptable even where events are too rare to compare the arms. Latency is due
+    from n m / (n + m) = `full_samples` on, with n and m runs an arm. After more than `stale_after_s`, the gateways' own
+    bound, a controller that comes back does not count its absence. `may_promote=False`: a drill, never promoted.
     """
 
     ramp: tuple[RampStep, ...]
@@ -194,7 +194,7 @@ class ReleasePlan:
     cost_margin: float = 0.10
     latency_limit: float = 0.15
     min_samples: int = 50
-    full_samples: int = 400
+    full_samples: int = 350
     sample_ratio_alpha: float = 0.001
     max_rollback_s: float = 300.0
     drill_max_age_s: float = 86_400.0

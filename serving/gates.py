@@ -23,8 +23,9 @@ from rl_actors.contracts import EvalReport, SuiteResult
 from rl_actors.errors import BadInputError
 from serving.canary_analysis import (
     EventEProcess,
+    MatchedSamples,
     cost_per_success_ratio,
-    look_at,
+    match_samples,
     mean_log_ratio,
     p95_ratio,
     rate_below_e_value,
@@ -134,24 +135,8 @@ def _event_result(gate: str, events: tuple[ArmEvent, ...], evidence: LiveEvidenc
     return _result(gate, "inconclusive", "too little evidence in either direction", numbers)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _MatchedSamples:
-    """Samples of both arms up to the same moment: that of the last planned look."""
-
-    stable: tuple[RunSample, ...]
-    candidate: tuple[RunSample, ...]
-    alpha_fraction: float
-
-
-def _matched(evidence: LiveEvidence, plan: ReleasePlan) -> _MatchedSamples | None:
-    look = look_at(len(evidence.candidate.samples), plan.min_samples)
-    if look is None:
-        return None
-    candidate = evidence.candidate.samples[: look.num_samples]
-    stable = tuple(s for s in evidence.stable.samples if s.completed_at <= candidate[-1].completed_at)
-    if len(stable) < plan.min_samples:
-        return None
-    return _MatchedSamples(stable=stable, candidate=candidate, alpha_fraction=look.alpha_fraction)
+def _matched(evidence: LiveEvidence, plan: ReleasePlan) -> MatchedSamples | None:
+    return match_samples(evidence.stable.samples, evidence.candidate.samples, plan.min_samples)
 
 
 def _too_few(gate: str, evidence: LiveEvidence, plan: ReleasePlan) -> GateResult:
@@ -162,8 +147,8 @@ def _too_few(gate: str, evidence: LiveEvidence, plan: ReleasePlan) -> GateResult
 def _live_latency(evidence: LiveEvidence, plan: ReleasePlan) -> GateResult:
     """p95 of the candidate over p95 of stable, minus 1, below the limit, on matched traffic.
 
-    The bounds decide while they clear the limit; from `full_samples` on the point estimate does, so 14.9 % passes and
-    15.0 % fails. Mean-log durations see a slow-down earlier, and count where the p95 points the same way.
+    The bounds decide while they clear the limit; once the arms weigh `full_samples` the point estimate does, so 14.9 %
+    passes and 15.0 % fails. Mean-log durations see a slow-down earlier, and count where the p95 points the same way.
     """
     gate, matched = "latency_delta_lt_15_percent", _matched(evidence, plan)
     if matched is None:
@@ -175,7 +160,7 @@ def _live_latency(evidence: LiveEvidence, plan: ReleasePlan) -> GateResult:
     numbers = {"p95_delta": delta, "p95_delta_high": high, "mean_delta": mean.ratio - 1, "delta_low": early}
     numbers |= {"candidate_runs": len(matched.candidate), "stable_runs": len(matched.stable)}
     reason = f"p95 {delta:+.2%} against stable, limit {limit:+.0%}"
-    is_slower, is_full = delta >= limit - _ROUNDING, len(matched.candidate) >= plan.full_samples
+    is_slower, is_full = delta >= limit - _ROUNDING, matched.num_effective >= plan.full_samples
     if is_slower and (is_full or early >= limit - _ROUNDING):
         return _result(gate, "fail", reason, numbers)
     if not is_slower and (is_full or high < limit - _ROUNDING):
@@ -207,7 +192,7 @@ def _labelled(samples: tuple[RunSample, ...]) -> int:
     return sum(sample.success != "unknown" for sample in samples)
 
 
-def _no_success_is_proof(matched: _MatchedSamples, alpha: float) -> bool:
+def _no_success_is_proof(matched: MatchedSamples, alpha: float) -> bool:
     """Whether no success at all would be unlikely for a candidate as good as stable: (1 - p)^n <= alpha."""
     rate = sum(sample.success == "yes" for sample in matched.stable) / _labelled(matched.stable)
     return (1 - rate) ** _labelled(matched.candidate) <= alpha

@@ -202,6 +202,14 @@ class TestLatency:
         assert result.verdict == "inconclusive"
         assert "not yet certain" in result.reason
 
+    @pytest.mark.parametrize(
+        ("num_canary", "num_stable", "verdict"),
+        [(100, 1000, "fail"), (100, 200, "inconclusive"), (100, 100, "inconclusive"), (200, 200, "fail")],
+    )
+    def test_an_arm_weighs_less_beside_a_small_one(self, num_canary: int, num_stable: int, verdict: str):
+        """Half of two hundred runs are no better known than fifty beside very many: nobody is judged on them."""
+        assert live(self.GATE, self.evidence(1.2, num_canary, num_stable), full_samples=80).verdict == verdict
+
     def test_a_clear_slow_down_fails_before_full_samples(self):
         assert live(self.GATE, self.evidence(2.0, num_canary=100)).verdict == "fail"
 

@@ -45,7 +45,7 @@ def test_the_plan_follows_the_spec(home: Path):
     assert [step.share for step in plan.ramp] == [0.1, 0.4]
     assert {step.min_requests for step in plan.ramp} == {80}
     assert {step.max_duration_s for step in plan.ramp} == {plan.max_duration_s} == {180.0}
-    assert (plan.alpha, plan.min_samples, plan.full_samples, plan.seed) == (0.02, 50, 160, 7)
+    assert (plan.alpha, plan.min_samples, plan.full_samples, plan.seed) == (0.02, 50, 112, 7)
     assert set(plan.gates) == set(ARTICLE_GATES)
     check_gate_names(plan)
 
