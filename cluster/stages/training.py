@@ -29,6 +29,7 @@ from rl_actors.training.copy_drills import drill_batches
 from rl_actors.training.metrics_log import MetricsLog
 from rl_actors.training.ppo import PpoPlan, PpoPorts, run_ppo
 from rl_actors.training.ppo_learner import PpoSettings
+from rl_actors.training.recipe import RESAMPLE_ROUNDS
 from rl_actors.training.reward import RewardSettings
 from rl_actors.training.sft import Example, SftSettings
 from serving.durable_files import append_durably
@@ -209,6 +210,7 @@ def ppo_plan(run: Run) -> PpoPlan:
         checkpoint_every=ppo.checkpoint_every,
         seed=run.spec.seed,
         temperature=ppo.temperature,
+        resample_rounds=RESAMPLE_ROUNDS if run.spec.recipe.drop_flat_groups else 0,
     )
 
 

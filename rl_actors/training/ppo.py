@@ -63,7 +63,10 @@ class WeightSync(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PpoPlan:
-    """What the loop does; the update itself is the learner's business."""
+    """What the loop does; the update itself is the learner's business.
+
+    `resample_rounds` is how often a step tries other tasks in place of groups without signal (dynamic sampling).
+    """
 
     num_steps: int
     tasks_per_step: int
@@ -71,6 +74,7 @@ class PpoPlan:
     checkpoint_every: int
     seed: int
     temperature: float = 1.0
+    resample_rounds: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,11 +94,14 @@ class PpoPorts:
     clock: Callable[[], float] = time.monotonic
 
 
-def requests_for_step(tasks: Sequence[Task], plan: PpoPlan, step: int) -> list[RolloutRequest]:
-    """Return the rollout requests of a step: tasks in order over the shuffled list, a group of attempts per task."""
+def requests_for_step(tasks: Sequence[Task], plan: PpoPlan, step: int, resample_round: int = 0) -> list[RolloutRequest]:
+    """Return the rollout requests of a step: tasks in order over the shuffled list, a group of attempts per task.
+
+    Those of `resample_round` 1, 2, ... lie behind all first requests of the run, so that no step draws another's.
+    """
     requests = []
     for offset in range(plan.tasks_per_step):
-        position = step * plan.tasks_per_step + offset
+        position = (resample_round * plan.num_steps + step) * plan.tasks_per_step + offset
         task = tasks[position % len(tasks)]
         for attempt in range(plan.rollouts_per_task):
             seed = (plan.seed * 7919 + position) * plan.rollouts_per_task + attempt
@@ -125,7 +132,8 @@ def run_ppo(
         ports.learner.save_checkpoint(0, _loop_state(watch))  # what a tripwire of the first steps goes back to
     for step in range(start, plan.num_steps):
         with _telling(ports, step + 1):
-            metrics = run_step(requests_for_step(tasks, plan, step), ports, step, plan.temperature, watch)
+            first, *others = (requests_for_step(tasks, plan, step, n) for n in range(plan.resample_rounds + 1))
+            metrics = run_step(first, ports, step, plan.temperature, watch, others)
             ports.report(step + 1, metrics)
             require_stable(metrics, limits)
         if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.num_steps:
@@ -152,15 +160,17 @@ def run_step(
     weights_version: int,
     temperature: float,
     watch: DivergenceWatch,
+    others: Sequence[Sequence[RolloutRequest]] = (),
 ) -> dict[str, float]:
     """Generate, score, train, publish once; returns the step's metrics with the seconds of each part.
 
+    `others` are requests for groups that turn out to have no signal, a list for each round (`sample_groups`).
     `weights_version` is the attested version that the engines serve now. Each tripwire that the update met is a metric
     `trip_<reason code>`, how often; a restore is `restored` = 1.
     """
     seconds: dict[str, float] = {}
     with _timed(seconds, "generate_s", ports.clock):
-        rollouts = ports.source.rollouts(requests, temperature)
+        rollouts, num_resampled = sample_groups(requests, others, ports.source, temperature)
     require_attested_rollouts(rollouts, weights_version)
     with _timed(seconds, "score_s", ports.clock):
         scores = ports.scorer.score(rollouts)
@@ -181,7 +191,39 @@ def run_step(
         "attestation_gap": gap,
         "weights_version": float(update.weights_version),
         "num_dropped": float(len(requests) - len(rollouts)),
+        "num_resampled_groups": float(num_resampled),
     }
+
+
+def sample_groups(
+    requests: Sequence[RolloutRequest],
+    others: Sequence[Sequence[RolloutRequest]],
+    source: RolloutSource,
+    temperature: float,
+) -> tuple[list[Rollout], int]:
+    """Return a step's rollouts, and how many groups are not those first asked for.
+
+    Groups whose attempts all ended alike teach nothing; each round asks for other tasks in their place, and takes those
+    that do teach something (dynamic sampling, DAPO section 3.2, arXiv 2503.14476, with a bound on the tries).
+    """
+    rollouts, taken = source.rollouts(requests, temperature), 0
+    for candidates in others:
+        flat = flat_groups(rollouts)
+        if not flat:
+            break
+        drawn = source.rollouts([request for request in candidates if request.group_id in flat], temperature)
+        better = {rollout.group_id for rollout in drawn} - flat_groups(drawn)
+        rollouts = [r for r in rollouts if r.group_id not in better] + [r for r in drawn if r.group_id in better]
+        taken += len(better)
+    return rollouts, taken
+
+
+def flat_groups(rollouts: Sequence[Rollout]) -> set[int]:
+    """Return the groups whose attempts all came to the same verified outcome."""
+    outcomes: dict[int, set[bool]] = {}
+    for rollout in rollouts:
+        outcomes.setdefault(rollout.group_id, set()).add(rollout.outcome.success)
+    return {group for group, seen in outcomes.items() if len(seen) == 1}
 
 
 def require_attested_rollouts(rollouts: Sequence[Rollout], weights_version: int) -> None:

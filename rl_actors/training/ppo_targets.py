@@ -47,8 +47,8 @@ def shaped(samples: Sequence[TrainingSample], recipe: Recipe) -> list[TrainingSa
 def with_signal(samples: Sequence[TrainingSample], recipe: Recipe) -> list[TrainingSample]:
     """Leave out groups whose attempts all came to the same verified outcome; all stay where a rank would have nothing.
 
-    By the outcome, not the reward: a reward model's score is never twice the same, and its noise is no signal. What is
-    left out is not sampled again; `kept_fraction` says how much was.
+    By the outcome, not the reward: a reward model's score is never twice the same, and its noise is no signal. The loop
+    has already tried other tasks in their place; `kept_fraction` says how much is left.
     """
     if not recipe.drop_flat_groups:
         return list(samples)

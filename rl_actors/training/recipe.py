@@ -48,7 +48,8 @@ class Recipe:
         overlong_buffer: tokens before `overlong_max` over which a penalty grows to -1 (DAPO eq. 13); 0 is off.
         overlong_max: sampled tokens at which the penalty is full.
         mask_truncated: truncated rollouts train nothing (overlong filtering, DAPO section 3.4).
-        drop_flat_groups: groups whose attempts all scored alike are left out (dynamic sampling, DAPO section 3.2).
+        drop_flat_groups: groups whose attempts all ended alike give way to other tasks, in `RESAMPLE_ROUNDS` tries, and
+            are left out where none helps (dynamic sampling, DAPO section 3.2).
         skip_old_pass: on strictly on-policy updates take old = current log-probabilities, ratio exactly 1.
         routing: of a model with experts: `replay` visits in both passes the experts that the engine recorded (arXiv
             2510.11370; vLLM does on a GPU), or else in the update those of the old pass (arXiv 2507.18071 section
@@ -166,6 +167,9 @@ def _contradictions(r: Recipe) -> list[tuple[str, bool, str]]:
     ]
 
 
+RESAMPLE_ROUNDS: Final = 2
+"""Tries to replace a group without signal: a task set that is nearly solved must not hold up a step for ever."""
+
 _GROUP: Final = {"group_baseline": False, "value_clip": None, "kl_in": "loss", "kl_kind": "k3"}
 
 RECIPES: Final[Mapping[str, Recipe]] = {
@@ -175,6 +179,7 @@ RECIPES: Final[Mapping[str, Recipe]] = {
     "rloo": Recipe(advantages="rloo", **_GROUP),
     "gspo": Recipe(advantages="grpo", loss="gspo", aggregation="sequence_mean", correction="sequence_tis", **_GROUP),
     "cispo": Recipe(advantages="grpo", loss="cispo", **_GROUP),
+    "dapo": Recipe(advantages="grpo", clip_high=0.28, mask_truncated=True, drop_flat_groups=True, **_GROUP),
 }
 """What `workflow.policy_training` may name."""
 

@@ -111,7 +111,7 @@ def test_meanings_differ_except_where_knobs_are_alike():
         ("model.hidden_size", "a whole number, at least 32, a multiple of 32"),
         ("release.ramp", "a list of numbers"),
         ("workflow.target", "text"),
-        ("workflow.policy_training", "one of ppo_kl, grpo, dr_grpo, rloo, gspo, cispo"),
+        ("workflow.policy_training", "one of ppo_kl, grpo, dr_grpo, rloo, gspo, cispo, dapo"),
         ("seed", "a whole number, at least 0"),
         ("ppo.recipe", "keys and values"),
     ],

@@ -226,7 +226,7 @@ def test_overriding_the_share_moves_a_ramp_nobody_set():
         override(load_spec("support_desk"), ["release.canary_traffic_percent=30"])
 
 
-@pytest.mark.parametrize("algorithm", ["ppo_kl", "grpo", "dr_grpo", "rloo", "gspo", "cispo"])
+@pytest.mark.parametrize("algorithm", ["ppo_kl", "grpo", "dr_grpo", "rloo", "gspo", "cispo", "dapo"])
 def test_an_algorithm_is_chosen_by_its_name(algorithm: str):
     spec = override(parse_spec(ARTICLE), [f"workflow.policy_training={algorithm}"])
     assert spec.workflow.policy_training == algorithm

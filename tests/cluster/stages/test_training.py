@@ -40,7 +40,7 @@ from rl_actors.models.tokenizer import HARMONY_TOKENS
 from rl_actors.training.metrics_log import read_metrics
 from rl_actors.training.ppo import LoopState, PpoPlan, PpoPorts
 from rl_actors.training.ppo_learner import PpoSettings
-from rl_actors.training.recipe import RECIPES
+from rl_actors.training.recipe import RECIPES, RESAMPLE_ROUNDS
 from rl_actors.training.sft import Example
 from tests.cluster.stages.fakes import CALIBRATION, NUM_TASKS, Places, make_reward_model, make_run, watch_of
 
@@ -438,6 +438,14 @@ def test_ppo_trains_on_train_tasks_as_the_spec_plans(
     train(run, snapshot, replace(base, kind="sft"))
     assert {task.split for task in ppo.tasks} == {"train"}
     assert ppo.plan == PpoPlan(num_steps=3, tasks_per_step=5, rollouts_per_task=2, checkpoint_every=2, seed=7)
+
+
+def test_groups_without_signal_are_sampled_again_where_the_recipe_drops_them(
+    home: Path, snapshot: DataSnapshot, base: PolicyVersion, ppo: PpoStage
+):
+    train(make_run(home, "workflow.policy_training=dapo"), snapshot, replace(base, kind="sft"))
+    assert ppo.plan is not None
+    assert ppo.plan.resample_rounds == RESAMPLE_ROUNDS > 0
 
 
 def test_ppo_metrics_can_be_followed(run: Run, snapshot: DataSnapshot, baseline: PolicyVersion, ppo: PpoStage):
