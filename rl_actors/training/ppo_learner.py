@@ -97,11 +97,15 @@ class PpoLearner:
     def update(self, samples: Sequence[TrainingSample]) -> LearnerUpdate:
         """Take one update on this rank's share of the rollouts; metrics are those of the whole batch.
 
+        A limit that is on but was not judged (no such metric, or a critic that warms up) is named:
+        `unchecked_<reason code>`.
+
         Raises:
             InstabilityError: A tripwire asks for the end of the run; its message begins with the reason code.
             BadInputError: The recipe skips the old pass, and the samples are not this version's own.
         """
-        s, self._tripwires.trips = self._settings, []
+        s = self._settings
+        self._tripwires.begin_update()
         if s.recipe.skip_old_pass:
             self._require_on_policy(samples)
         kept = shaped(samples, s.recipe)
@@ -116,7 +120,7 @@ class PpoLearner:
         metrics = {"kl_coef": self._kl.value, "kept_fraction": kept_fraction(kept, samples)} | self._look(batches)
         metrics |= fill_advantages(batches, s.recipe, kl_coef=self._kl.value, gamma=s.gamma, lam=s.lam)
         restore, steps = self._epochs(parts, metrics)
-        metrics |= steps
+        metrics |= steps | self._tripwires.unchecked
         if steps["num_optimizer_steps"] and not self._is_critic_warmup:
             self._kl.observe(metrics["kl_to_reference"], int(ranks.summed(torch.tensor([float(len(samples))]))))
         self.weights_version += 1
@@ -253,7 +257,7 @@ class PpoLearner:
                 if not counts.num_loss_tokens:
                     continue  # nothing of it trains, on any rank: there is no step, and no metric to judge
                 history.append(self._gradients(part, counts))
-                decision = self._tripwires.judge({**seen, **history[-1]})
+                decision = self._tripwires.judge({**seen, **history[-1]}, is_critic_warmup=self._is_critic_warmup)
                 num_steps += isinstance(decision, Continue)
                 if not self._act(decision, history[-1]["grad_norm"]):
                     restore = decision if isinstance(decision, RestoreLastGood) else None

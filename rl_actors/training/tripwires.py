@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
 
 from rl_actors.algorithms.stability import (
     Continue,
+    ReasonCode,
     RestoreLastGood,
     SkipUpdate,
     StabilityDecision,
@@ -14,26 +18,48 @@ from rl_actors.algorithms.stability import (
     escalate,
 )
 
+_EXPLAINED: Final = "explained_variance"
+
 
 class Tripwires:
-    """Judges one minibatch after the other. `trips` holds reason, metric, value and limit of those that tripped."""
+    """Judges one minibatch after the other. `trips` holds reason, metric, value and limit of those that tripped.
+
+    Both `trips` and what could not be checked are those of the update that `begin_update` began.
+    """
 
     def __init__(self, limits: StabilityLimits) -> None:
         """Start with a clean record."""
-        self._limits = limits
+        # The loop judges this one, over rollouts of many steps; of a minibatch it would always be unchecked.
+        self._limits = replace(limits, max_reward_outcome_divergence=None)
         self.num_skipped = 0  # optimizer steps in a row, across updates
         self.num_restores = 0
-        self.trips: list[str] = []
+        self.begin_update()
 
-    def judge(self, metrics: Mapping[str, float]) -> StabilityDecision:
-        """Judge one minibatch, the streak of skips and the number of restores so far included."""
+    def begin_update(self) -> None:
+        """Forget what was said of the minibatches of another update; streaks go on."""
+        self.trips: list[str] = []
+        self._unchecked = Counter[ReasonCode]()
+
+    @property
+    def unchecked(self) -> dict[str, float]:
+        """`unchecked_<reason code>`: minibatches that passed although this limit's metric was not there."""
+        return {f"unchecked_{code}": float(count) for code, count in self._unchecked.items()}
+
+    def judge(self, metrics: Mapping[str, float], *, is_critic_warmup: bool = False) -> StabilityDecision:
+        """Judge one minibatch, the streak of skips and the number of restores so far included.
+
+        A critic that warms up explains nothing yet, and a skipped step could not teach it: it is not judged.
+        """
+        metrics = {name: value for name, value in metrics.items() if not (is_critic_warmup and name == _EXPLAINED)}
         decision = check_stability(metrics, self._limits)
         self.num_skipped = self.num_skipped + 1 if isinstance(decision, SkipUpdate) else 0
         decision = self._escalated(decision)
         if isinstance(decision, RestoreLastGood):
             self.num_restores, self.num_skipped = self.num_restores + 1, 0
             decision = self._escalated(decision)
-        if not isinstance(decision, Continue):
+        if isinstance(decision, Continue):
+            self._unchecked.update(decision.unchecked)
+        else:
             self.trips.append(str(decision))
         return decision
 

@@ -249,16 +249,6 @@ def test_an_update_stops_early_when_it_has_moved_enough(
 
 
 @slow
-def test_the_size_of_microbatches_changes_nothing(tiny_dir: Path, batch: list[TrainingSample], process_group: None):
-    whole, parts = learner(tiny_dir, microbatch_tokens=4096), learner(tiny_dir, microbatch_tokens=40)
-    first, second = whole.update(batch).metrics, parts.update(batch).metrics
-    for name in ("policy_loss", "value_loss", "entropy", "grad_norm", "ratio_mean", "approx_kl"):
-        assert first[name] == pytest.approx(second[name], rel=1e-3, abs=1e-5), name
-    for one, other in zip(whole.probe_logprobs(PROBES), parts.probe_logprobs(PROBES), strict=True):
-        assert one == pytest.approx(other, abs=2e-3)
-
-
-@slow
 @pytest.mark.parametrize(("num_minibatches", "steps"), [(1, 1.0), (2, 2.0), (100, 8.0)])
 def test_a_batch_is_split_into_at_most_so_many_steps(
     tiny_dir: Path, batch: list[TrainingSample], process_group: None, num_minibatches: int, steps: float
