@@ -104,10 +104,7 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrafficWindow:
-    """All finished runs of one policy version in one channel and split epoch.
-
-    `failed_checks` counts runs by failed policy check. Unlabelled runs count in `num_runs`, not in `num_labelled`.
-    """
+    """All finished runs of a version in one channel and split epoch; unlabelled ones are not in `num_labelled`."""
 
     policy_version: str
     release_channel: ReleaseChannel
@@ -120,7 +117,7 @@ class TrafficWindow:
     num_overrides: int
     tool_calls_count: int
     tool_error_count: int
-    failed_checks: Mapping[str, int]
+    failed_checks: Mapping[str, int]  # runs by failed policy check
     samples: tuple[RunSample, ...]
 
     @property
@@ -177,10 +174,11 @@ class ReleasePlan:
     """The rules of one release, armed before any traffic.
 
     All `gates` must pass to advance; a failing gate or stop rule rolls back. `alpha` bounds the chance of a false roll
-    back over the release, and of a false pass per gate. Margins are relative (non-inferiority). `event_rate_tolerance`
-    is the rate of bad sessions that is acceptable even where events are too rare to compare the arms. Latency is due
-    from n m / (n + m) = `full_samples` on, with n and m runs an arm. After more than `stale_after_s`, the gateways' own
-    bound, a controller that comes back does not count its absence. `may_promote=False`: a drill, never promoted.
+    back over the release, and of a false promotion per gate; `ramp_alpha` that of a false pass to the next step.
+    Margins are relative (non-inferiority). `event_rate_tolerance` is the rate of bad sessions that is acceptable even
+    where events are too rare to compare the arms. Latency is due from n m / (n + m) = `full_samples` on, with n and m
+    runs an arm. After more than `stale_after_s`, the gateways' own bound, a controller that comes back does not count
+    its absence. `may_promote=False`: a drill, never promoted.
     """
 
     ramp: tuple[RampStep, ...]
@@ -189,6 +187,7 @@ class ReleasePlan:
     stop_rules: tuple[str, ...] = ("task_success_not_worse",)
     critical_checks: tuple[str, ...] = ()
     alpha: float = 0.05
+    ramp_alpha: float = 0.25
     event_margin: float = 0.5
     event_rate_tolerance: float = 0.05
     cost_margin: float = 0.10

@@ -139,6 +139,16 @@ def _matched(evidence: LiveEvidence, plan: ReleasePlan) -> MatchedSamples | None
     return match_samples(evidence.stable.samples, evidence.candidate.samples, plan.min_samples)
 
 
+def _alphas(evidence: LiveEvidence, plan: ReleasePlan, matched: MatchedSamples) -> tuple[float, float]:
+    """Return this look's chance of a false failure, and of a false pass.
+
+    A pass that only leads to a larger share may be less certain than one that leads to promotion: what passed an early
+    step wrongly meets the gate again, on new runs, and the share bounds how many users do.
+    """
+    to_pass = plan.alpha if evidence.share >= plan.ramp[-1].share else max(plan.alpha, plan.ramp_alpha)
+    return plan.alpha_per_rule * matched.alpha_fraction, to_pass * matched.alpha_fraction
+
+
 def _too_few(gate: str, evidence: LiveEvidence, plan: ReleasePlan) -> GateResult:
     counts = {"candidate_runs": len(evidence.candidate.samples), "stable_runs": len(evidence.stable.samples)}
     return _result(gate, "inconclusive", f"insufficient: each arm needs {plan.min_samples} runs", counts)
@@ -154,7 +164,7 @@ def _live_latency(evidence: LiveEvidence, plan: ReleasePlan) -> GateResult:
     if matched is None:
         return _too_few(gate, evidence, plan)
     arms = tuple([sample.duration_ms for sample in samples] for samples in (matched.stable, matched.candidate))
-    strict, loose = plan.alpha_per_rule * matched.alpha_fraction, plan.alpha * matched.alpha_fraction
+    strict, loose = _alphas(evidence, plan, matched)
     tail, mean = p95_ratio(*arms, alpha=strict, alpha_high=loose), mean_log_ratio(*arms, alpha=strict)
     delta, high, early, limit = tail.ratio - 1, tail.high - 1, max(tail.low, mean.low) - 1, plan.latency_limit
     numbers = {"p95_delta": delta, "p95_delta_high": high, "mean_delta": mean.ratio - 1, "delta_low": early}
@@ -175,7 +185,7 @@ def _live_cost(evidence: LiveEvidence, plan: ReleasePlan) -> GateResult:
     if matched is None or min(labelled, _labelled(matched.stable)) < plan.min_samples:
         return _too_few(gate, evidence, plan)
     limit = 1 + plan.cost_margin + _ROUNDING
-    strict, loose = plan.alpha_per_rule * matched.alpha_fraction, plan.alpha * matched.alpha_fraction
+    strict, loose = _alphas(evidence, plan, matched)
     rng = np.random.default_rng(plan.seed)  # fresh for each look: the same look gives the same verdict
     estimate = cost_per_success_ratio(matched.stable, matched.candidate, alpha=strict, alpha_high=loose, rng=rng)
     low, high = estimate.low, estimate.high

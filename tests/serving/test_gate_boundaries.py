@@ -117,18 +117,19 @@ class TestLatencyLooks:
         rng = np.random.default_rng(11)
         return noisy_durations(2000, rng), noisy_durations(num_candidate, rng, factor=factor)
 
+    @pytest.mark.parametrize("step", [0, 1])
     @pytest.mark.parametrize(("num_candidate", "fraction"), [(50, 1 / 2), (100, 1 / 6), (200, 1 / 12)])
-    def test_each_look_spends_its_own_part_of_alpha(self, num_candidate: int, fraction: float):
-        """The bounds in the evidence are those of a rule's alpha below, and of the whole alpha above."""
+    def test_each_look_spends_its_own_part_of_alpha(self, num_candidate: int, fraction: float, step: int):
+        """The bounds are those of a rule's alpha below, and above of `ramp_alpha`, or of alpha before promotion."""
         plan = make_plan()
         samples = self.arms(num_candidate)
         last = samples[1][-1].completed_at
         stable = [sample.duration_ms for sample in samples[0] if sample.completed_at <= last]
         candidate = [sample.duration_ms for sample in samples[1]]
-        strict, loose = plan.alpha_per_rule * fraction, plan.alpha * fraction
+        strict, loose = plan.alpha_per_rule * fraction, (plan.ramp_alpha, plan.alpha)[step] * fraction
         tail = p95_ratio(stable, candidate, alpha=strict, alpha_high=loose)
         mean = mean_log_ratio(stable, candidate, alpha=strict)
-        evidence = live(LATENCY, make_evidence(*samples), plan).evidence
+        evidence = live(LATENCY, make_evidence(*samples, share=plan.ramp[step].share), plan).evidence
         assert evidence["p95_delta"] == pytest.approx(tail.ratio - 1)
         assert evidence["p95_delta_high"] == pytest.approx(tail.high - 1)
         assert evidence["mean_delta"] == pytest.approx(mean.ratio - 1)
@@ -169,8 +170,9 @@ class TestCostBounds:
         assert result.verdict == verdict
         assert ("insufficient" in result.reason) == (verdict == "inconclusive")
 
+    @pytest.mark.parametrize("step", [0, 1])
     @pytest.mark.parametrize(("num_candidate", "fraction"), [(50, 1 / 2), (100, 1 / 6), (200, 1 / 12)])
-    def test_each_look_spends_its_own_part_of_alpha(self, num_candidate: int, fraction: float):
+    def test_each_look_spends_its_own_part_of_alpha(self, num_candidate: int, fraction: float, step: int):
         plan = make_plan(seed=5)
         stable = make_samples(1000, success_rate=0.8)
         candidate = make_samples(num_candidate, success_rate=0.6)
@@ -178,10 +180,10 @@ class TestCostBounds:
             tuple(sample for sample in stable if sample.completed_at <= candidate[-1].completed_at),
             candidate,
             alpha=plan.alpha_per_rule * fraction,
-            alpha_high=plan.alpha * fraction,
+            alpha_high=(plan.ramp_alpha, plan.alpha)[step] * fraction,
             rng=np.random.default_rng(5),
         )
-        evidence = live(COST, make_evidence(stable, candidate), plan).evidence
+        evidence = live(COST, make_evidence(stable, candidate, share=plan.ramp[step].share), plan).evidence
         assert (evidence["ratio"], evidence["low"], evidence["high"]) == (estimate.ratio, estimate.low, estimate.high)
 
     def test_dear_successes_fail_even_where_success_is_rare(self):

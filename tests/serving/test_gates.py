@@ -210,6 +210,22 @@ class TestLatency:
         """Half of two hundred runs are no better known than fifty beside very many: nobody is judged on them."""
         assert live(self.GATE, self.evidence(1.2, num_canary, num_stable), full_samples=80).verdict == verdict
 
+    @pytest.mark.parametrize(("step", "verdict"), [(0, "pass"), (1, "inconclusive")])
+    def test_only_a_pass_that_promotes_needs_alpha(self, step: int, verdict: str):
+        """An early step may be passed on less: what passed it wrongly meets the gate again before any promotion."""
+        share = make_plan().ramp[step].share
+        evidence = replace(self.evidence(0.9, num_canary=100), share=share)
+        assert live(self.GATE, evidence).verdict == verdict
+        assert live(self.GATE, evidence, ramp_alpha=0.0).verdict == "inconclusive", "never less than alpha"
+
+    def test_an_early_step_fails_a_slow_candidate_as_soon_as_the_last_one(self):
+        verdicts = [
+            live(self.GATE, replace(self.evidence(factor, num_canary=100), share=step.share)).verdict
+            for step in make_plan().ramp
+            for factor in (1.5, 2.0)
+        ]
+        assert verdicts == ["fail", "fail", "fail", "fail"]
+
     def test_a_clear_slow_down_fails_before_full_samples(self):
         assert live(self.GATE, self.evidence(2.0, num_canary=100)).verdict == "fail"
 
