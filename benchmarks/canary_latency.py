@@ -178,10 +178,10 @@ def summary(tickets: Sequence[Ticket], draw: int) -> dict[str, Any]:
     return figures
 
 
-def over_limit(arms: Mapping[str, Sequence[Ticket]], draw: int) -> float:
+def over_limit(arms: Mapping[str, Sequence[Ticket]], draw: int) -> float | None:
     """Return the share of windows of `draw` consecutive candidate tickets with a p95 ratio of at least 1.15, or 1/1.15.
 
-    NaN where no window has half as many stable tickets beside it.
+    None where no window has half as many stable tickets beside it.
     """
     canary, general = arms["canary"], arms["general"]
     hits = []
@@ -191,7 +191,7 @@ def over_limit(arms: Mapping[str, Sequence[Ticket]], draw: int) -> float:
         if len(beside) >= draw // 2:
             p95 = [quantile([t.duration_ms for t in arm], 0.95) for arm in (window, beside)]
             hits.append(abs(math.log(p95[0] / p95[1])) >= math.log(LIMIT))
-    return sum(hits) / len(hits) if hits else math.nan
+    return sum(hits) / len(hits) if hits else None
 
 
 def show(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -209,7 +209,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['p95_ratio']:.2f}",
             f"{row['speed_ratio']:.2f}",
             f"{general['mean_open']:.1f} / {canary['mean_open']:.1f}",
-            "-" if math.isnan(row["over_limit"]) else f"{row['over_limit']:.0%}",
+            "-" if row["over_limit"] is None else f"{row['over_limit']:.0%}",
         )
     Console(width=max(120, Console().width)).print(table)
 

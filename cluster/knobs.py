@@ -30,8 +30,8 @@ MEANINGS: Final[Mapping[str, str]] = {
     "release.ramp": "Shares of traffic in rising order; more steps expose users more gradually and need more tickets.",
     "release.min_canary_requests": "Candidate runs that each ramp step waits for; higher gives the tests more power, "
     "lower decides sooner.",
-    "release.alpha": "Bounds the chance of a false roll-back and of a false promotion; lower needs more tickets "
-    "for either verdict.",
+    "release.alpha": "Bounds the chance that a test rolls back or promotes wrongly; lower needs more tickets for "
+    "either verdict.",
     "release.max_minutes": "Longest time of a release; one that has no verdict by then is not promoted.",
     "release.concurrency": "Tickets open at a time; where they saturate the machine, the arm with fewer of them looks "
     "faster than it is.",

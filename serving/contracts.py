@@ -174,11 +174,11 @@ class ReleasePlan:
     """The rules of one release, armed before any traffic.
 
     All `gates` must pass to advance; a failing gate or stop rule rolls back. `alpha` bounds the chance of a false roll
-    back over the release, and of a false promotion per gate; `ramp_alpha` that of a false pass to the next step.
-    Margins are relative (non-inferiority). `event_rate_tolerance` is the rate of bad sessions that is acceptable even
-    where events are too rare to compare the arms. Latency is due from n m / (n + m) = `full_samples` on, with n and m
-    runs an arm. After more than `stale_after_s`, the gateways' own bound, a controller that comes back does not count
-    its absence. `may_promote=False`: a drill, never promoted.
+    back and, per gate, of a false promotion; `ramp_alpha` that of a false pass to the next step. Latency keeps neither
+    from n m / (n + m) = `full_samples` on (n and m runs an arm): there the point estimate decides. Margins are relative
+    (non-inferiority). `event_rate_tolerance` is the rate of bad sessions that is acceptable even where events are too
+    rare to compare the arms. After more than `stale_after_s`, the gateways' own bound, a controller that comes back does
+    not count its absence. `may_promote=False`: a drill, never promoted.
     """
 
     ramp: tuple[RampStep, ...]
