@@ -177,8 +177,8 @@ class ReleasePlan:
     back and, per gate, of a false promotion; `ramp_alpha` that of a false pass to the next step. Latency keeps neither
     from n m / (n + m) = `full_samples` on (n and m runs an arm): there the point estimate decides. Margins are relative
     (non-inferiority). `event_rate_tolerance` is the rate of bad sessions that is acceptable even where events are too
-    rare to compare the arms. After more than `stale_after_s`, the gateways' own bound, a controller that comes back does
-    not count its absence. `may_promote=False`: a drill, never promoted.
+    rare to compare the arms. After more than `stale_after_s`, the gateways' own bound, a controller that comes
+    back does not count its absence. `may_promote=False`: a drill, never promoted.
     """
 
     ramp: tuple[RampStep, ...]
