@@ -183,6 +183,22 @@ def report(run_id: RunArgument = "", as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def audit(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's id, or latest")] = LATEST,
+    mlflow: Annotated[bool, typer.Option("--mlflow", help="hold it to the heads that MLflow keeps, too")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Verify that a run's records are still what it wrote."""
+
+    def work(_: Scene) -> Reply:
+        from cluster.cli_audit import audit as check
+
+        return check(run, seatrial_home(), with_mlflow=mlflow)
+
+    answer(work, as_json)
+
+
+@app.command()
 def override(
     run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="the run's id, as in its x-seatrial headers")],
     actor: Annotated[str, typer.Option("--actor", help="who overrides")],

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from rich.console import Group
+
+from cluster.charter import charter_answers
 from cluster.cli_answer import Reply
 from cluster.cli_runs import RunRequest, requested_spec
 from cluster.plan_changes import Comparison, compare, explain
-from cluster.plan_view import render_explanations, render_plan
+from cluster.plan_view import render_charter, render_explanations, render_plan
 from cluster.planning import plan_run
 from cluster.spec import WorkflowSpec, load_spec
-from cluster.workflows import spec_file
+from cluster.workflows import find_workflow, spec_file
+from cluster.workload import measure_workload
 
 
 def show_plan(request: RunRequest, names: Sequence[str] = ()) -> Reply:
@@ -19,12 +23,16 @@ def show_plan(request: RunRequest, names: Sequence[str] = ()) -> Reply:
     spec = requested_spec(request)
     explained = [explain(spec, name) for name in dict.fromkeys(names)]
     plan, comparison = plan_run(spec), compared(request, spec)
+    answers, workload = charter_answers(spec), measure_workload(spec, find_workflow(spec.workflow.name))
     data = {
+        "charter": dict(answers),
+        "workload": workload.to_json(),
         "plan": plan.to_json(),
         "comparison": comparison.to_json(),
         "explained": [item.to_json() for item in explained],
     }
-    return Reply(data=data, show=render_explanations(explained) if explained else render_plan(plan, comparison))
+    shown = Group(render_charter(answers, workload), render_plan(plan, comparison))
+    return Reply(data=data, show=render_explanations(explained) if explained else shown)
 
 
 def compared(request: RunRequest, spec: WorkflowSpec) -> Comparison:

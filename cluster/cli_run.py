@@ -13,6 +13,8 @@ from cluster.cli_runs import RunRequest, open_run, record_spec, require_machine
 from cluster.console import render_summary, watch_for
 from cluster.paths import RunFolder, seatrial_home
 from cluster.watch import RunSummary, Silent, Watch
+from cluster.workflows import find_workflow
+from cluster.workload import measure_workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,8 @@ def finish_run(request: RunRequest, command: PipelineCommand, scene: Scene) -> R
             scene.resume = " ".join(word for word in (*words, "--resume", folder.run_id) if word)
             scene.crash_folder = folder.root
             watch.note(f"run {folder.run_id} in {folder.root}")
+            for warning in measure_workload(spec, find_workflow(spec.workflow.name)).warnings:
+                watch.note(f"doubtful workload: {warning}")
 
         # Imported here: this is what loads Ray, torch and vLLM.
         from cluster.pipeline import run_pipeline

@@ -102,12 +102,12 @@ def latest_unfinished(home: Path, workflow: str) -> RunFolder:
     """Return the newest run of a workflow that did not reach its end. Raises BadInputError when there is none."""
     for run_id in reversed(list_runs(home)):
         folder = RunFolder.of(home, run_id)
-        if not is_finished(folder) and _recorded_workflow(folder) == workflow:
+        if not is_finished(folder) and recorded_workflow(folder) == workflow:
             return folder
     raise BadInputError("--resume", LATEST, f"no unfinished run of {workflow} in {home}; leave --resume out")
 
 
-def _recorded_workflow(folder: RunFolder) -> str:
+def recorded_workflow(folder: RunFolder) -> str:
     """Return whose run it is. Not through the whole spec: a run of a folder that is not named now is skipped."""
     return str(parse_yaml(folder.spec.read_text(encoding="utf-8"), str(folder.spec)).value("workflow.name"))
 

@@ -19,9 +19,10 @@ from rl_actors.errors import BadInputError
 MEANINGS: Final[Mapping[str, str]] = {
     "workflow.name": "The job to learn: its tasks, tools, policies and annotators.",
     "workflow.target": "The task in words, for whoever reads the spec; nothing is computed from it.",
-    "workflow.baseline": "Names the frozen SFT policy, KL reference and first stable version; its weights do not "
-    "depend on it.",
-    "workflow.reward_model": "Names the reward model in the registry and on responses; its scores do not depend on it.",
+    "workflow.baseline": "Names the SFT policy to train, KL reference and first stable version; with the hash of a "
+    "registered one, uses that.",
+    "workflow.reward_model": "Names the reward model to train, as responses show it; with the hash of a registered "
+    "one, uses that.",
     "workflow.policy_training": "The update: ppo_kl trains a critic (GAE), the others have none and compare attempts "
     "at one task.",
     "release.canary_traffic_percent": "First share of sessions for the candidate; lower exposes fewer users and "
@@ -35,6 +36,9 @@ MEANINGS: Final[Mapping[str, str]] = {
     "release.max_minutes": "Longest time of a release; one that has no verdict by then is not promoted.",
     "release.concurrency": "Tickets open at a time; where they saturate the machine, the arm with fewer of them looks "
     "faster than it is.",
+    "charter.constraints": "What a run must keep to, in words; left out, budget, policy checks and gates are named.",
+    "charter.rollback_path": "The way back to stable, in words; left out, it names the first stable version and the "
+    "limit.",
     "monitoring": "Names the live series to watch; gates decide, these do not.",
     "model.path": "The pretrained model to start from; empty builds a tiny GPT-OSS that knows nothing yet.",
     "model.hidden_size": "Width of the model built on the spot; higher adds capacity, and parameters grow with its "
@@ -61,10 +65,6 @@ MEANINGS: Final[Mapping[str, str]] = {
     "sft.muon_learning_rate": "Peak Muon step size for the matrices of a model built on the spot; 0 trains them by "
     "AdamW instead.",
     "sft.batch_tokens": "Tokens in an SFT batch; higher gives less gradient noise in fewer optimizer steps.",
-    "reward.epochs": "Passes over the preference pairs; more fits them closer and makes the reward model "
-    "overconfident.",
-    "reward.learning_rate": "AdamW step size of the reward model; higher learns faster and calibrates worse when it "
-    "overfits.",
     "reward.num_pairs": "Preference pairs to rank; more raises pair accuracy, and those set apart steady the "
     "calibration.",
     "reward.max_ece": "Highest expected calibration error that PPO accepts; lower refuses more reward models.",

@@ -89,6 +89,11 @@ class RunFolder:
         return self.root / "release" / "decisions.jsonl"
 
     @property
+    def split_history(self) -> Path:
+        """Every traffic split that was in force in the run's releases; the serving side writes it."""
+        return self.root / "serving" / "split" / "split_history.jsonl"
+
+    @property
     def report(self) -> Path:
         """Parent of the briefs."""
         return self.root / "report"

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cluster.journal import Journal, lock_run
-from cluster.paths import RunFolder, seatrial_home, write_json
+from cluster.journal import lock_run
+from cluster.paths import RunFolder, write_json
+from cluster.pins import Pins
 from cluster.placement import place
 from cluster.registry import Registry
 from cluster.spec import WorkflowSpec
-from cluster.stages import bench, data, evaluation, preferences, records, release, training
+from cluster.stages import bench, data, evaluation, pinned, preferences, records, release, training
 from cluster.stages.context import Run
 from cluster.stages.learned import Learned
 from cluster.stages.ray_runtime import connected
 from cluster.watch import RunSummary, Watch
-from cluster.workflows import find_workflow, locate_workflow
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
 from serving.contracts import GateResult, ReleasePlan
 
@@ -29,35 +29,26 @@ def run_pipeline(
 ) -> RunSummary:
     """Run every stage, or those up to `until` (one of `STAGES`), and return how it ended.
 
-    `begin` is called once Ray has answered: a run that found no cluster is none, and nobody must resume it.
+    `begin` is called once Ray and the pinned versions were found: what is refused before is no run to be resumed.
 
     Raises:
         SeatrialError: With the exit code of design section 8; what has finished stays finished.
     """
-    placement, name = place(spec), spec.workflow.name
-    with lock_run(folder.root), connected(spec.cluster.address, placement):
-        begin()
-        run = Run(
-            spec=spec,
-            folder=folder,
-            home=seatrial_home(),
-            watch=watch,
-            journal=Journal(folder.journal),
-            workflow_ref=locate_workflow(name),
-            workflow=find_workflow(name),
-            placement=placement,
-        )
+    with lock_run(folder.root), connected(spec.cluster.address, place(spec)):
+        run = Run.of(spec, folder, watch)
         with records.registry_of(run) as registry:
-            summary = _learn_and_release(run, registry, until)
+            pins = pinned.resolve(run, registry)
+            begin()
+            summary = _learn_and_release(run, registry, pins, until)
         write_json(folder.summary, summary.to_json())
         return summary
 
 
-def _learn_and_release(run: Run, registry: Registry, until: str) -> RunSummary:
+def _learn_and_release(run: Run, registry: Registry, pins: Pins, until: str) -> RunSummary:
     """Stages 1 to 9 of design section 2, in order."""
     plan = release.release_plan(run, may_promote=True)  # first: what cannot be is refused before any training
     bench.require_room(run, until)
-    learned = _learn(run)
+    learned = _learn(run, pins)
     if until == "ppo":
         return records.summarise(run, trained=learned.trained)
     report = _compare(run, learned, plan)
@@ -66,7 +57,7 @@ def _learn_and_release(run: Run, registry: Registry, until: str) -> RunSummary:
     return _release(run, registry, learned, report, plan)
 
 
-def _learn(run: Run) -> Learned:
+def _learn(run: Run, pins: Pins) -> Learned:
     """Stages 1 to 4: frozen data, the baseline, a reward model on its own rollouts, and PPO against both."""
     spec = run.spec
     snapshot = run.stage(
@@ -87,28 +78,13 @@ def _learn(run: Run) -> Learned:
     )
     baseline = run.stage(
         "sft",
-        {"sft": spec.sft, "base": base.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
-        lambda: training.train_baseline(run, snapshot, base),
+        {"sft": spec.sft, "base": base.sha256, "snapshot": snapshot.sha256, "seed": spec.seed, **pins.of_baseline},
+        lambda: pinned.baseline_of(run, pins, snapshot, base),
         PolicyVersion,
-        detail="Ray Train, DeepSpeed",
+        detail=pinned.detail(pins.baseline, "Ray Train, DeepSpeed"),
         describe=lambda p: f"{p.name}, frozen as the KL reference",
     )
-    ranked = run.stage(
-        "preferences",
-        {"reward": spec.reward, "baseline": baseline.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
-        lambda: preferences.collect_preferences(run, snapshot, baseline),
-        DataSnapshot,
-        detail="the baseline's own rollouts, three simulated annotators",
-        describe=lambda s: f"{s.num_rows['rollouts']} rollouts, {s.num_rows['preferences']} choices",
-    )
-    reward_model = run.stage(
-        "reward_model",
-        {"reward": spec.reward, "baseline": baseline.sha256, "preferences": ranked.sha256, "seed": spec.seed},
-        lambda: training.train_reward_model(run, baseline, ranked),
-        RewardModelVersion,
-        detail="Ray Train: Bradley-Terry and rubric heads",
-        describe=lambda r: f"pair accuracy {r.calibration.pair_accuracy:.1%}, ECE {r.calibration.ece:.3f}",
-    )
+    reward_model = _reward_model(run, pins, snapshot, baseline)
     candidate = run.stage(
         "ppo",
         {"ppo": (spec.ppo, spec.recipe), "baseline": baseline.sha256, "reward": reward_model.sha256, "seed": spec.seed},
@@ -117,7 +93,32 @@ def _learn(run: Run) -> Learned:
         detail="vLLM rollout workers, reward scorers, DeepSpeed learners",
         describe=lambda p: p.name,
     )
-    return Learned(snapshot=snapshot, base=base, baseline=baseline, reward_model=reward_model, candidate=candidate)
+    return Learned(
+        snapshot=snapshot, base=base, baseline=baseline, reward_model=reward_model, candidate=candidate, pins=pins
+    )
+
+
+def _reward_model(run: Run, pins: Pins, snapshot: DataSnapshot, baseline: PolicyVersion) -> RewardModelVersion:
+    """Stage 3: a reward model on the baseline's own rollouts, or the pinned one; two pinned versions need none."""
+    spec, ranked = run.spec, snapshot
+    if pins.need_rollouts:
+        ranked = run.stage(
+            "preferences",
+            {"reward": spec.reward, "baseline": baseline.sha256, "snapshot": snapshot.sha256, "seed": spec.seed},
+            lambda: preferences.collect_preferences(run, snapshot, baseline),
+            DataSnapshot,
+            detail="the baseline's own rollouts, three simulated annotators",
+            describe=lambda s: f"{s.num_rows['rollouts']} rollouts, {s.num_rows['preferences']} choices",
+        )
+    inputs = {"reward": spec.reward, "baseline": baseline.sha256, "preferences": ranked.sha256, "seed": spec.seed}
+    return run.stage(
+        "reward_model",
+        {**inputs, **pins.of_reward_model},
+        lambda: pinned.reward_model_of(run, pins, baseline, ranked),
+        RewardModelVersion,
+        detail=pinned.detail(pins.reward_model, "Ray Train: Bradley-Terry and rubric heads"),
+        describe=lambda r: f"pair accuracy {r.calibration.pair_accuracy:.1%}, ECE {r.calibration.ece:.3f}",
+    )
 
 
 def _compare(run: Run, learned: Learned, plan: ReleasePlan) -> EvalReport:
@@ -135,8 +136,7 @@ def _compare(run: Run, learned: Learned, plan: ReleasePlan) -> EvalReport:
 
 def _release(run: Run, registry: Registry, learned: Learned, report: EvalReport, plan: ReleasePlan) -> RunSummary:
     """Stages 6 to 9: offline gates, the canary and the fail-back drill, reports."""
-    snapshot, baseline, reward_model = learned.snapshot, learned.baseline, learned.reward_model
-    candidate = learned.candidate
+    baseline, candidate, reward_model = learned.baseline, learned.candidate, learned.reward_model
     run.stage(
         "offline_gates",
         {"report": report, "plan": plan},
@@ -144,7 +144,7 @@ def _release(run: Run, registry: Registry, learned: Learned, report: EvalReport,
         tuple[GateResult, ...],
         describe=lambda results: ", ".join(f"{r.gate} {r.verdict}" for r in results),
     )
-    bundle = records.make_bundle(run, snapshot, learned.base, baseline, reward_model, candidate)
+    bundle = records.make_bundle(run, learned.snapshot, learned.base, baseline, reward_model, candidate)
     bundle.write(run.folder.bundle)
-    releases = release.release_all(run, snapshot, registry, bundle, baseline, candidate, reward_model)
+    releases = release.release_all(run, learned.snapshot, registry, bundle, baseline, candidate, reward_model)
     return records.finish(run, registry, bundle, learned, report, releases)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from rich import box
@@ -16,6 +16,7 @@ from cluster.knobs import MEANINGS
 from cluster.plan_changes import Change, Comparison, Explanation, Shift
 from cluster.plan_memory import PARTS
 from cluster.planning import BatchPlan, Plan
+from cluster.workload import Workload
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 _MAX_VALUE: Final = 44  # letters of a knob's value; a longer one is cut
@@ -30,6 +31,19 @@ def render_plan(plan: Plan, comparison: Comparison | None = None) -> Group:
     if comparison and comparison.changes:
         parts += [Text(), render_changes(comparison)]
     return Group(*parts)
+
+
+def render_charter(answers: Mapping[str, str], workload: Workload) -> Table:
+    """Return the charter's three answers, the workload behind them in numbers, and what is doubtful about it."""
+    table = Table(title="Charter", show_header=False, show_lines=True)
+    for name, answer in answers.items():
+        table.add_row(_spoken(name), Text(answer))
+    steps = f"{workload.mean_tool_calls:.2f} tool calls a ticket (measured), {workload.tickets_per_day:,} tickets a day"
+    days = f"at least {workload.tickets_to_verdict:,} tickets to a verdict, {workload.days_to_verdict:.2g} days"
+    table.add_row("in numbers", Text(f"{steps} (declared), {days}"))
+    for warning in workload.warnings:
+        table.add_row("doubtful", Text(warning, style="yellow"))
+    return table
 
 
 def _batch_table(plan: Plan) -> Table:

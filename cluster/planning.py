@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from cluster.model_shape import ModelShape, shape_of
+from cluster.pins import is_pinned
 from cluster.placement import Placement, Stage, place
 from cluster.plan_memory import PROCESS_BYTES, Device, MemoryModel, Parts
 from cluster.spec import WorkflowSpec
@@ -193,6 +194,8 @@ def _plan_snapshot(costs: _Costs) -> StagePlan:
 def _plan_sft(costs: _Costs) -> StagePlan:
     """Each learner takes batches of its own, so that more of them take fewer steps on larger batches."""
     spec = costs.spec
+    if is_pinned(spec.workflow.baseline):
+        return costs.stage("sft", 0, {}, 0.0)
     tokens = spec.data.num_train * _rollout_tokens(spec) * spec.sft.epochs
     steps = math.ceil(tokens / (spec.sft.batch_tokens * spec.ppo.num_learners))
     seconds = TYPICAL["engine_start_s"] + costs.train_seconds(tokens)
@@ -200,14 +203,28 @@ def _plan_sft(costs: _Costs) -> StagePlan:
 
 
 def _plan_reward(costs: _Costs) -> StagePlan:
-    """Pairs are made of rollouts that the baseline samples first, about one for each; some pairs only calibrate."""
-    reward = costs.spec.reward
+    """Pairs are made of rollouts that the baseline samples first, about one for each; some pairs only calibrate.
+
+    A pinned reward model is not trained, but a baseline that is trained here is sampled all the same.
+    """
+    reward, workflow = costs.spec.reward, costs.spec.workflow
+    if is_pinned(workflow.reward_model):
+        return _plan_sampling(costs, 0 if is_pinned(workflow.baseline) else reward.num_pairs)
     pairs = reward.num_pairs * TRAIN_PAIRS_FRACTION
     sampled = reward.num_pairs * _sampled_tokens(costs.spec)
     trained = 2 * pairs * _rollout_tokens(costs.spec) * reward.epochs
     steps = reward.epochs * max(1, round(pairs) // BATCH_PAIRS)
     seconds = 2 * TYPICAL["engine_start_s"] + costs.generate_seconds(sampled) + costs.train_seconds(trained)
     return costs.stage("reward_model", sampled + trained, costs.memory.reward_model(), seconds, steps)
+
+
+def _plan_sampling(costs: _Costs, rollouts: int) -> StagePlan:
+    """What is left of the reward model's stage when it is pinned: the baseline's rollouts, or nothing."""
+    if not rollouts:
+        return costs.stage("reward_model", 0, {}, 0.0)
+    tokens = rollouts * _sampled_tokens(costs.spec)
+    seconds = TYPICAL["engine_start_s"] + costs.generate_seconds(tokens)
+    return costs.stage("reward_model", tokens, costs.memory.evaluation(policies=1), seconds)
 
 
 def _plan_ppo(costs: _Costs) -> StagePlan:

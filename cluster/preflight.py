@@ -18,8 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.spec import WorkflowSpec
+from cluster.spec_errors import unknown_name
 from cluster.spec_sections import NUM_RELEASES
 from cluster.workflows import find_workflow, most_tasks
+from cluster.workload import measure_workload, require_workload
+from rl_actors.agent.workflow import RunView, Workflow
+from rl_actors.contracts import Outcome
 from rl_actors.errors import BadInputError, InfrastructureError
 
 GIB = 1024**3
@@ -145,17 +149,40 @@ def check_model(path: str) -> None:
 
 
 def check_workflow(spec: WorkflowSpec) -> None:
-    """Refuse a workflow that cannot be loaded, or one that cannot build as many tasks of a split as are asked for.
+    """Refuse a workflow that cannot be loaded, that has too few tasks, or whose workload cannot carry a release.
 
     Raises:
-        BadInputError: names the workflow, or the knob and the largest value that every seed can serve.
+        BadInputError: names the workflow, what it declares wrongly, or the knob and the largest value that every seed
+            can serve.
     """
-    for split, largest in most_tasks(find_workflow(spec.workflow.name)).items():
+    workflow = find_workflow(spec.workflow.name)
+    for split, largest in most_tasks(workflow).items():
         times = NUM_RELEASES if split == "live" else 1
         asked = spec.num_tasks[split]
         if asked * times > largest:
             remedy = f"{spec.workflow.name} has tasks for at most {largest // times}; lower it"
             raise BadInputError(f"data.num_{split}", asked, remedy)
+    check_critical(workflow)
+    require_workload(spec, measure_workload(spec, workflow))
+
+
+def check_critical(workflow: Workflow) -> None:
+    """Refuse a critical check that the workflow never reports: it would guard nothing.
+
+    Raises:
+        BadInputError: names the check and the nearest one that there is.
+    """
+    named: object = getattr(workflow, "critical_checks", None)
+    if not isinstance(named, tuple | list):
+        remedy = f"{workflow.name} must name its critical checks, () where it has none"
+        raise BadInputError("critical_checks", named, remedy)
+    (task,) = workflow.build_tasks("train", 1, 0)
+    empty = RunView(task=task, tool_calls=(), reply="", outcome=Outcome(success=False, violations=(), reasons=()))
+    reported = workflow.check_reply("", empty)
+    for name in named:
+        if name not in reported:
+            remedy = f"{workflow.name} reports no such policy check; {unknown_name(str(name), reported)}"
+            raise BadInputError("critical_checks", name, remedy)
 
 
 def _check_shards(directory: Path, path: str) -> None:

@@ -136,15 +136,26 @@ class Registry:
     def run(self, stage: str, started_at: float) -> Run:
         """Find or create the run of a stage: a resumed pipeline goes on in the runs it had."""
         client = self.connect()
-        wanted = f"tags.`seatrial.run_id` = '{self.run_id}' and tags.`seatrial.stage` = '{stage}'"
-        found = client.search_runs([self.experiment_id], wanted, max_results=1)
-        if found:
-            return found[0]
+        found = self._found(stage)
+        if found is not None:
+            return found
         tags = {"seatrial.run_id": self.run_id, "seatrial.stage": stage}
         if stage != PARENT:
             tags["mlflow.parentRunId"] = self.run(PARENT, started_at).info.run_id
         name = self.run_id if stage == PARENT else stage
         return client.create_run(self.experiment_id, start_time=int(started_at * 1000), tags=tags, run_name=name)
+
+    def _found(self, stage: str) -> Run | None:
+        client = self.connect()
+        wanted = f"tags.`seatrial.run_id` = '{self.run_id}' and tags.`seatrial.stage` = '{stage}'"
+        found = client.search_runs([self.experiment_id], wanted, max_results=1)
+        return found[0] if found else None
+
+    @reported
+    def parent_tags(self) -> Mapping[str, str]:
+        """Return the tags of the parent run; none when MLflow does not have it, and then none is created."""
+        found = self._found(PARENT)
+        return dict(found.data.tags) if found else {}
 
     def _log_params(self, run_id: str, tree: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

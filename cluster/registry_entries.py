@@ -21,18 +21,23 @@ _MAX_PARAM: Final = 6000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
-    """A model that a stage read or made. `sha256` identifies it; the weights stay where `path` says."""
+    """A model that a stage read or made. `sha256` identifies it; the weights stay where `path` says.
+
+    `parent_sha256` is the model a policy was trained from, "" where there is none or nobody wrote it down.
+    """
 
     name: str
     kind: ModelKind
     path: str
     sha256: str
+    parent_sha256: str = ""
 
     @classmethod
     def of_policy(cls, policy: PolicyVersion) -> ModelEntry:
         """Return the entry of a policy; base model and SFT baseline are told apart from trained policies."""
         kind: ModelKind = policy.kind if policy.kind == "base" or policy.kind == "sft" else "policy"
-        return cls(name=policy.name, kind=kind, path=policy.path, sha256=policy.sha256)
+        parent = policy.parent_sha256
+        return cls(name=policy.name, kind=kind, path=policy.path, sha256=policy.sha256, parent_sha256=parent)
 
     @classmethod
     def of_reward_model(cls, model: RewardModelVersion) -> ModelEntry:
@@ -117,6 +122,7 @@ def version_tags(entry: ModelEntry, lineage: Lineage, run_id: str) -> dict[str, 
         "seatrial.version": entry.name,
         "seatrial.kind": entry.kind,
         "seatrial.sha256": entry.sha256,
+        "seatrial.parent_sha256": entry.parent_sha256,
         "seatrial.bundle_id": lineage.bundle_id,
         "seatrial.snapshot_sha256": lineage.snapshot_sha256,
         "seatrial.reward_model_version": lineage.reward_model,

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rl_actors.contracts import Turn
+from rl_actors.contracts import PlanRevision, Turn
 from serving.contracts import UNSCORED, RunRecord
 from serving.ledger import RunLedger
 from serving.trace_log import LiveTrace
@@ -40,6 +40,7 @@ class SampledTrace:
     spans: tuple[TraceSpan, ...] = ()
     override_actor: str = "unknown"
     override_reason: str = ""
+    plans: tuple[PlanRevision, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,7 @@ def root_span(trace: SampledTrace) -> TraceSpan:
         inputs={"messages": [{"role": "user", "content": trace.request}]},
         outputs=trace.response,
         error=record.status if failed else "",
-        attributes=trace_tags(record),
+        attributes=trace_tags(record) | {"seatrial.replan_causes": _replan_causes(trace.plans)},
         children=trace.spans,
     )
 
@@ -86,6 +87,11 @@ def trace_tags(record: RunRecord) -> dict[str, str]:
     names += ("split_epoch", "status", "success", "intent", "sandbox_level", "cost", "tool_calls_count")
     names += ("tool_error_count", "tokens_in", "tokens_out", "human_override")
     return {f"seatrial.{name}": str(getattr(record, name)) for name in names}
+
+
+def _replan_causes(plans: Iterable[PlanRevision]) -> str:
+    """Return why a run planned again, such as `tool_error after 2 calls`; empty when it kept to its first plan."""
+    return ", ".join(f"{plan.cause} after {plan.after_calls} calls" for plan in plans if plan.revision)
 
 
 def feedback_rows(trace: SampledTrace) -> tuple[FeedbackRow, ...]:
@@ -123,6 +129,7 @@ def _joined(trace: LiveTrace, record: RunRecord, ledger: RunLedger) -> SampledTr
         spans=turn_spans(trace.turns, started_at=record.started_at, duration_ms=record.duration_ms),
         override_actor=said[0]["actor"] if said else "unknown",
         override_reason=said[0]["reason"] if said else "",
+        plans=ledger.plans(record.run_id),
     )
 
 

@@ -98,12 +98,7 @@ class RegisteredVersions:
             reward_model=f"#/models/{self.reward_model}/versions/{reward}",
             policies={name: f"#/models/{self.policy_model}/versions/{number}" for number, name in policies.items()},
         )
-        entry = ModelEntry(
-            name=tags["seatrial.version"],
-            kind=cast("ModelKind", tags["seatrial.kind"]),
-            path=tags["seatrial.path"],
-            sha256=tags["seatrial.sha256"],
-        )
+        entry = _entry_of(tags)
         lineage = Lineage(
             bundle_id=tags["seatrial.bundle_id"],
             snapshot_sha256=tags["seatrial.snapshot_sha256"],
@@ -111,6 +106,12 @@ class RegisteredVersions:
         )
         text = version_description(entry, lineage, tags["seatrial.run_id"], links)
         client.update_model_version(model, version, description=text)
+
+    @reported
+    def entries(self, model: str) -> tuple[ModelEntry, ...]:
+        """Return what is registered under `policy_model` or `reward_model`, newest first; nothing before the first."""
+        found = self._registry.connect().search_model_versions(f"name = '{model}'")
+        return tuple(_entry_of(one.tags) for one in sorted(found, key=lambda one: -int(one.version)))
 
     def _find(self, model: str, name: str, condition: str = "") -> ModelVersion | None:
         """Return the newest version of that name, of this pipeline run if there is one."""
@@ -146,3 +147,14 @@ class RegisteredVersions:
     def _alias_number(self, alias: str) -> str:
         found = self._registry.connect().search_registered_models(f"name = '{self.policy_model}'", max_results=1)
         return str(found[0].aliases.get(alias, "")) if found else ""
+
+
+def _entry_of(tags: Mapping[str, Any]) -> ModelEntry:
+    """Return the model that the tags of a registered version name."""
+    return ModelEntry(
+        name=tags["seatrial.version"],
+        kind=cast("ModelKind", tags["seatrial.kind"]),
+        path=tags["seatrial.path"],
+        sha256=tags["seatrial.sha256"],
+        parent_sha256=tags.get("seatrial.parent_sha256", ""),
+    )

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cluster.charter import default_charter
 from cluster.recipe_choice import chosen_recipe
 from cluster.spec_errors import SpecSource, bad_input, parse_yaml, unknown_name
 from cluster.spec_sections import (
@@ -20,6 +21,7 @@ from cluster.spec_sections import (
     GATES,
     MONITORS,
     AgentSection,
+    CharterSection,
     ClusterSection,
     DataSection,
     ModelSection,
@@ -56,6 +58,7 @@ class WorkflowSpec(Section):
 
     workflow: WorkflowSection
     release: ReleaseSection
+    charter: CharterSection = CharterSection()
     monitoring: tuple[MonitorName, ...] = Field(default=MONITORS, strict=False, min_length=1)
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
@@ -86,6 +89,15 @@ class WorkflowSpec(Section):
         except BadInputError as error:
             path = error.field if error.field.startswith("ppo.") else f"ppo.{error.field}"
             raise refuse(error.remedy, *path.split("."), found=error.value) from error
+        return self
+
+    @model_validator(mode="after")
+    def _charter_is_answered(self) -> WorkflowSpec:
+        # As for the ramp: an answer that follows from the spec stays "unset", so that overriding a knob moves it too.
+        answers = default_charter(self)
+        given = {name for name in self.charter.model_fields_set if getattr(self.charter, name) != answers[name]}
+        answers |= {name: getattr(self.charter, name) for name in given}
+        object.__setattr__(self, "charter", CharterSection.model_construct(given, **answers))
         return self
 
     @property

@@ -23,7 +23,7 @@ ALGORITHMS = tuple(RECIPES)
 DEFAULT_RAMP = (25.0, 50.0)
 MAX_SHARE = 99.0  # percent
 NUM_RELEASES = 2  # the candidate, and the deliberately bad one after it: each gets live tickets of its own
-VERSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+VERSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}(-[0-9a-f]{8})?")  # with the hash of a registered version
 
 
 def refuse(remedy: str, *below: str | int, **found: object) -> PydanticCustomError:
@@ -53,7 +53,11 @@ class Section(BaseModel):
 
 
 class WorkflowSection(Section):
-    """What is trained, from which baseline, with which reward model and algorithm (requirements 62-65)."""
+    """What is trained, from which baseline, with which reward model and algorithm (requirements 62-65).
+
+    A baseline or reward model is trained under the name given, unless that ends in `-` and 8 hex digits: then it is a
+    registered version, see `cluster/pins.py`.
+    """
 
     name: str = "support_desk"
     target: str = Field(description="the task in words; free text")
@@ -91,6 +95,20 @@ class WorkflowSection(Section):
         return text.strip()
 
 
+class CharterSection(Section):
+    """What a charter answers beside `workflow.target` (requirement 15). What is left out follows from the spec."""
+
+    constraints: str = ""
+    rollback_path: str = ""
+
+    @field_validator("constraints", "rollback_path")
+    @classmethod
+    def _answers(cls, text: str) -> str:
+        if not text.strip():
+            raise refuse("a charter with an empty answer starts nothing; answer it, or leave the key out")
+        return " ".join(text.split())
+
+
 class ModelSection(Section):
     """The base model: a Hugging Face directory, or (empty path) a tiny GPT-OSS architecture built on the spot."""
 
@@ -114,8 +132,16 @@ class DataSection(Section):
 
 
 class SftSection(Section):
-    """Supervised fine-tuning on the expert's demonstrations; runs on as many workers as PPO has learners."""
+    """Supervised fine-tuning on the expert's demonstrations; runs on as many workers as PPO has learners.
 
+    The bounds are what the baseline must keep over the seeds of its own evaluation (requirement 17): the share of
+    attempts that come to an answer; how far success may move from seed to seed, beyond chance; and the variance of
+    success at one and the same task, where 0.2 means that two attempts end alike three times in five (a coin: 0.25).
+    """
+
+    min_finished: ClassVar[float] = 0.5
+    max_seed_sd: ClassVar[float] = 0.05
+    max_within_task: ClassVar[float] = 0.2
     epochs: int = Field(default=3, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0, le=1)
     muon_learning_rate: float = Field(
@@ -128,8 +154,8 @@ class RewardSection(Section):
     """The reward model and what it must show on the calibration split before PPO may use it (requirements 19-21)."""
 
     rollouts_per_task: ClassVar[int] = 4
-    epochs: int = Field(default=2, ge=1)
-    learning_rate: float = Field(default=1e-3, gt=0, le=1)
+    epochs: ClassVar[int] = 2
+    learning_rate: ClassVar[float] = 1e-3
     num_pairs: int = Field(default=2000, ge=8)
     max_ece: float = Field(default=0.1, gt=0, le=1)
     min_pair_accuracy: float = Field(default=0.6, ge=0.5, le=1)

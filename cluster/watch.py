@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from cluster.codec import decode, encode
@@ -100,8 +100,19 @@ class RunPaths:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChainHead:
+    """Where a chained file stood: how many rows it had, and the chain of the last one ("" without a chain)."""
+
+    rows: int
+    chain: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """How a run ended. Written as `summary.json`: a run folder without one is unfinished."""
+    """How a run ended. Written as `summary.json`: a run folder without one is unfinished.
+
+    `heads` says of each chained file, by path in the run folder, where it stood; `seatrial audit` holds it to that.
+    """
 
     run_id: str
     workflow: str
@@ -114,6 +125,7 @@ class RunSummary:
     exit_code: int
     paths: RunPaths
     endpoint: str = ""
+    heads: Mapping[str, ChainHead] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary as plain JSON; `from_json` reads it back."""

@@ -14,6 +14,7 @@ Split = Literal["train", "calibration", "held_out", "frozen", "adversarial", "li
 RolloutStatus = Literal["ok", "truncated", "tool_budget", "timeout", "engine_error"]
 TurnKind = Literal["plan", "tool", "final", "malformed"]
 PolicyKind = Literal["base", "sft", "ppo", "degraded"]
+PlanCause = Literal["request", "tool_error", "observation"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +134,20 @@ class ToolResult:
     content: str
     error: str
     duration_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRevision:
+    """One accepted plan of a run. `revision` 0 is the first; a later one is a replan after `after_calls` tool calls.
+
+    `cause` is "tool_error" when the last call before it failed or was refused. `tool_budget` is what was granted.
+    """
+
+    revision: int
+    after_calls: int
+    cause: PlanCause
+    steps: tuple[str, ...]
+    tool_budget: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -221,7 +221,7 @@ class ReleasePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Release:
-    """Which version may replace which. Its id salts the sticky hash, so that no session is always a test subject."""
+    """Which version may replace which. Its id salts the split, so that no session is always a test subject."""
 
     release_id: str
     stable: str

@@ -1,4 +1,4 @@
-"""The log of a release's decisions: one durable row each, from which the controller's state is read back."""
+"""The log of a release's decisions: one durable, chained row each, from which the controller's state is read back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rl_actors.errors import BadInputError
 from serving import contracts
 from serving.contracts import Decision, Drill, Release, ReleaseState
-from serving.durable_files import append_durably, read_rows
+from serving.durable_files import append_chained, read_chained
 
 
 class DecisionLog:
@@ -34,23 +34,23 @@ class DecisionLog:
             "evidence": [asdict(result) for result in decision.evidence],
             "next_state": _state_row(after),
         }
-        append_durably(self.path, _finite(row))
+        append_chained(self.path, _finite(row))
 
     def state(self, release: Release) -> ReleaseState | None:
         """Return the last recorded state, None before the first. Raises BadInputError for another release's log."""
-        rows = read_rows(self.path)
+        rows = read_chained(self.path)
         if rows and rows[-1]["release"] != asdict(release):
             raise BadInputError("release", asdict(release), f"{self.path} belongs to {rows[-1]['release']}")
         return _parse_state(rows[-1]["next_state"]) if rows else None
 
     def last_at(self) -> float:
         """Return when the last row was written, in Unix seconds; 0 before the first."""
-        rows = read_rows(self.path)
+        rows = read_chained(self.path)
         return float(rows[-1]["at"]) if rows else 0.0
 
     def drills(self) -> tuple[Drill, ...]:
         """Return the timed rollback drills of this release."""
-        rows = [row for row in read_rows(self.path) if row["state"]["kind"] == "Drilling"]
+        rows = [row for row in read_chained(self.path) if row["state"]["kind"] == "Drilling"]
         return tuple(
             Drill(at=row["at"], seconds=row["at"] - row["state"]["started_at"])
             for row in rows

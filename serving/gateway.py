@@ -118,6 +118,7 @@ def serve_ports(config: GatewayConfig) -> LivePorts:
             SplitStore(config.files.split),
             config.files.acks,
             gateway=gateway,
+            slot_of=ledger.session_slot,
             stale_after_s=config.stale_after_s,
             clock=time.time,
         ),

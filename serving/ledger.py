@@ -8,6 +8,7 @@ Any number of processes and threads may write; each write is one short transacti
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import threading
 from collections import Counter
@@ -18,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
+from rl_actors.contracts import PlanRevision
 from rl_actors.errors import BadInputError, InfrastructureError
 from serving.contracts import (
     EventKind,
@@ -32,6 +34,7 @@ from serving.contracts import (
 from serving.durable_files import file_lock
 
 _BUSY_TIMEOUT_MS: Final = 10_000
+_CREATED: Final = re.compile(r"^CREATE [\w ]+ IF NOT EXISTS (\w+)", re.MULTILINE)
 _START_COLUMNS: Final = tuple(
     name for name in RunRecord.__dataclass_fields__ if name not in {"human_override", "critic_score"}
 )
@@ -40,6 +43,9 @@ UPDATE runs SET status = :status, success = :success, tool_calls_count = :tool_c
     tool_error_count = :tool_error_count, tokens_in = :tokens_in, tokens_out = :tokens_out, duration_ms = :duration_ms,
     cost = :cost, policy_checks = :policy_checks, failed_checks_count = :failed_checks_count, completed_at = :at
 WHERE run_id = :run_id AND status = 'running'"""
+_ADD_PLAN: Final = """
+INSERT INTO plan_revisions (run_id, revision, at, after_calls, cause, tool_budget, steps)
+VALUES (:run_id, :revision, :at, :after_calls, :cause, :tool_budget, :steps)"""
 _WINDOW: Final = """
 FROM run_records WHERE policy_version = :policy_version AND release_channel = :channel
     AND (:epoch IS NULL OR split_epoch = :epoch) AND started_at >= :since"""
@@ -58,6 +64,7 @@ class RunCompletion:
     duration_ms: float
     cost: float
     policy_checks: Mapping[str, bool]
+    plans: tuple[PlanRevision, ...] = ()
 
 
 class RunLedger:
@@ -74,8 +81,11 @@ class RunLedger:
         with file_lock(path.with_name(f"{path.name}.lock")):
             self._writer, self._reader = self._connect(), self._connect()
             with self._writing() as writer:
-                if not writer.execute("SELECT 1 FROM sqlite_master WHERE name = 'run_events'").fetchone():
-                    writer.executescript(resources.files("serving").joinpath("schema.sql").read_text(encoding="utf-8"))
+                schema = resources.files("serving").joinpath("schema.sql").read_text(encoding="utf-8")
+                present = {row["name"] for row in writer.execute("SELECT name FROM sqlite_master")}
+                # Also for a file of an older version, which lacks what was added since.
+                if not present.issuperset(_CREATED.findall(schema)):
+                    writer.executescript(schema)
 
     def close(self) -> None:
         """Close both connections; a second call does nothing."""
@@ -95,13 +105,31 @@ class RunLedger:
         with self._writing() as writer:
             return writer.execute(sql, row).rowcount == 1
 
+    def session_slot(self, salt: str, session_key: str) -> int:
+        """Return a session's slot in the release of this salt: the next free one at its first visit, the same after."""
+        find = "SELECT slot FROM session_slots WHERE salt = ? AND session_key = ?"
+        if known := self._read(find, (salt, session_key)):
+            return known[0]["slot"]
+        sql = """INSERT INTO session_slots SELECT ?1, ?2, COALESCE(MAX(slot) + 1, 0) FROM session_slots WHERE salt = ?1
+            ON CONFLICT (salt, session_key) DO NOTHING"""
+        with self._writing() as writer:
+            writer.execute(sql, (salt, session_key))
+            return writer.execute(find, (salt, session_key)).fetchone()["slot"]
+
     def complete(self, run_id: str, completion: RunCompletion, *, at: float) -> None:
-        """End a run, exactly once. Raises BadInputError for an unknown run and for one that already ended."""
+        """End a run, exactly once, its plans with it.
+
+        Raises BadInputError for an unknown run and for one that already ended.
+        """
         if completion.status == "running":
             raise BadInputError("completion.status", "running", "complete a run with how it ended")
-        row = asdict(completion) | _checks_columns(completion.policy_checks) | {"run_id": run_id, "at": at}
-        with self._writing() as writer:
+        key = {"run_id": run_id, "at": at}
+        row = asdict(completion) | _checks_columns(completion.policy_checks) | key
+        plans = [asdict(plan) | {"steps": json.dumps(plan.steps)} | key for plan in completion.plans]
+        with self._writing() as writer, writer:
+            writer.execute("BEGIN IMMEDIATE")
             if writer.execute(_COMPLETE, row).rowcount == 1:
+                writer.executemany(_ADD_PLAN, plans)
                 return
             found = writer.execute("SELECT status FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         remedy = f"it already ended as '{found['status']}'" if found else "start it first"
@@ -133,6 +161,15 @@ class RunLedger:
         """Return the run that answers this idempotency key, if there is one."""
         found = self._read("SELECT * FROM run_records WHERE request_id = ?", (request_id,))
         return _record(found[0]) if found else None
+
+    def plans(self, run_id: str) -> tuple[PlanRevision, ...]:
+        """Return the plans of a run, first to last; none before it has ended, or when it never planned."""
+        sql = """SELECT revision, after_calls, cause, steps, tool_budget FROM plan_revisions
+            WHERE run_id = ? ORDER BY revision"""
+        return tuple(
+            PlanRevision(**{**dict(row), "steps": tuple(json.loads(row["steps"]))})
+            for row in self._read(sql, (run_id,))
+        )
 
     def rows(self, *, policy_version: str | None = None, channel: ReleaseChannel | None = None) -> Iterator[RunRecord]:
         """Yield all runs in the order they started, optionally of one policy version or channel."""

@@ -64,7 +64,7 @@ class LiveRuns:
         """
         memory = RequestMemory()
         try:
-            route = self._ports.splits.route(request.session_key)
+            route = await self._ports.splits.route(request.session_key)
             try:
                 return await self._attempt(request, route, memory)
             except InfrastructureError:
@@ -237,6 +237,7 @@ class LiveRuns:
             duration_ms=(ports.monotonic() - attempt.started) * 1000.0,
             cost=meter.tokens_in * config.cost_per_token_in + meter.tokens_out * config.cost_per_token_out,
             policy_checks=checks,
+            plans=tuple(executor.plans) if executor else (),
         )
         await asyncio.to_thread(ports.ledger.complete, attempt.record.run_id, completion, at=ports.clock())
 

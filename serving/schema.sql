@@ -63,6 +63,27 @@ CREATE TABLE IF NOT EXISTS critic_scores (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS critic_scores_by_run ON critic_scores (run_id);
 
+-- Which place a session got in a release (by its salt), in order of first visit; it keeps it: see serving/split.py.
+CREATE TABLE IF NOT EXISTS session_slots (
+    salt TEXT NOT NULL,
+    session_key TEXT NOT NULL CHECK (session_key <> ''),
+    slot INTEGER NOT NULL CHECK (slot >= 0),
+    PRIMARY KEY (salt, session_key),
+    UNIQUE (salt, slot)
+) STRICT, WITHOUT ROWID;
+
+-- Every plan a run's policy made: revision 0 answers the request, a later one is a replan and says what caused it.
+CREATE TABLE IF NOT EXISTS plan_revisions (
+    run_id TEXT NOT NULL REFERENCES runs (run_id),
+    revision INTEGER NOT NULL CHECK (revision >= 0),
+    at REAL NOT NULL,
+    after_calls INTEGER NOT NULL CHECK (after_calls >= 0),
+    cause TEXT NOT NULL CHECK (cause IN ('request', 'tool_error', 'observation')),
+    tool_budget INTEGER NOT NULL CHECK (tool_budget >= 0),
+    steps TEXT NOT NULL CHECK (json_type(steps) = 'array'),
+    PRIMARY KEY (run_id, revision)
+) STRICT, WITHOUT ROWID;
+
 CREATE TRIGGER IF NOT EXISTS runs_complete_once BEFORE UPDATE ON runs WHEN OLD.status <> 'running'
 BEGIN SELECT RAISE(ABORT, 'a completed run never changes'); END;
 
@@ -72,6 +93,10 @@ BEGIN SELECT RAISE(ABORT, 'what a run was started as never changes'); END;
 
 CREATE TRIGGER IF NOT EXISTS runs_undeletable BEFORE DELETE ON runs
 BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS session_slots_unchangeable BEFORE UPDATE ON session_slots
+BEGIN SELECT RAISE(ABORT, 'a session keeps its slot'); END;
+CREATE TRIGGER IF NOT EXISTS session_slots_undeletable BEFORE DELETE ON session_slots
+BEGIN SELECT RAISE(ABORT, 'a session keeps its slot'); END;
 CREATE TRIGGER IF NOT EXISTS overrides_undeletable BEFORE DELETE ON overrides
 BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS overrides_unchangeable BEFORE UPDATE ON overrides
@@ -83,6 +108,10 @@ BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS critic_scores_undeletable BEFORE DELETE ON critic_scores
 BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS critic_scores_unchangeable BEFORE UPDATE ON critic_scores
+BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS plan_revisions_undeletable BEFORE DELETE ON plan_revisions
+BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
+CREATE TRIGGER IF NOT EXISTS plan_revisions_unchangeable BEFORE UPDATE ON plan_revisions
 BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 
 -- A run with what became known later: the latest label wins, one override is enough, the latest critic score counts.

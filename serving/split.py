@@ -1,5 +1,9 @@
 """The traffic split: sticky routing as a pure function, and the small durable record that gateways poll.
 
+New sessions are dealt out in permuted blocks (Zelen 1974): of each hundred that arrive, every hundredth of [0, 1) gets
+one, in an order that a keyed hash shuffles. With a coin per session and a share of 5 %, the first 50 canary sessions
+would be anything from 3.6 to 6.4 % of all (two standard deviations); blocks keep to what the record says.
+
 One record rules all gateways; replacing it atomically is the whole of a roll back. Whoever holds a record that has not
 been refreshed in time gives the candidate nothing: a dead controller fails back by itself.
 """
@@ -10,11 +14,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Final
 
 from rl_actors.errors import BadInputError, StageRefusedError, TamperedError
 from serving.contracts import ReleaseChannel, SplitRecord
-from serving.durable_files import append_durably, disk_errors, file_lock, read_rows, replace_durably
+from serving.durable_files import append_chained, disk_errors, file_lock, read_chained, replace_durably
+
+BLOCK: Final = 100
+"""Sessions that are dealt out together. Larger is nearer to a coin, smaller nearer to a pattern."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,17 +35,31 @@ class Route:
     split_epoch: int
 
 
-def session_position(session_key: str, salt: str) -> float:
-    """Place a session in [0, 1) by a keyed hash: the same everywhere, for ever, and fresh for each salt."""
-    digest = hashlib.blake2b(f"{salt}\x00{session_key}".encode(), digest_size=8).digest()
+def slot_position(slot: int, salt: str) -> float:
+    """Place the session that came `slot`-th (from 0) into a release in [0, 1): fixed for ever, fresh for each salt.
+
+    Slots 100 b to 100 b + 99 fall one into each hundredth, in an order that nobody can tell without the salt.
+    """
+    block, index = divmod(slot, BLOCK)
+    return (_block_order(salt, block)[index] + _uniform(f"{salt}\x00{slot}\x00within")) / BLOCK
+
+
+@lru_cache(maxsize=64)
+def _block_order(salt: str, block: int) -> tuple[int, ...]:
+    """Shuffle the hundredths of a block by a keyed hash."""
+    return tuple(sorted(range(BLOCK), key=lambda rank: _uniform(f"{salt}\x00{block}\x00{rank}\x00order")))
+
+
+def _uniform(text: str) -> float:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def route(record: SplitRecord, session_key: str, now: float, stale_after_s: float) -> Route:
+def route(record: SplitRecord, position: float, now: float, stale_after_s: float) -> Route:
     """Choose the version for a session. A raised share keeps its sessions; a stale record means share 0."""
     if now - record.updated_at > stale_after_s:
         return Route(policy_version=record.stable, release_channel="general", split_epoch=0)
-    if session_position(session_key, record.salt) < record.share:
+    if position < record.share:
         return Route(policy_version=record.candidate, release_channel="canary", split_epoch=record.epoch)
     return Route(policy_version=record.stable, release_channel="general", split_epoch=record.epoch)
 
@@ -90,10 +113,10 @@ class SplitStore:
         """Append after the switch, never before it; a record whose own append was killed is made up for."""
         is_missing = before is not None and before.epoch not in {logged.epoch for logged in self._logged()}
         for entry in (*([before] if before and is_missing else []), record):
-            append_durably(self._history_path, asdict(entry))
+            append_chained(self._history_path, asdict(entry))
 
     def _logged(self) -> list[SplitRecord]:
-        return [_parsed(json.dumps(row), self._history_path) for row in read_rows(self._history_path)]
+        return [_parsed(json.dumps(row), self._history_path) for row in read_chained(self._history_path)]
 
 
 def _same_split(one: SplitRecord, other: SplitRecord) -> bool:

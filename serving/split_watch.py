@@ -13,16 +13,20 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from rl_actors.errors import InfrastructureError, TamperedError
 from serving.contracts import SplitRecord
 from serving.durable_files import disk_errors
-from serving.split import Route, SplitStore, route
+from serving.split import Route, SplitStore, route, slot_position
 
 _HEARTBEAT_S: Final = 1.0
+_STABLE: Final = 1.0  # a position that no share reaches
+
+SlotOf = Callable[[str, str], int]
+"""(salt, session key) -> its slot in that release, the next free one at its first visit. Durable; may block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +49,13 @@ class SplitWatcher:
         acks: Path,
         *,
         gateway: str,
+        slot_of: SlotOf,
         stale_after_s: float,
         clock: Callable[[], float],
     ) -> None:
         """Read nothing yet."""
         self._store, self._path, self._gateway = store, acks / f"{gateway}.json", gateway
-        self._stale_after_s, self._clock = stale_after_s, clock
+        self._slot_of, self._stale_after_s, self._clock = slot_of, stale_after_s, clock
         self._record: SplitRecord | None = None
         self._last_ack: Ack | None = None
 
@@ -71,9 +76,18 @@ class SplitWatcher:
             await asyncio.to_thread(self.poll)
             await asyncio.sleep(poll_s)
 
-    def route(self, session_key: str) -> Route:
-        """Return where a session goes now. Raises InfrastructureError before the first record."""
-        return route(self._required(), session_key, self._clock(), self._stale_after_s)
+    async def route(self, session_key: str) -> Route:
+        """Return where a session goes now. Raises InfrastructureError before the first record, and when a canary is on
+        and its slot cannot be read; with no candidate to serve, nothing is looked up.
+        """
+        asked = self._required()
+        position = _STABLE
+        if asked.share > 0:
+            position = slot_position(await asyncio.to_thread(self._slot_of, asked.salt, session_key), asked.salt)
+        record = self._required()  # the split may have moved while the slot was read
+        if record.salt != asked.salt:
+            return replace(route(record, _STABLE, self._clock(), self._stale_after_s), split_epoch=0)
+        return route(record, position, self._clock(), self._stale_after_s)
 
     @property
     def stable(self) -> str:

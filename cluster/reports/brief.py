@@ -131,11 +131,22 @@ class CanaryCurve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CharterRow:
+    """The charter's answers as the spec gives them (empty: not asked then), and the tickets a release really met."""
+
+    workload: str
+    constraints: str
+    rollback_path: str
+    tickets_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BriefInput:
     """Everything a brief may say."""
 
     run_id: str
     workflow: str
+    charter: CharterRow
     written_at: float | None
     bundle_id: str
     compared_with: Literal["previous", "baseline", ""]

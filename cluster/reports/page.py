@@ -46,6 +46,7 @@ class View:
     outcome: str
     tone: str
     facts: tuple[tuple[str, str], ...]
+    charter: tuple[tuple[str, str], ...]
     headlines: tuple[Headline, ...]
     sections: Mapping[str, Section]
     glossary: tuple[tuple[str, str, str], ...]

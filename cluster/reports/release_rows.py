@@ -11,7 +11,7 @@ from typing import Any
 from cluster.codec import decode
 from cluster.reports.brief import CanaryCurve, EvidencePoint, GateRow, ReleaseRow
 from serving.contracts import GateResult
-from serving.durable_files import read_rows
+from serving.durable_files import read_chained
 from serving.gates import GATES
 from serving.release_state_machine import HEALTHY
 
@@ -26,8 +26,8 @@ class ReleaseLog:
 
     @classmethod
     def read(cls, path: Path) -> ReleaseLog:
-        """Read a `decisions.jsonl`."""
-        return cls(rows=read_rows(path))
+        """Read a `decisions.jsonl`. Raises TamperedError when its chain does not fit."""
+        return cls(rows=read_chained(path))
 
     @property
     def release(self) -> Mapping[str, str]:

@@ -2,10 +2,12 @@
 
 Read, all optional (what is missing becomes "not measured"):
 
-* `spec.resolved.json`: `workflow.name`; `release.gates`, `release.ramp` (percent), `release.alpha`.
+* `spec.resolved.json`: `workflow.name`, `workflow.target`; `charter`; `release.gates`,
+  `release.ramp` (percent), `release.alpha`.
 * `bundle.json`: `cluster.bundle.Bundle`; `bundle.previous.json`: the bundle to compare with, else its own baseline.
 * `journal.jsonl`: the output of stage `offline_gates` (a list of GateResult, or an object with them under `results`);
-  the first output with a `calibration` (a RewardModelVersion: `name`, `calibration`); the last `finished_at`.
+  the first output with a `calibration` (a RewardModelVersion: `name`, `calibration`); `requests` of the output with
+  this brief's `release_id`; the last `finished_at`.
 * `eval/*.json`: `codec.encode(EvalReport)`; the one whose suites' candidate `policy` is the bundle's policy version.
 * `metrics.jsonl`, stage `ppo`: `step`, `success`, `kl_to_reference` (or `kl`).
 * `release*/**/decisions.jsonl`: `serving.decision_log.DecisionLog` rows, one log per release; this brief's is the one
@@ -26,6 +28,7 @@ from cluster.reports.brief import (
     ArmRow,
     BriefInput,
     ChangeRow,
+    CharterRow,
     GateRow,
     IntentRow,
     LearningPoint,
@@ -58,6 +61,7 @@ def collect_brief_input(run_dir: Path, *, ledger: Path | None = None) -> BriefIn
     return BriefInput(
         run_id=run_dir.name,
         workflow=str(spec.get("workflow", {}).get("name", "")),
+        charter=_charter(spec, journal, own),
         written_at=max((float(row["finished_at"]) for row in journal), default=None),
         suites=_suites(report) if report else (),
         intents=_intents(report) if report else (),
@@ -74,6 +78,25 @@ def collect_brief_input(run_dir: Path, *, ledger: Path | None = None) -> BriefIn
         canary=canary_curve(own, release),
         **_compared(run_dir, bundle),
     )
+
+
+def _charter(spec: Mapping[str, Any], journal: list[dict[str, Any]], log: ReleaseLog | None) -> CharterRow:
+    charter = spec.get("charter", {})
+    return CharterRow(
+        workload=str(spec.get("workflow", {}).get("target", "")),
+        constraints=str(charter.get("constraints", "")),
+        rollback_path=str(charter.get("rollback_path", "")),
+        tickets_per_s=_tickets_per_s(journal, log) if log else None,
+    )
+
+
+def _tickets_per_s(journal: list[dict[str, Any]], log: ReleaseLog) -> float | None:
+    """Return the tickets of a release over the time between its first decision and its last."""
+    outputs = [row["output"] for row in journal if isinstance(row["output"], Mapping)]
+    own = (output for output in outputs if output.get("release_id") == log.release["release_id"])
+    requests = next((output["requests"] for output in own if "requests" in output), None)
+    seconds = float(log.rows[-1]["at"]) - float(log.rows[0]["at"])
+    return None if requests is None or seconds <= 0 else requests / seconds
 
 
 def find_report(directory: Path, policy: str) -> EvalReport | None:

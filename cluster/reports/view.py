@@ -8,7 +8,7 @@ from typing import Final
 from cluster.reports.brief import GLOSSARY, SECTIONS, ArmRow, BriefInput, GateRow, ReleaseRow, SuiteRow
 from cluster.reports.locales import Phrasebook
 from cluster.reports.page import Section, Table, View
-from cluster.reports.view_head import facts_of, headlines_of, outcome_of, tone_of
+from cluster.reports.view_head import charter_of, facts_of, headlines_of, outcome_of, tone_of
 from rl_actors.contracts import Interval
 from serving.canary_analysis import rate_upper_bound
 
@@ -53,6 +53,7 @@ def view_of(brief: BriefInput, book: Phrasebook) -> View:
         outcome=outcome_of(brief.release, book),
         tone=tone_of(brief.release),
         facts=facts_of(brief, book),
+        charter=charter_of(brief.charter, book),
         headlines=headlines_of(brief, book),
         sections={name: makers[name](brief, book) for name in SECTIONS},
         glossary=tuple(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from cluster.reports.brief import BriefInput, ReleaseRow
+from cluster.reports.brief import BriefInput, CharterRow, ReleaseRow
 from cluster.reports.locales import Phrasebook
 from cluster.reports.page import Headline
 
 _SHORT_ID: Final = 12
+_MAX_ANSWER: Final = 120  # letters of an answer of the charter, so that it stays one line with its label
+_MAX_WORKLOAD: Final = 90
 
 
 def outcome_of(release: ReleaseRow | None, book: Phrasebook) -> str:
@@ -38,6 +40,18 @@ def facts_of(brief: BriefInput, book: Phrasebook) -> tuple[tuple[str, str], ...]
         (book.say("fact.bundle"), book.quote(brief.bundle_id[:_SHORT_ID]) or book.not_measured),
         (book.say("fact.compared"), compared),
         (book.say("fact.date"), book.date(brief.written_at)),
+    )
+
+
+def charter_of(charter: CharterRow, book: Phrasebook) -> tuple[tuple[str, str], ...]:
+    """Return the charter's three answers, one line each: recorded text is cut, never translated."""
+    workload = book.quote(charter.workload, _MAX_WORKLOAD) or book.not_measured
+    if charter.tickets_per_s is not None:
+        workload += book.say("charter.measured", rate=book.decimal(charter.tickets_per_s, 1))
+    return (
+        (book.say("charter.workload"), workload),
+        (book.say("charter.constraints"), book.quote(charter.constraints, _MAX_ANSWER) or book.not_measured),
+        (book.say("charter.rollback_path"), book.quote(charter.rollback_path, _MAX_ANSWER) or book.not_measured),
     )
 
 

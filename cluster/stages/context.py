@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 from cluster.hashing import sha256_directory, sha256_json
 from cluster.journal import Journal
-from cluster.paths import RunFolder
-from cluster.placement import Placement
+from cluster.paths import RunFolder, seatrial_home
+from cluster.placement import Placement, place
 from cluster.spec import WorkflowSpec
 from cluster.watch import StageLine, Watch
+from cluster.workflows import find_workflow, locate_workflow
 from rl_actors.actors.rollout_worker import RolloutWorkerSettings
 from rl_actors.agent.loop import AgentLimits
 from rl_actors.agent.workflow import Workflow, WorkflowRef
@@ -55,6 +56,21 @@ class Run:
     placement: Placement
     lines: list[StageLine] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, spec: WorkflowSpec, folder: RunFolder, watch: Watch) -> Run:
+        """Return the run of a folder, as far as its journal says it has come. Raises TamperedError."""
+        name = spec.workflow.name
+        return cls(
+            spec=spec,
+            folder=folder,
+            home=seatrial_home(),
+            watch=watch,
+            journal=Journal(folder.journal),
+            workflow_ref=locate_workflow(name),
+            workflow=find_workflow(name),
+            placement=place(spec),
+        )
+
     def stage(
         self,
         name: str,
@@ -80,9 +96,7 @@ class Run:
 
     def policy(self, name: str, kind: PolicyKind, directory: Path, parent_sha256: str) -> PolicyVersion:
         """Hash a finished model directory, make it read-only and return its version, whose name carries the hash."""
-        for file in directory.rglob("*"):
-            if file.is_file():
-                file.chmod(0o444)
+        make_read_only(directory)
         digest = sha256_directory(directory)
         unique = f"{name}-{digest[:8]}"
         return PolicyVersion(name=unique, kind=kind, path=str(directory), sha256=digest, parent_sha256=parent_sha256)
@@ -136,6 +150,13 @@ class Run:
                 seen = len(rows)
                 row = rows[-1]
                 self.watch.progress(name, int(row["step"]), int(row.get("num_steps", 0)), _step_metrics(row))
+
+
+def make_read_only(directory: Path) -> None:
+    """Take the right to write from every file of a finished model."""
+    for file in directory.rglob("*"):
+        if file.is_file():
+            file.chmod(0o444)
 
 
 def _step_metrics(row: Mapping[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.pins import NO_PINS, Pins
 from rl_actors.contracts import DataSnapshot, PolicyVersion, RewardModelVersion
 
 
@@ -16,8 +17,11 @@ class Learned:
     baseline: PolicyVersion
     reward_model: RewardModelVersion
     candidate: PolicyVersion
+    pins: Pins = NO_PINS
 
     @property
-    def trained(self) -> tuple[PolicyVersion, RewardModelVersion, PolicyVersion]:
-        """The results of training, in the order they were made."""
-        return self.baseline, self.reward_model, self.candidate
+    def trained(self) -> tuple[PolicyVersion | RewardModelVersion, ...]:
+        """The results of this run's training, in the order they were made; a pinned version is none."""
+        baseline = () if self.pins.baseline else (self.baseline,)
+        reward_model = () if self.pins.reward_model else (self.reward_model,)
+        return (*baseline, *reward_model, self.candidate)

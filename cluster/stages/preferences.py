@@ -10,6 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.codec import encode
+from cluster.paths import write_json
 from cluster.snapshot import SCHEMAS, check_rubric_labels, read_table, verify_snapshot, write_snapshot
 from cluster.stages.context import Run
 from cluster.stages.data import read_tasks
@@ -17,7 +19,9 @@ from cluster.stages.ray_runtime import placed
 from rl_actors.actors.pools import RolloutPool
 from rl_actors.agent.rollout import RolloutRequest, rollout_token_ids, rollout_view
 from rl_actors.agent.workflow import RubricCriterion
+from rl_actors.baseline_stability import SeededAttempt, StabilityBounds, baseline_stability, require_stable
 from rl_actors.contracts import DataSnapshot, PolicyVersion, Rollout, Split, Task
+from rl_actors.training.metrics_log import MetricsLog
 from rl_actors.training.reward import PreferencePair
 
 _ROLLOUTS = pa.schema(
@@ -35,7 +39,11 @@ NUM_CALIBRATION_FRACTION = 0.45
 
 
 def collect_preferences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersion) -> DataSnapshot:
-    """Sample the baseline several times per task, and let the annotators label runs and rank pairs of them."""
+    """Sample the baseline several times per task, and let the annotators label runs and rank pairs of them.
+
+    Raises:
+        StageRefusedError: The baseline is unstable over the seeds it was sampled with; nobody labels its runs.
+    """
     reward = run.spec.reward
     num_calibration = max(4, int(reward.num_pairs * NUM_CALIBRATION_FRACTION))
     pairs_by_split: dict[Split, int] = {"train": reward.num_pairs - num_calibration, "calibration": num_calibration}
@@ -45,6 +53,7 @@ def collect_preferences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersio
         for task in read_tasks(snapshot, split)[: _tasks_for(num_pairs, reward.rollouts_per_task)]
     ]
     rollouts = sample_baseline(run, baseline, tasks)
+    require_stable_baseline(run, rollouts)
     by_id = {task.task_id: task for task in tasks}
     rng = random.Random(run.spec.seed)
     labels = [row for rollout in rollouts for row in label_rows(run, rollout, by_id[rollout.task_id], rng)]
@@ -77,6 +86,27 @@ def sample_baseline(run: Run, baseline: PolicyVersion, tasks: Sequence[Task]) ->
             return pool.rollouts(requests, run.spec.ppo.temperature)
         finally:
             pool.close()
+
+
+def require_stable_baseline(run: Run, rollouts: Sequence[Rollout]) -> None:
+    """Refuse a baseline that is unstable over its sampling seeds; the figures stay under `eval/` either way."""
+    sft = run.spec.sft
+    bounds = StabilityBounds(
+        min_finished=sft.min_finished, max_seed_sd=sft.max_seed_sd, max_within_task=sft.max_within_task
+    )
+    attempts = [
+        SeededAttempt(
+            task_id=task_id, seed=seed, is_finished=rollout.status == "ok", is_success=rollout.outcome.success
+        )
+        for task_id, group in _by_task(rollouts).items()
+        for seed, rollout in enumerate(group)
+    ]
+    stability = baseline_stability(attempts, bounds)
+    write_json(run.folder.evaluations / "baseline_stability.json", encode(stability))
+    figures = {name: getattr(stability, name) for name in ("seed_sd", "within_task", "finished")}
+    MetricsLog(run.folder.metrics, "preferences").write(1, {"num_steps": 1, **figures})
+    run.watch.note(str(stability))
+    require_stable(stability)
 
 
 def label_rows(run: Run, rollout: Rollout, task: Task, rng: random.Random) -> Iterator[dict[str, Any]]:
@@ -148,12 +178,16 @@ def _mean_labels(rows: Sequence[Mapping[str, Any]], rubric: Sequence[RubricCrite
 
 def _pairs(rollouts: Sequence[Rollout]) -> Iterator[tuple[Rollout, Rollout]]:
     """Yield pairs of different runs of one task; equal runs teach nothing."""
+    for group in _by_task(rollouts).values():
+        different = (pair for pair in combinations(group, 2) if _tokens(pair[0]) != _tokens(pair[1]))
+        yield from islice(different, len(group))
+
+
+def _by_task(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
     groups: dict[str, list[Rollout]] = defaultdict(list)
     for rollout in rollouts:
         groups[rollout.task_id].append(rollout)
-    for group in groups.values():
-        different = (pair for pair in combinations(group, 2) if _tokens(pair[0]) != _tokens(pair[1]))
-        yield from islice(different, len(group))
+    return groups
 
 
 def _tokens(rollout: Rollout) -> list[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from cluster.audit import chain_heads, head_tags
 from cluster.bundle import Bundle, Component, build_bundle, code_component, component_of
 from cluster.hashing import sha256_file
 from cluster.registry import Registry
@@ -44,7 +45,7 @@ def make_bundle(
     suites = {suite.name: suite.sha256 for suite in read_suites(snapshot)}
     return build_bundle(
         {
-            "base_model": Component(version=base.name, sha256=base.sha256),
+            "base_model": _base_of(baseline, base),
             "sft": Component(version=baseline.name, sha256=baseline.sha256),
             "reward_model": Component(version=reward_model.name, sha256=reward_model.sha256),
             "policy": Component(version=policy.name, sha256=policy.sha256),
@@ -57,6 +58,12 @@ def make_bundle(
             "seed": component_of(str(run.spec.seed), run.spec.seed),
         }
     )
+
+
+def _base_of(baseline: PolicyVersion, base: PolicyVersion) -> Component:
+    """Return the model that the baseline was trained from: a pinned one need not stand on this run's."""
+    parent = baseline.parent_sha256 or base.sha256
+    return Component(version=base.name if parent == base.sha256 else f"base-{parent[:8]}", sha256=parent)
 
 
 def _sources_of(package: str) -> Mapping[str, str]:
@@ -90,17 +97,19 @@ class StageLinks:
 
 
 def stage_links(learned: Learned) -> dict[str, StageLinks]:
-    """Return the edges between stages, models and data of a run."""
+    """Return the edges between stages, models and data of a run. A pinned version is read by its stage, not made."""
     base, baseline, candidate = (
         ModelEntry.of_policy(policy) for policy in (learned.base, learned.baseline, learned.candidate)
     )
     reward_model, snapshot = ModelEntry.of_reward_model(learned.reward_model), learned.snapshot
+    sft = StageLinks(inputs=(base,), outputs=(baseline,), snapshot=snapshot)
+    reward = StageLinks(inputs=(baseline,), outputs=(reward_model,))
     return {
         "snapshot": StageLinks(snapshot=snapshot),
         "base": StageLinks(outputs=(base,)),
-        "sft": StageLinks(inputs=(base,), outputs=(baseline,), snapshot=snapshot),
+        "sft": StageLinks(inputs=(baseline,)) if learned.pins.baseline else sft,
         "preferences": StageLinks(inputs=(baseline,), snapshot=snapshot),
-        "reward_model": StageLinks(inputs=(baseline,), outputs=(reward_model,)),
+        "reward_model": StageLinks(inputs=(reward_model,)) if learned.pins.reward_model else reward,
         "ppo": StageLinks(inputs=(baseline, reward_model), outputs=(candidate,), snapshot=snapshot),
         "offline_eval": StageLinks(inputs=(baseline, candidate), snapshot=snapshot),
     }
@@ -178,7 +187,12 @@ def finish(
     mirror_traces(run, registry, files)
     registry.log_report(run.folder.report)
     is_promoted = releases[0].outcome == "promoted"
-    registry.end_run(finished_at=time.time(), is_success=is_promoted, metrics={"success_gain": report.success_gain})
+    registry.end_run(
+        finished_at=time.time(),
+        is_success=is_promoted,
+        metrics={"success_gain": report.success_gain},
+        tags=head_tags(chain_heads(run.folder)),
+    )
     paths = RunPaths(
         folder=str(run.folder.root),
         brief_html=str(run.folder.report / "brief.en-US.html"),
@@ -221,6 +235,7 @@ def summarise(
         bundle_id=bundle_id,
         exit_code=0 if not lines or lines[0].outcome == "promoted" else 1,
         paths=paths or RunPaths(folder=str(run.folder.root)),
+        heads=chain_heads(run.folder),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from cluster.bundle import Bundle, Component
+from cluster.charter import MAX_ROLLBACK_S
 from cluster.registry import Registry
 from cluster.stages.bench import ReleaseBench, ReleaseResult
 from cluster.stages.context import Run
@@ -35,9 +36,11 @@ def release_plan(run: Run, *, may_promote: bool) -> ReleasePlan:
         ramp=ramp,
         max_duration_s=max_duration_s,
         gates=tuple(release.gates),
+        critical_checks=tuple(run.workflow.critical_checks),
         alpha=release.alpha,
         full_samples=round(FULL_WEIGHT * release.min_canary_requests),
         min_samples=max(2, min(50, release.min_canary_requests)),  # one sample has no spread
+        max_rollback_s=MAX_ROLLBACK_S,
         may_promote=may_promote,
         tick_s=1.0,
         seed=run.spec.seed,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cluster.hashing import sha256_directory
 from cluster.model_shape import shape_of, zero_stage
-from cluster.stages.context import NUM_THREADS, Run, threads_each
+from cluster.stages.context import NUM_THREADS, Run, make_read_only, threads_each
 from cluster.stages.data import read_demonstrations, read_tasks
 from cluster.stages.preferences import read_pairs
 from cluster.stages.ray_runtime import placed
@@ -32,9 +32,10 @@ from rl_actors.training.ppo_learner import PpoSettings
 from rl_actors.training.recipe import RESAMPLE_ROUNDS
 from rl_actors.training.reward import RewardSettings
 from rl_actors.training.sft import Example, SftSettings
-from serving.durable_files import append_durably
+from serving.durable_files import append_chained
 
 NUM_PROBES = 4
+CALIBRATION_FILE = "calibration.json"
 DRILL_FRACTION = 0.15  # of the batches of demonstrations
 MICROBATCH_TOKENS = 2048  # what fits the caches of two CPU cores: 8 sequences run 40 % faster a token than 32
 
@@ -96,10 +97,18 @@ def train_reward_model(run: Run, baseline: PolicyVersion, preferences: DataSnaps
         ),
     )
     run_reward_job(job, train_resources(run))
-    calibration = Calibration(**json.loads((directory / "calibration.json").read_text(encoding="utf8")))
+    calibration = read_calibration(directory)
     require_calibrated(calibration, max_ece=reward.max_ece, min_pair_accuracy=reward.min_pair_accuracy)
-    name, digest = run.spec.workflow.reward_model, sha256_directory(directory)
-    return RewardModelVersion(name=name, path=str(directory), sha256=digest, calibration=calibration)
+    copy_tokenizer(baseline.path, directory)  # a model of token ids means nothing without what made them
+    make_read_only(directory)
+    digest = sha256_directory(directory)
+    unique = f"{run.spec.workflow.reward_model}-{digest[:8]}"
+    return RewardModelVersion(name=unique, path=str(directory), sha256=digest, calibration=calibration)
+
+
+def read_calibration(directory: Path) -> Calibration:
+    """Read what a reward model was measured on. Raises OSError, ValueError or TypeError where that cannot be read."""
+    return Calibration(**json.loads((directory / CALIBRATION_FILE).read_text(encoding="utf8")))
 
 
 def require_calibrated(calibration: Calibration, *, max_ece: float, min_pair_accuracy: float) -> None:
@@ -155,7 +164,7 @@ def tell_trips(run: Run) -> Callable[[int, Sequence[str]], None]:
 
     def tripped(step: int, trips: Sequence[str]) -> None:
         for trip in trips:
-            append_durably(run.folder.tripwires, {"stage": "ppo", "step": step, "at": time.time(), "trip": trip})
+            append_chained(run.folder.tripwires, {"stage": "ppo", "step": step, "at": time.time(), "trip": trip})
             run.watch.note(f"ppo step {step}: tripwire {trip}")
 
     return tripped

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from jsonschema import Draft202012Validator
 
 from rl_actors.agent.observations import render_error, render_plan_accepted
 from rl_actors.agent.workflow import PLAN_TOOL, ToolSpec
-from rl_actors.contracts import ToolCall, ToolResult
+from rl_actors.contracts import PlanCause, PlanRevision, ToolCall, ToolResult
 
 PLAN_ACCEPTED = render_plan_accepted()
+MAX_STEP_CHARS: Final = 200
+"""What is kept of one step's text, which the policy writes at any length; a cut step ends in an ellipsis."""
 _PLAN_SCHEMA = {
     "type": "object",
     "properties": {
@@ -55,26 +57,41 @@ class Toolset:
 
 @dataclass(slots=True)
 class Executor:
-    """The calls of one request: counts, budget, and what ran."""
+    """The calls of one request: counts, budget, what ran, and every plan that was accepted."""
 
     toolset: Toolset
     world: ToolWorld
     max_tool_calls: int
     budget: int = 0
-    has_plan: bool = False
-    num_replans: int = 0
     tool_calls_count: int = 0
     tool_error_count: int = 0
     log: list[tuple[str, Mapping[str, Any], str]] = field(default_factory=list)
+    plans: list[PlanRevision] = field(default_factory=list)
+
+    @property
+    def has_plan(self) -> bool:
+        """True once a plan was accepted."""
+        return bool(self.plans)
+
+    @property
+    def num_replans(self) -> int:
+        """Accepted plans after the first."""
+        return max(0, len(self.plans) - 1)
 
     def accept_plan(self, call: ToolCall) -> ToolResult:
-        """Take the planner's steps and budget; a later plan is a logged replan and cannot raise the hard cap."""
+        """Keep the planner's steps and budget as the next revision; a replan cannot raise the hard cap."""
         refusal = self.toolset.refusal(call)
         if refusal or call.arguments is None:
             return _denied(refusal or "bad_arguments")
-        self.num_replans += int(self.has_plan)
-        self.has_plan = True
         self.budget = min(int(call.arguments["tool_budget"]), self.max_tool_calls)
+        revision = PlanRevision(
+            revision=len(self.plans),
+            after_calls=self.tool_calls_count,
+            cause=self._plan_cause(),
+            steps=tuple(map(_kept, call.arguments["steps"])),
+            tool_budget=self.budget,
+        )
+        self.plans.append(revision)
         return ToolResult(content=PLAN_ACCEPTED, error="", duration_ms=0.0)
 
     async def execute(self, call: ToolCall) -> ToolResult:
@@ -94,12 +111,21 @@ class Executor:
         """True when the hard cap on calls is used up."""
         return self.tool_calls_count >= self.max_tool_calls
 
+    def _plan_cause(self) -> PlanCause:
+        if not self.plans:
+            return "request"
+        return "tool_error" if self.log and self.log[-1][2] else "observation"
+
     def _refusal(self, call: ToolCall) -> str:
         if not self.has_plan:
             return "no_plan"
         if self.tool_calls_count > self.budget:
             return "over_budget"
         return self.toolset.refusal(call)
+
+
+def _kept(step: str) -> str:
+    return step if len(step) <= MAX_STEP_CHARS else f"{step[: MAX_STEP_CHARS - 1]}…"
 
 
 def _denied(reason: str) -> ToolResult:

@@ -87,6 +87,10 @@ class Workflow(Protocol):
     intents: Sequence[str]
     rubric: Sequence[RubricCriterion]
     num_annotators: int
+    tickets_per_day: int
+    """Tickets that reach it on a day: what a canary can be decided on."""
+    critical_checks: Sequence[str]
+    """Checks of `check_reply` of which one failure, live, ends a candidate's release."""
 
     def build_tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """Return `count` tasks of a split, unique ids, no prompt shared with another split's task."""

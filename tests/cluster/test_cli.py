@@ -225,7 +225,7 @@ def test_usage_errors_exit_2():
 
 def test_every_command_of_the_design_is_there_and_takes_json():
     names = ["validate", "plan", "preflight", "run", "train", "eval", "release", "serve", "submit"]
-    names += ["override", "report", "status", "up", "down", "ui"]
+    names += ["audit", "override", "report", "status", "up", "down", "ui"]
     listed = seatrial("--help").stdout
     for name in names:
         assert f"  {name} " in listed
@@ -233,7 +233,8 @@ def test_every_command_of_the_design_is_there_and_takes_json():
 
 
 def test_plan_prints_tables_or_json():
-    assert "One PPO step" in seatrial("plan", "support_desk").stdout
+    shown = seatrial("plan", "support_desk").stdout
+    assert all(words in shown for words in ("One PPO step", "Charter", "rollback path", "20,000 tickets a day"))
     plan = json.loads(seatrial("plan", "support_desk", "--json").stdout)["plan"]
     assert plan["batch"]["rollouts_per_step"] == load_spec("support_desk").ppo.rollouts_per_step
     assert plan["total_minutes"] > 0
@@ -318,6 +319,13 @@ def test_a_poor_machine_is_refused_before_the_folder_exists(
     assert not (home / "runs").exists()
     monkeypatch.setattr(cli_runs, "probe_machine", lambda _spec, _home: replace(GOOD_MACHINE, port_is_free=False))
     assert seatrial("train", "support_desk").exit_code == 0, "training serves nothing and needs no port"
+
+
+@pytest.mark.parametrize(("requests", "is_told"), [(8000, True), (50, False)])
+def test_a_run_tells_what_is_doubtful_about_its_workload(pipeline: SimpleNamespace, requests: int, is_told: bool):
+    result = seatrial("run", "support_desk", "--set", f"release.min_canary_requests={requests}")
+    assert result.exit_code == 0
+    assert ("doubtful workload: the canary would need 10 days" in " ".join(result.stdout.split())) is is_told
 
 
 def test_only_a_resumed_run_waits_for_its_port(home: Path, pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):

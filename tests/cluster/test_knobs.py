@@ -137,8 +137,8 @@ def test_gates_are_a_closed_list():
     [
         ("ppo.clp", "unknown knob; did you mean 'ppo.clip'?"),
         ("clip", "give the whole path; did you mean 'ppo.clip'?"),
-        ("epochs", "'sft.epochs' or 'reward.epochs' or 'ppo.epochs'?"),
-        ("reward", "is a section; name one of its knobs: reward.epochs, "),
+        ("epochs", "'sft.epochs' or 'ppo.epochs'?"),
+        ("reward", "is a section; name one of its knobs: reward.num_pairs, "),
         ("zzzzzzzz", "lists them all"),
         ("", "lists them all"),
     ],

@@ -39,6 +39,7 @@ def test_a_run_folder_has_the_files_of_the_design():
     assert folder.decisions == Path("/h/runs/r1/release/decisions.jsonl")
     assert (folder.snapshots.name, folder.evaluations.name, folder.report.name) == ("snapshots", "eval", "report")
     assert folder.summary == Path("/h/runs/r1/summary.json")
+    assert folder.split_history == Path("/h/runs/r1/serving/split/split_history.jsonl")
 
 
 @pytest.mark.parametrize("run_id", ["", "..", "../x", "a/b", ".hidden", "a b", "x" * 101, "a\n"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ import pytest
 
 from cluster import pipeline
 from cluster.bundle import MEMBERS, Bundle, Component, load_bundle
+from cluster.hashing import sha256_directory
 from cluster.journal import Journal
 from cluster.paths import RunFolder
 from cluster.pipeline import STAGES, run_pipeline
 from cluster.placement import Placement
+from cluster.registry_entries import ModelEntry, ModelKind
 from cluster.spec import WorkflowSpec, load_spec, override
 from cluster.stages import bench, data, evaluation, preferences, records, release, training
 from cluster.stages.bench import ReleaseResult
@@ -28,7 +31,7 @@ from cluster.watch import RunPaths, RunSummary
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
 from rl_actors.errors import BadInputError, InfrastructureError, InstabilityError, StageRefusedError, TamperedError
 from serving.contracts import GateResult, ReleasePlan
-from tests.cluster.stages.fakes import CALIBRATION, RecordingWatch, make_result
+from tests.cluster.stages.fakes import CALIBRATION, FakeRegistry, RecordingWatch, make_result
 from tests.serving.fakes import make_report
 
 LEARNING = ["snapshot", "base", "sft", "preferences", "reward_model", "ppo"]
@@ -47,6 +50,7 @@ class Story:
     texts: dict[str, str] = field(default_factory=dict)
     outcome: str = "promoted"
     ray: list[str] = field(default_factory=list)
+    registry: FakeRegistry = field(default_factory=FakeRegistry)
 
     def happen(self, name: str, *given: Any) -> None:
         self.given[name] = given
@@ -123,8 +127,8 @@ class Story:
         return records.summarise(run, trained=(), paths=paths, report=given[3], releases=given[4], stable="ppo")
 
     @contextmanager
-    def registry_of(self, _run: Run) -> Iterator[str]:
-        yield "registry"
+    def registry_of(self, _run: Run) -> Iterator[FakeRegistry]:
+        yield self.registry
 
     def require_room(self, _run: Run, until: str) -> None:
         self.given["room"] = (until,)
@@ -329,6 +333,7 @@ def redone(tmp_path: Path, story: Story, *settings: str) -> list[str]:
         ("ppo.num_steps=9", ["ppo", "offline_eval"]),
         ("seed=9", [*LEARNING, "offline_eval"]),
         ("monitoring=[human_override_rate]", []),
+        ("charter.constraints=own words", []),
     ],
 )
 def test_a_changed_setting_redoes_what_stands_on_it_and_no_more(
@@ -344,6 +349,87 @@ def test_a_changed_artifact_stops_the_resume(tmp_path: Path, story: Story):
     weights.write_text("somebody else's")
     with pytest.raises(TamperedError, match="'sft' left"):
         tell(tmp_path)
+
+
+# --- pinned versions --------------------------------------------------------------------------------------------------
+
+
+def registered(tmp_path: Path, story: Story, name: str, kind: ModelKind, text: str = "old") -> str:
+    """Put a version into the registry, as an earlier run left it; returns the name to pin."""
+    directory = tmp_path / "earlier" / f"{name}-{text}"
+    directory.mkdir(parents=True)
+    (directory / "model.bin").write_text(text)
+    (directory / "tokenizer.json").write_text("{}")
+    if kind == "reward_model":
+        (directory / "calibration.json").write_text(json.dumps(asdict(CALIBRATION)))
+    digest = sha256_directory(directory)
+    unique, path, versions = f"{name}-{digest[:8]}", str(directory), story.registry.versions
+    entry = ModelEntry(name=unique, kind=kind, path=path, sha256=digest, parent_sha256="9" * 64)
+    model = versions.reward_model if kind == "reward_model" else versions.policy_model
+    versions.known[model] = (*versions.entries(model), entry)
+    return unique
+
+
+def test_a_pinned_baseline_is_frozen_as_it_was_registered_and_not_trained(tmp_path: Path, story: Story):
+    name = registered(tmp_path, story, "sft_v1", "sft")
+    summary, watch = tell(tmp_path, override(SPEC, [f"workflow.baseline={name}"]))
+    assert story.log == [*(stage for stage in ALL if stage != "sft"), "finish"]
+    baseline = story.given["ppo"][1]
+    assert (baseline.name, baseline.kind, baseline.parent_sha256) == (name, "sft", "9" * 64)
+    assert Path(baseline.path) == folder_of(tmp_path).root / "models" / "sft"
+    assert (Path(baseline.path) / "model.bin").read_text() == "old"
+    assert ("sft", f"{name}: pinned, not trained") in watch.started
+    assert summary.stages[2].line == f"{name}, frozen as the KL reference"
+
+
+def test_a_resumed_run_takes_its_pinned_versions_from_the_journal(tmp_path: Path, story: Story):
+    pins = [
+        f"workflow.baseline={registered(tmp_path, story, 'sft_v1', 'sft')}",
+        f"workflow.reward_model={registered(tmp_path, story, 'rm_v1', 'reward_model')}",
+    ]
+    story.failures["ppo"] = InfrastructureError("machine lost")
+    with pytest.raises(InfrastructureError):
+        tell(tmp_path, override(SPEC, pins))
+    story.failures.clear()
+    shutil.rmtree(tmp_path / "earlier")
+    summary, _ = tell(tmp_path, override(SPEC, pins), until="ppo")
+    assert [line.resumed for line in summary.stages] == [True] * 4 + [False]
+
+
+def test_another_pin_is_another_baseline_and_a_plain_name_trains_again(tmp_path: Path, story: Story):
+    first, second = (registered(tmp_path, story, "sft_v1", "sft", text) for text in ("old", "older"))
+    told: list[list[str]] = []
+    for name in (first, first, second, "sft"):
+        story.log.clear()
+        tell(tmp_path, override(SPEC, [f"workflow.baseline={name}"]), until="ppo")
+        told.append(story.log.copy())
+        assert story.given["ppo"][1].name.startswith(name)
+    again = LEARNING[3:]
+    assert told == [[*LEARNING[:2], *again], [], again, ["sft", *again]]
+
+
+def test_two_pinned_versions_need_no_rollouts_of_the_baseline(tmp_path: Path, story: Story):
+    baseline, reward = (
+        registered(tmp_path, story, "sft_v1", "sft"),
+        registered(tmp_path, story, "rm_v1", "reward_model"),
+    )
+    spec = override(SPEC, [f"workflow.baseline={baseline}", f"workflow.reward_model={reward}"])
+    summary, _ = tell(tmp_path, spec, until="ppo")
+    assert story.log == ["snapshot", "base", "ppo"]
+    assert journaled(tmp_path) == ["snapshot", "base", "sft", "reward_model", "ppo"]
+    assert story.given["ppo"][2].name == reward
+    assert [line.name.partition("-")[0] for line in summary.trained] == ["ppo"]
+
+
+def test_an_unknown_pin_begins_nothing(tmp_path: Path, story: Story):
+    name = registered(tmp_path, story, "sft_v1", "sft")
+    begun: list[str] = []
+    unknown = override(SPEC, ["workflow.baseline=sft_v1-00000000"])
+    with pytest.raises(BadInputError, match=f"did you mean '{name}'") as caught:
+        run_pipeline(unknown, folder_of(tmp_path), RecordingWatch(), begin=lambda: begun.append("begun"))
+    assert (caught.value.field, caught.value.value) == ("workflow.baseline", "sft_v1-00000000")
+    assert (begun, story.log) == ([], [])
+    assert not folder_of(tmp_path).journal.exists()
 
 
 # --- before anything starts -------------------------------------------------------------------------------------------

@@ -302,6 +302,21 @@ def test_steps_of_each_training_stage_by_hand():
     assert stage(plan, "canary").optimizer_steps == 0
 
 
+def test_pinned_versions_cost_no_training():
+    baseline, reward = "workflow.baseline=sft_v1-1a2b3c4d", "workflow.reward_model=rm_v1-77ab01cd"
+    plain, both = plan_run(spec_with()), plan_run(spec_with(baseline, reward))
+    for name in ("sft", "reward_model"):
+        pinned = stage(both, name)
+        assert (pinned.tokens, pinned.optimizer_steps, pinned.minutes, pinned.total_memory_bytes) == (0, 0, 0.0, 0)
+        assert stage(plain, name).minutes > 0
+    saved = stage(plain, "sft").minutes + stage(plain, "reward_model").minutes
+    assert both.total_minutes == pytest.approx(plain.total_minutes - saved)
+    sampled = stage(plan_run(spec_with(reward)), "reward_model")
+    assert (sampled.optimizer_steps, stage(plan_run(spec_with(reward)), "sft")) == (0, stage(plain, "sft"))
+    assert 0 < sampled.minutes < stage(plain, "reward_model").minutes
+    assert stage(plan_run(spec_with(baseline)), "reward_model") == stage(plain, "reward_model")
+
+
 def test_learners_take_sft_batches_of_their_own():
     one, two = (stage(plan_run(spec_with(f"ppo.num_learners={n}")), "sft").optimizer_steps for n in (1, 2))
     assert two == (one + 1) // 2

@@ -205,6 +205,17 @@ def test_a_run_ends_as_it_went_and_resumes_where_it_was(store: Store):
     assert (ended.info.status, ended.data.tags["seatrial.decision"]) == ("FINISHED", "promoted")
 
 
+def test_the_parents_tags_are_read_back_and_an_unknown_run_gets_none_and_is_not_created(store: Store):
+    """What `seatrial audit --mlflow` holds a run to; a path is a good key."""
+    registry, key = registry_of(store, "run-audited"), "seatrial.audit.release/decisions.jsonl"
+    registry.end_run(finished_at=AT, is_success=True, metrics={}, tags={key: f"178 {'f' * 64}"})
+    assert registry.parent_tags()[key] == f"178 {'f' * 64}"
+    unknown = registry_of(store, "run-unknown")
+    assert unknown.parent_tags() == {}
+    wanted = "tags.`seatrial.run_id` = 'run-unknown'"
+    assert not unknown.connect().search_runs([unknown.experiment_id], wanted)
+
+
 def test_the_brief_is_an_artifact_of_the_parent_run(registry: Registry, tmp_path: Path):
     (tmp_path / "brief.fr.md").write_text("# Dossier")
     registry.log_report(tmp_path)
@@ -238,6 +249,18 @@ def test_registering_twice_gives_the_same_version(registry: Registry, models: Pa
     assert registry.versions.register_policy(policy(models, "ppo-1"), lineage("1")) == "2"
     assert registry.versions.register_reward_model(reward_model(models), lineage(stage="")) == "1"
     assert len(registry.connect().search_model_versions(f"name = '{registry.versions.policy_model}'")) == 2
+
+
+def test_what_is_registered_is_read_back_newest_first(store: Store, models: Path):
+    registry = Registry("read_back", "run-1", store=store)
+    assert registry.versions.entries(registry.versions.policy_model) == ()
+    sft = replace(policy(models, "sft-1", "sft"), parent_sha256="1" * 64)
+    registry.versions.register_policy(sft, lineage(stage="sft"))
+    registry.versions.register_policy(policy(models, "ppo-1"), lineage())
+    ppo, first = Registry("read_back", "run-2", store=store).versions.entries("read_back-policy")
+    assert (ppo.name, ppo.kind, ppo.parent_sha256) == ("ppo-1", "policy", "")
+    assert first == ModelEntry.of_policy(sft)
+    assert first.parent_sha256 == "1" * 64
 
 
 def test_the_aliases_follow_the_release(registry: Registry):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry_traces import feedback_rows, sampled_traces
+from cluster.registry_traces import feedback_rows, root_span, sampled_traces
+from rl_actors.contracts import PlanRevision
 from serving.ledger import RunLedger
 from serving.trace_log import LiveTrace
 from tests.rl_actors.fakes import make_turn
@@ -49,3 +50,12 @@ def test_who_overrode_it_and_why_comes_from_the_audit(ledger: RunLedger):
     assert [(row.source, row.rationale, row.value) for row in by_human] == [("ann", "wrong order", True)]
     assert not [row for row in feedback_rows(other) if row.source_kind == "HUMAN"]
     assert [span.kind for span in one.spans] == ["LLM"]
+
+
+def test_why_a_run_planned_again_stands_at_its_root(ledger: RunLedger):
+    first = PlanRevision(revision=0, after_calls=0, cause="request", steps=("look",), tool_budget=2)
+    again = PlanRevision(revision=1, after_calls=2, cause="tool_error", steps=("ask",), tool_budget=3)
+    record_run(ledger, 10, plans=(first, again))
+    replanned, steady = sampled_traces([trace(5), trace(10)], ledger, 2)
+    assert root_span(replanned).attributes["seatrial.replan_causes"] == "tool_error after 2 calls"
+    assert root_span(steady).attributes["seatrial.replan_causes"] == ""

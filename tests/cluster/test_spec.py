@@ -69,6 +69,8 @@ def test_the_articles_block_is_valid_verbatim_and_gets_every_default():
     assert spec.release.ramp == (5, 25, 50)
     assert spec.monitoring == MONITORS
     assert spec.data.num_held_out == 400
+    assert spec.charter.constraints
+    assert spec.charter.rollback_path
     assert spec.ppo.attestation_tolerance == 0.01
     assert spec.model.path == ""
 
@@ -95,6 +97,16 @@ def test_a_resolved_spec_reads_back_equal():
     spec = override(parse_spec(ARTICLE), ["ppo.learning_rate=1e-4"])
     assert parse_spec(spec_to_yaml(spec)) == spec
     assert WorkflowSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize("knob", ["baseline", "reward_model"])
+def test_a_version_is_named_to_be_trained_or_with_its_hash(knob: str):
+    longest = "a" * 80
+    for name in ("v1", "v1-1a2b3c4d", longest, f"{longest}-1a2b3c4d"):
+        assert getattr(override(load_spec("support_desk"), [f"workflow.{knob}={name}"]).workflow, knob) == name
+    for name in (f"{longest}b", f"{longest}-1a2b3c4", f"{longest}-1A2B3C4D"):
+        with pytest.raises(BadInputError, match="at most 80"):
+            override(load_spec("support_desk"), [f"workflow.{knob}={name}"])
 
 
 def test_a_spec_cannot_be_changed():
@@ -161,6 +173,8 @@ def test_a_wrong_value_is_named_with_line_and_remedy(old: str, new: str, field: 
         ("cluster: {gpus_per_rollout_worker: 1.5}", "cluster.gpus_per_rollout_worker", 1.5, "whole"),
         ("cluster: {serve_port: 70000}", "cluster.serve_port", 70000, "65535"),
         ("zebra: 1", "zebra", 1, "valid in a spec: workflow, release"),
+        ("reward: {epochs: 2}", "reward.epochs", 2, "did you mean 'sft.epochs'?"),
+        ("reward: {learning_rate: 1e-3}", "reward.learning_rate", 1e-3, "did you mean 'sft.learning_rate'?"),
     ],
 )
 def test_a_wrong_knob_shows_its_value(section: str, field: str, value: object, remedy: str):

@@ -32,7 +32,7 @@ from serving.contracts import (
 from serving.controller import ReleaseController
 from serving.gates import ArmEvent, LiveEvidence
 from serving.ledger import RunCompletion, RunLedger
-from serving.split import SplitStore
+from serving.split import SplitStore, slot_position
 
 RELEASE = Release(release_id="release-1", stable="sft-a", candidate="ppo-b")
 START = 1_000_000.0
@@ -173,8 +173,8 @@ def killed_at(nth: int, rig: Harness) -> Iterator[list[str]]:
         return wrapper
 
     places: Sequence[tuple[object, str]] = (
-        (decision_log_module, "append_durably"),
-        (split_module, "append_durably"),
+        (decision_log_module, "append_chained"),
+        (split_module, "append_chained"),
         (split_module, "replace_durably"),
         (rig.platform, "set_split"),
         (rig.platform, "acknowledged_epoch"),
@@ -372,3 +372,17 @@ def make_report(
         success_gain=0.0,
         p_value=1.0,
     )
+
+
+class FakeSlots:
+    """Slots in memory, dealt out as the ledger does."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[str, str], int] = {}
+
+    def __call__(self, salt: str, session_key: str) -> int:
+        count = sum(known == salt for known, _ in self.seen)
+        return self.seen.setdefault((salt, session_key), count)
+
+    def position(self, salt: str, session_key: str) -> float:
+        return slot_position(self(salt, session_key), salt)

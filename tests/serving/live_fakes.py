@@ -26,7 +26,7 @@ from serving.ledger import RunLedger
 from serving.live_ports import LivePolicy, LivePorts
 from serving.openai_api import ApiLimits
 from serving.served import GatewayConfig, ServedPolicy
-from serving.split import SplitStore
+from serving.split import SplitStore, slot_position
 from serving.split_watch import SplitWatcher
 from serving.trace_log import TraceLog
 from tests.serving.fakes import START, FakeClock
@@ -207,7 +207,12 @@ def make_rig(
         sandbox_level="process",
         worlds=worlds,
         splits=SplitWatcher(
-            store, chosen.files.acks, gateway="gateway-1", stale_after_s=chosen.stale_after_s, clock=clock
+            store,
+            chosen.files.acks,
+            gateway="gateway-1",
+            slot_of=ledger.session_slot,
+            stale_after_s=chosen.stale_after_s,
+            clock=clock,
         ),
         find_policy=find_policy,
         find_stamps=damage.find_stamps,
@@ -265,13 +270,10 @@ def host_error() -> ToolHostError:
     return ToolHostError("the tool host died")
 
 
-def session_in(*, canary: bool, share: float = 0.5, skip: int = 0) -> str:
-    """A session key on the wanted side of the split."""
-    from serving.split import session_position
-
+def session_in(rig: Rig, *, canary: bool, share: float = 0.5) -> str:
+    """A session key on the wanted side of the split; whoever was asked for on the way keeps a slot."""
     keys = (f"user-{index}" for index in range(10_000))
-    matching = [key for key in keys if (session_position(key, "r1") < share) == canary]
-    return matching[skip]
+    return next(key for key in keys if (slot_position(rig.ledger.session_slot("r1", key), "r1") < share) == canary)
 
 
 NOW = START

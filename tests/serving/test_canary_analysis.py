@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from serving.canary_analysis import (
     reliability_score,
     sample_ratio_check,
 )
+from serving.split import slot_position
 from tests.serving.fakes import make_sample, make_samples
 
 
@@ -179,6 +181,33 @@ class TestEProcessErrorRates:
         alarms = [self.alarm_after(np.random.default_rng(seed), 0.15, 0.15) for seed in range(400)]
         assert sum(alarm is not None for alarm in alarms) / 400 <= self.ALPHA
 
+    @pytest.mark.parametrize(("share", "rate"), [(0.05, 0.15), (0.05, 0.5), (0.25, 0.35), (0.5, 0.35), (0.5, 0.9)])
+    def test_sessions_dealt_in_blocks_keep_both_alphas(self, share: float, rate: float):
+        """Blocks leave a count less spread than coins (Hoeffding 1963, theorem 4): neither error becomes likelier.
+
+        Looked at after every event: equal arms are not rolled back, and arms at the margin do not pass.
+        """
+        margin, num_sessions, num_releases = 0.5, 1000, 200
+        false_alarms = false_passes = 0
+        for seed in range(num_releases):
+            rng = np.random.default_rng(seed)
+            is_canary = np.array([slot_position(slot, f"r{seed}") < share for slot in range(num_sessions)])
+            events = is_canary[rng.random(num_sessions) < rate]
+            worse = is_canary[rng.random(num_sessions) < np.where(is_canary, rate, rate / (1 + margin))]
+            false_alarms += self.ever(events, lambda process: process.e_fail, share, margin) >= 1 / self.ALPHA
+            false_passes += self.ever(worse, lambda process: process.e_pass, share, margin) >= 1 / self.ALPHA
+        assert false_alarms / num_releases <= self.ALPHA
+        assert false_passes / num_releases <= self.ALPHA
+
+    @staticmethod
+    def ever(events: np.ndarray, e_value: Callable[[EventEProcess], float], share: float, margin: float) -> float:
+        """The largest evidence ever seen, looking after every event."""
+        process, largest = EventEProcess(share, margin), 0.0
+        for is_canary in events:
+            process.observe(bool(is_canary))
+            largest = max(largest, e_value(process))
+        return largest
+
     def test_a_base_rate_that_drifts_over_the_day_raises_no_alarm(self):
         drift = 0.05 + 0.3 * np.sin(np.linspace(0, np.pi, 3000)) ** 2
         alarms = [self.alarm_after(np.random.default_rng(seed), drift, drift) for seed in range(100)]
@@ -292,6 +321,13 @@ class TestSampleRatio:
             looks = range(20, 2000, 20)
             alarms += any(sample_ratio_check(int(counts[n - 1]), n, 0.05) < 0.05 for n in looks)
         assert alarms / 200 <= 0.05
+
+    def test_blocks_raise_no_alarm_and_a_broken_split_still_does(self):
+        for seed in range(20):
+            counts = np.cumsum([slot_position(slot, f"r{seed}") < 0.05 for slot in range(2000)])
+            assert min(sample_ratio_check(int(counts[n - 1]), n, 0.05) for n in range(1, 2001)) > 0.05
+        lost = np.cumsum([slot_position(slot, "r") < 0.05 and slot % 2 == 0 for slot in range(2000)])
+        assert sample_ratio_check(int(lost[-1]), 2000, 0.05) < 1e-3
 
     def test_a_huge_mismatch_is_zero_not_an_overflow(self):
         assert sample_ratio_check(10**6, 10**6, 0.05) == 0.0

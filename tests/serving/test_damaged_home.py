@@ -103,7 +103,7 @@ class TestPolicyThatCannotBeLoaded:
 
         async def ask() -> Any:
             async with rig.client() as client:
-                return await client.post("/v1/chat/completions", json=body(user=session_in(canary=True)))
+                return await client.post("/v1/chat/completions", json=body(user=session_in(rig, canary=True)))
 
         answer = asyncio.run(ask())
         assert (answer.status_code, answer.headers["x-seatrial-policy-version"]) == (200, STABLE)

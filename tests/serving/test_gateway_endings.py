@@ -167,7 +167,8 @@ class TestTwoGateways:
             "owner": "gateway-2",
             "worlds": one.worlds,
             "splits": SplitWatcher(
-                SplitStore(config.files.split), config.files.acks, gateway="gateway-2", stale_after_s=30.0,
+                SplitStore(config.files.split), config.files.acks, gateway="gateway-2",
+                slot_of=one.ledger.session_slot, stale_after_s=30.0,
                 clock=one.clock,
             ),
         }  # fmt: skip

@@ -121,7 +121,7 @@ class TestRouting:
 
     def test_stale_record_gives_the_candidate_nothing(self, tmp_path: Path) -> None:
         rig = make_rig(tmp_path, share=0.5, scripts=ARMS)
-        session = session_in(canary=True)
+        session = session_in(rig, canary=True)
         assert post(rig, value=body(user=session)).headers["x-seatrial-release-channel"] == "canary"
         rig.clock.sleep(rig.ports.config.stale_after_s + 1)
         assert post(rig, value=body(user=session)).headers["x-seatrial-release-channel"] == "general"
@@ -129,7 +129,7 @@ class TestRouting:
 
     def test_fail_back_is_one_record(self, tmp_path: Path) -> None:
         rig = make_rig(tmp_path, share=0.5, scripts=ARMS)
-        session = session_in(canary=True)
+        session = session_in(rig, canary=True)
 
         async def fail_back(client: httpx.AsyncClient) -> list[str]:
             first = await client.post(CHAT, json=body(user=session))
@@ -143,7 +143,7 @@ class TestRouting:
         rig = make_rig(tmp_path, share=0.5, scripts={STABLE: HELLO, CANDIDATE: (("wait", asyncio.Event()),)})
 
         async def ask(client: httpx.AsyncClient) -> httpx.Response:
-            waiting = asyncio.create_task(client.post(CHAT, json=body(user=session_in(canary=True))))
+            waiting = asyncio.create_task(client.post(CHAT, json=body(user=session_in(rig, canary=True))))
             while not rig.engines[CANDIDATE].prompts:
                 await asyncio.sleep(0.005)
             rig.put_split(0.0)
@@ -173,7 +173,7 @@ class TestRouting:
     def test_caller_cannot_choose_the_channel(self, tmp_path: Path) -> None:
         rig = make_rig(tmp_path, share=0.5, scripts=ARMS)
         headers = {"x-seatrial-release-channel": "canary", "x-seatrial-policy-version": CANDIDATE}
-        response = post(rig, value=body(user=session_in(canary=False)), **headers)
+        response = post(rig, value=body(user=session_in(rig, canary=False)), **headers)
         assert response.headers["x-seatrial-release-channel"] == "general"
 
 
@@ -274,7 +274,7 @@ class TestRuns:
 
     def test_row_of_the_retry_can_be_shown(self, tmp_path: Path) -> None:
         rig = make_rig(tmp_path, share=0.5, scripts={STABLE: PAY, CANDIDATE: (EngineError("dead"),)})
-        run_id = post(rig, value=body(user=session_in(canary=True))).headers["x-seatrial-run-id"]
+        run_id = post(rig, value=body(user=session_in(rig, canary=True))).headers["x-seatrial-run-id"]
         assert run_id.endswith("~2")
         assert get(rig, f"/v1/runs/{run_id}").json()["run_id"] == run_id
 

@@ -17,7 +17,7 @@ from rl_actors.errors import EngineError
 from serving.contracts import Promoted, RampStep, Release, ReleasePlan, ReleaseState, RolledBack
 from serving.controller import LedgerEvidence, ReleaseController
 from serving.release_state_machine import TERMINAL
-from serving.split import session_position
+from serving.split import slot_position
 from serving.split_watch import acknowledged_epoch
 from tests.serving.fakes import FakeAliases, make_plan
 from tests.serving.live_fakes import CANDIDATE, HELLO, STABLE, Rig, ScriptedEngine, Step, body, make_rig
@@ -208,13 +208,13 @@ def test_recovery_is_timed_from_the_split_to_the_acknowledgement(tmp_path: Path)
     assert 0.0 <= state.time_to_recovery_s < 10.0
 
 
-def test_sessions_go_where_the_hash_says(tmp_path: Path) -> None:
+def test_sessions_go_where_their_slot_says(tmp_path: Path) -> None:
     site = make_site(tmp_path, HELLO)
     run(site, max_ticks=6)
     compared = [row for row in site.rig.rows() if row.split_epoch >= 3]
     assert compared
     for row in compared:
-        expected = session_position(row.session_key, "r1") < 0.3
+        expected = slot_position(site.rig.ledger.session_slot("r1", row.session_key), "r1") < 0.3
         assert (row.release_channel == "canary") == expected
 
 

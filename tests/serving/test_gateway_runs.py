@@ -205,7 +205,7 @@ class TestEngineFailure:
         return make_rig(tmp_path, share=0.5, scripts={STABLE: stable, CANDIDATE: candidate})
 
     def ask(self, rig: Rig) -> httpx.Response:
-        return post(rig, body(user=session_in(canary=True)), **{"idempotency-key": "k"})
+        return post(rig, body(user=session_in(rig, canary=True)), **{"idempotency-key": "k"})
 
     def test_candidate_answers_its_sessions(self, tmp_path: Path) -> None:
         response = self.ask(self.rig(tmp_path, LOOK))

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -471,6 +472,53 @@ def write_runs(path: Path, worker: int, num_runs: int) -> None:
     for index in range(num_runs):
         record_run(ledger, worker * 1000 + index)
     ledger.close()
+
+
+def take_slots(path: Path, keys: Sequence[str]) -> list[int]:
+    ledger = RunLedger(path, owner=f"worker-{os.getpid()}")
+    found = [ledger.session_slot("r1", key) for key in keys]
+    ledger.close()
+    return found
+
+
+class TestSessionSlots:
+    def test_in_order_of_first_visit_and_kept(self, ledger: RunLedger):
+        assert [ledger.session_slot("r1", key) for key in ("a", "b", "a", "c", "b")] == [0, 1, 0, 2, 1]
+
+    def test_every_release_deals_anew(self, ledger: RunLedger):
+        ledger.session_slot("r1", "a")
+        assert [ledger.session_slot("r2", key) for key in ("b", "a")] == [0, 1]
+        assert ledger.session_slot("r1", "a") == 0
+
+    def test_a_restarted_gateway_finds_them(self, ledger: RunLedger):
+        before = [ledger.session_slot("r1", f"user-{i}") for i in range(30)]
+        ledger.close()
+        again = RunLedger(ledger.path, owner="gateway-2")
+        assert [again.session_slot("r1", f"user-{i}") for i in range(30)] == before
+        assert again.session_slot("r1", "new") == 30
+        again.close()
+
+    def test_two_gateways_deal_from_one_pack(self, ledger: RunLedger):
+        """Every session gets one slot whoever asks first, no slot is given twice, and none is left out."""
+        keys = [f"user-{i}" for i in range(60)]
+        orders = [(ledger.path, keys), (ledger.path, keys[::-1]), (ledger.path, keys[30:] + keys[:30])]
+        with multiprocessing.get_context("fork").Pool(3) as pool:
+            found = pool.starmap(take_slots, orders)
+        assert sorted(found[0]) == list(range(60))
+        assert found[1] == found[0][::-1]
+        assert found[2] == found[0][30:] + found[0][:30]
+
+    def test_a_slot_neither_moves_nor_goes(self, ledger: RunLedger):
+        ledger.session_slot("r1", "a")
+        for sql in ("UPDATE session_slots SET slot = 7", "DELETE FROM session_slots"):
+            with pytest.raises(sqlite3.IntegrityError, match="keeps its slot"):
+                raw(ledger).execute(sql)
+
+    def test_a_thousand_new_sessions_a_second(self, ledger: RunLedger):
+        begin = time.perf_counter()
+        for index in range(500):
+            ledger.session_slot("r1", f"user-{index}")
+        assert 500 / (time.perf_counter() - begin) > 1000
 
 
 class TestInfrastructure:

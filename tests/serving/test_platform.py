@@ -329,7 +329,12 @@ class TestReleasePlatform:
         config = make_config(tmp_path)
         put(tmp_path, 1, 0.0)
         watcher = SplitWatcher(
-            SplitStore(config.files.split), config.files.acks, gateway="g", stale_after_s=30.0, clock=clock
+            SplitStore(config.files.split),
+            config.files.acks,
+            gateway="g",
+            slot_of=lambda salt, key: 0,
+            stale_after_s=30.0,
+            clock=clock,
         )
         watcher.poll()
         assert platform.acknowledged_epoch() == 1

@@ -29,6 +29,7 @@ from tests.serving.fakes import (
     START,
     FakeAliases,
     FakeEvidence,
+    FakeSlots,
     good_evidence,
     harness,
     make_evidence,
@@ -219,12 +220,14 @@ class TestStickiness:
         """Stable -> candidate happens at most once per session; candidate -> stable only by a roll back."""
         rig = harness(tmp_path)
         seen: dict[str, list[str]] = {f"user-{i}": [] for i in range(400)}
+        slots, salt = FakeSlots(), RELEASE.release_id
+        positions = {key: slots.position(salt, key) for key in seen}
         for _ in range(6):
             rig.controller().tick()
             record = rig.splits.read()
             assert record is not None
             for key, versions in seen.items():
-                versions.append(route(record, key, record.updated_at, 30.0).policy_version)
+                versions.append(route(record, positions[key], record.updated_at, 30.0).policy_version)
         switches = [sum(a != b for a, b in itertools.pairwise(versions)) for versions in seen.values()]
         assert max(switches) == 1
         assert {versions[-1] for versions in seen.values()} == {"ppo-b"}
@@ -234,6 +237,6 @@ class TestStickiness:
         rig.controller().run()
         record = rig.splits.read()
         assert record is not None
-        routes = [route(record, f"user-{i}", record.updated_at, 30.0) for i in range(2000)]
+        routes = [route(record, i / 2000, record.updated_at, 30.0) for i in range(2000)]
         assert {found.policy_version for found in routes} == {"sft-a"}
         assert {found.release_channel for found in routes} == {"general"}

@@ -2,83 +2,122 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
+import random
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
 from rl_actors.errors import BadInputError, InfrastructureError, StageRefusedError, TamperedError
 from serving import split as split_module
 from serving.contracts import SplitRecord
 from serving.durable_files import append_durably, file_lock, read_rows, replace_durably
-from serving.split import SplitStore, route, session_position
+from serving.split import BLOCK, SplitStore, route, slot_position
 from tests.serving.fakes import START, Killed
 
-GOLDEN_POSITION = 0.9891451140891425
+GOLDEN_POSITIONS = (0.649411687343961, 0.8281328270115867)
 CANARY = SplitRecord(epoch=3, stable="sft-a", candidate="ppo-b", share=0.05, salt="r1", updated_at=START)
 
 
-def routed(record: SplitRecord, session_key: str, age_s: float = 0.0):
-    return route(record, session_key, record.updated_at + age_s, stale_after_s=30.0)
+def routed(record: SplitRecord, position: float = 0.0, age_s: float = 0.0):
+    return route(record, position, record.updated_at + age_s, stale_after_s=30.0)
+
+
+def canaries(share: float, slots: range, salt: str = "r1") -> int:
+    record = replace(CANARY, share=share)
+    return sum(routed(record, slot_position(slot, salt)).release_channel == "canary" for slot in slots)
 
 
 class TestRouting:
     def test_five_percent_of_a_hundred_thousand_sessions(self):
-        hits = sum(routed(CANARY, f"user-{i}").release_channel == "canary" for i in range(100_000))
-        assert 4_700 <= hits <= 5_300
+        assert canaries(0.05, range(100_000)) == 5_000
 
-    def test_the_share_of_each_step(self):
-        for share in (0.01, 0.25, 0.5):
-            record = replace(CANARY, share=share)
-            hits = sum(routed(record, f"user-{i}").release_channel == "canary" for i in range(20_000))
-            assert hits / 20_000 == pytest.approx(share, abs=0.012)
+    @pytest.mark.parametrize("share", [0.01, 0.05, 0.25, 0.5, 0.99])
+    def test_every_block_has_its_share(self, share: float):
+        assert {canaries(share, range(start, start + BLOCK)) for start in range(0, 5_000, BLOCK)} == {
+            round(share * BLOCK)
+        }
 
-    def test_a_golden_position(self):
+    @pytest.mark.parametrize("share", [0.004, 0.033, 0.125])
+    def test_a_share_between_two_hundredths_is_met_on_average(self, share: float):
+        assert canaries(share, range(200_000)) / 200_000 == pytest.approx(share, abs=0.0005)
+
+    def test_fifty_canary_sessions_come_at_the_share_and_by_coins_they_would_not(self):
+        """What blocks are for: the share seen when the 50th canary session ends, over 300 releases."""
+
+        def observed(position: Callable[[int, str], float], salt: str) -> float:
+            hits = (slot for slot in itertools.count() if position(slot, salt) < 0.05)
+            return 50 / (next(itertools.islice(hits, 49, None)) + 1)
+
+        salts = [f"release-{number}" for number in range(300)]
+        blocks = [observed(slot_position, salt) for salt in salts]
+        coins = [observed(lambda slot, salt: random.Random(f"{salt}/{slot}").random(), salt) for salt in salts]
+        assert max(abs(share - 0.05) for share in blocks) < 0.005
+        assert sum(abs(share - 0.05) > 0.01 for share in coins) > 15
+
+    def test_the_order_inside_a_block_shows_no_pattern(self):
+        """Over many blocks, every place is the canary's equally often, next to another or not."""
+        record = replace(CANARY, share=0.05)
+        hits = np.array(
+            [[routed(record, slot_position(b * BLOCK + i, "r1")).release_channel == "canary" for i in range(BLOCK)]
+             for b in range(2_000)]
+        )  # fmt: skip
+        expected = 2_000 * 0.05
+        assert chisquare(hits.sum(axis=0), [expected] * BLOCK).pvalue > 1e-3
+        follows = (hits[:, 1:] & hits[:, :-1]).sum() / hits[:, :-1].sum()
+        assert follows == pytest.approx(4 / 99, abs=0.01)
+
+    def test_golden_positions(self):
         """The same in every process, release and Python version: a change would move users between arms."""
-        assert session_position("user-1", "r1") == pytest.approx(GOLDEN_POSITION, abs=1e-15)
+        assert [slot_position(slot, "r1") for slot in (0, 250)] == pytest.approx(GOLDEN_POSITIONS, abs=1e-15)
 
-    @given(st.text(min_size=1), st.text())
-    def test_positions_lie_in_zero_to_one_and_repeat(self, key: str, salt: str):
-        position = session_position(key, salt)
+    @given(st.integers(0, 10**12), st.text())
+    def test_positions_lie_in_zero_to_one_and_repeat(self, slot: int, salt: str):
+        position = slot_position(slot, salt)
         assert 0.0 <= position < 1.0
-        assert position == session_position(key, salt)
+        assert position == slot_position(slot, salt)
 
-    @given(st.text(min_size=1), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
-    def test_a_raised_share_keeps_its_sessions(self, key: str, one: float, other: float):
+    @given(st.integers(0, 10**6), st.floats(0.01, 1.0), st.floats(0.01, 1.0))
+    def test_a_raised_share_keeps_its_sessions(self, slot: int, one: float, other: float):
         low, high = (replace(CANARY, share=share) for share in sorted((one, other)))
-        if routed(low, key).release_channel == "canary":
-            assert routed(high, key).release_channel == "canary"
+        position = slot_position(slot, "r1")
+        if routed(low, position).release_channel == "canary":
+            assert routed(high, position).release_channel == "canary"
 
     def test_another_salt_is_another_draw(self):
-        keys = [f"user-{i}" for i in range(20_000)]
-        both = [key for key in keys if session_position(key, "r1") < 0.5 and session_position(key, "r2") < 0.5]
-        assert len(both) / len(keys) == pytest.approx(0.25, abs=0.01)
+        slots = range(20_000)
+        both = [slot for slot in slots if slot_position(slot, "r1") < 0.5 and slot_position(slot, "r2") < 0.5]
+        assert len(both) / len(slots) == pytest.approx(0.25, abs=0.015)
 
-    def test_salt_and_key_cannot_run_into_each_other(self):
-        assert session_position("bc", "a") != session_position("c", "ab")
+    def test_salt_and_slot_cannot_run_into_each_other(self):
+        assert slot_position(23, "r1") != slot_position(3, "r12")
 
     def test_what_a_route_says(self):
         record = replace(CANARY, share=1.0)
-        found = routed(record, "anyone")
+        found = routed(record)
         assert (found.policy_version, found.release_channel, found.split_epoch) == ("ppo-b", "canary", 3)
-        found = routed(replace(CANARY, share=0.0), "anyone")
+        found = routed(replace(CANARY, share=0.0))
         assert (found.policy_version, found.release_channel, found.split_epoch) == ("sft-a", "general", 3)
 
     def test_a_stale_record_gives_the_candidate_nothing(self):
         record = replace(CANARY, share=1.0)
-        assert routed(record, "anyone", age_s=30.0).release_channel == "canary"
-        stale = routed(record, "anyone", age_s=30.1)
+        assert routed(record, age_s=30.0).release_channel == "canary"
+        stale = routed(record, age_s=30.1)
         assert (stale.policy_version, stale.release_channel, stale.split_epoch) == ("sft-a", "general", 0)
 
     def test_share_zero_has_no_canary(self):
         record = replace(CANARY, share=0.0)
-        assert {routed(record, f"user-{i}").release_channel for i in range(5_000)} == {"general"}
+        assert {routed(record, i / 5_000).release_channel for i in range(5_000)} == {"general"}
 
 
 class TestRecord:
@@ -150,7 +189,7 @@ class TestStore:
 
     def test_a_kill_after_the_switch_loses_no_history(self, store: SplitStore):
         store.compare_and_set(first_record())
-        with mock.patch.object(split_module, "append_durably", side_effect=Killed), pytest.raises(Killed):
+        with mock.patch.object(split_module, "append_chained", side_effect=Killed), pytest.raises(Killed):
             store.compare_and_set(replace(CANARY, epoch=2))
         assert set(store.history()) == {1, 2}
         store.compare_and_set(replace(CANARY, epoch=3, share=0.25))

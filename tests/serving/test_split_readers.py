@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from rl_actors.errors import InfrastructureError, StageRefusedError, TamperedError
 from serving import split as split_module
 from serving.contracts import SplitRecord
-from serving.durable_files import append_durably, file_lock, read_rows, replace_durably
-from serving.split import SplitStore, route, session_position
+from serving.durable_files import append_chained, append_durably, file_lock, read_rows, replace_durably
+from serving.split import SplitStore, route, slot_position
 from serving.split_watch import SplitWatcher, acknowledged_epoch, is_live, read_acks
 from tests.serving.fakes import START, FakeClock, Killed
 from tests.serving.test_split_watch import ack, write
@@ -41,22 +41,24 @@ def logged(store: SplitStore) -> list[int]:
 class TestRouteBounds:
     def test_a_session_exactly_at_the_share_is_stable_s(self):
         """Positions lie in [0, 1): share 1 takes all of them, and share p the fraction p."""
-        position = session_position("user-1", "r1")
+        position = slot_position(17, "r1")
         at = replace(RECORD, share=position)
         above = replace(RECORD, share=position + 2**-53)
-        assert route(at, "user-1", START, 30.0).release_channel == "general"
-        assert route(above, "user-1", START, 30.0).release_channel == "canary"
+        assert route(at, position, START, 30.0).release_channel == "general"
+        assert route(above, position, START, 30.0).release_channel == "canary"
 
     @pytest.mark.parametrize("behind_s", [0.5, 3600.0])
     def test_a_gateway_whose_clock_is_behind_follows_the_split(self, behind_s: float):
         """A record from the future is fresh: machines disagree, and a slow clock may not switch a canary off."""
-        found = route(replace(RECORD, share=1.0), "anyone", START - behind_s, 30.0)
+        found = route(replace(RECORD, share=1.0), 0.5, START - behind_s, 30.0)
         assert (found.release_channel, found.split_epoch) == ("canary", 1)
 
     @settings(max_examples=100, deadline=None)
-    @given(st.text(min_size=1), st.floats(0.0, 1.0), st.floats(-100.0, 100.0))
-    def test_whoever_is_not_canary_is_stable_and_only_a_fresh_record_counts(self, key: str, share: float, age_s: float):
-        found = route(replace(RECORD, share=share), key, START + age_s, 30.0)
+    @given(st.floats(0.0, 1.0, exclude_max=True), st.floats(0.0, 1.0), st.floats(-100.0, 100.0))
+    def test_whoever_is_not_canary_is_stable_and_only_a_fresh_record_counts(
+        self, position: float, share: float, age_s: float
+    ):
+        found = route(replace(RECORD, share=share), position, START + age_s, 30.0)
         assert (found.policy_version, found.release_channel) in {("ppo-b", "canary"), ("sft-a", "general")}
         assert found.split_epoch == (0 if age_s > 30.0 else 1)
         assert found.release_channel == "general" or age_s <= 30.0
@@ -119,7 +121,7 @@ class TestHistory:
     def test_each_epoch_is_logged_once_whatever_was_killed(self, store: SplitStore):
         """Killed twice after the switch; the next writer makes up for its predecessor, and only for it."""
         for epoch in (2, 3):
-            with mock.patch.object(split_module, "append_durably", side_effect=Killed), pytest.raises(Killed):
+            with mock.patch.object(split_module, "append_chained", side_effect=Killed), pytest.raises(Killed):
                 store.compare_and_set(replace(RECORD, epoch=epoch, share=epoch / 10))
         assert store.history().keys() == {1, 3}
         store.compare_and_set(replace(RECORD, epoch=4))
@@ -139,7 +141,7 @@ class TestHistory:
         "row", [{"epoch": 2}, {**asdict(RECORD), "share": 7.0}, {**asdict(RECORD), "colour": "red"}]
     )
     def test_a_line_that_is_no_record_is_named(self, store: SplitStore, row: dict[str, object]):
-        append_durably(store.path.parent / "split_history.jsonl", row)
+        append_chained(store.path.parent / "split_history.jsonl", row)
         with pytest.raises(TamperedError, match=r"split_history\.jsonl"):
             store.history()
 
@@ -234,7 +236,9 @@ class TestDurability:
 
 class TestAcknowledging:
     def watcher(self, tmp_path: Path, store: SplitStore, clock: FakeClock) -> SplitWatcher:
-        return SplitWatcher(store, tmp_path / "acks", gateway="g1", stale_after_s=30.0, clock=clock)
+        return SplitWatcher(
+            store, tmp_path / "acks", gateway="g1", slot_of=lambda salt, key: 0, stale_after_s=30.0, clock=clock
+        )
 
     def test_what_cannot_be_acknowledged_is_followed_all_the_same(self, tmp_path: Path, store: SplitStore):
         """A full disk may delay the controller's word, never the split itself; afterwards the word is given."""
@@ -306,7 +310,7 @@ class TestAcknowledging:
     def test_a_gateway_lives_until_its_record_is_stale(self, age_s: float, lives: bool):
         """The same bound as in `route`: exactly as old is still live in both."""
         assert is_live(ack(), START + age_s, 30.0) == lives
-        assert (route(replace(RECORD, share=1.0), "u", START + age_s, 30.0).release_channel == "canary") == lives
+        assert (route(replace(RECORD, share=1.0), 0.5, START + age_s, 30.0).release_channel == "canary") == lives
 
     @pytest.mark.parametrize(("error", "lives"), [(PermissionError(), True), (ProcessLookupError(), False)])
     def test_a_process_that_may_not_be_signalled_exists(

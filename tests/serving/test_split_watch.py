@@ -7,16 +7,16 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from rl_actors.errors import InfrastructureError
 from serving.contracts import SplitRecord
-from serving.split import SplitStore
-from serving.split_watch import Ack, SplitWatcher, acknowledged_epoch, is_live, read_acks
-from tests.serving.fakes import START, FakeClock
+from serving.split import Route, SplitStore, slot_position
+from serving.split_watch import Ack, SlotOf, SplitWatcher, acknowledged_epoch, is_live, read_acks
+from tests.serving.fakes import START, FakeClock, FakeSlots
 
 
 def record(epoch: int, share: float = 0.0, at: float = START) -> SplitRecord:
@@ -25,10 +25,21 @@ def record(epoch: int, share: float = 0.0, at: float = START) -> SplitRecord:
     )
 
 
-def watcher(tmp_path: Path, clock: FakeClock, gateway: str = "g1") -> SplitWatcher:
+def watcher(
+    tmp_path: Path, clock: FakeClock, gateway: str = "g1", slot_of: SlotOf = lambda salt, session_key: 0
+) -> SplitWatcher:
     return SplitWatcher(
-        SplitStore(tmp_path / "split"), tmp_path / "acks", gateway=gateway, stale_after_s=30.0, clock=clock
+        SplitStore(tmp_path / "split"),
+        tmp_path / "acks",
+        gateway=gateway,
+        slot_of=slot_of,
+        stale_after_s=30.0,
+        clock=clock,
     )
+
+
+def routed(watch: SplitWatcher, session_key: str = "someone") -> Route:
+    return asyncio.run(watch.route(session_key))
 
 
 def put(tmp_path: Path, *records: SplitRecord) -> None:
@@ -74,7 +85,7 @@ class TestWatcher:
         watch = watcher(tmp_path, FakeClock())
         put(tmp_path, record(1))
         watch.poll()
-        assert watch.route("anyone").policy_version == "sft-a"
+        assert routed(watch).policy_version == "sft-a"
         assert [each.epoch for each in read_acks(tmp_path / "acks")] == [1]
 
     def test_before_the_first_record(self, tmp_path: Path) -> None:
@@ -82,7 +93,55 @@ class TestWatcher:
         watch.poll()
         assert watch.epoch == 0
         with pytest.raises(InfrastructureError, match="seatrial up"):
-            watch.route("anyone")
+            routed(watch)
+
+    def test_a_session_goes_where_its_slot_lies(self, tmp_path: Path) -> None:
+        slots = FakeSlots()
+        watch = watcher(tmp_path, FakeClock(), slot_of=slots)
+        put(tmp_path, record(1), record(2, 0.3))
+        watch.poll()
+        first = {key: routed(watch, key).release_channel for key in (f"user-{i}" for i in range(200))}
+        assert [channel == "canary" for channel in first.values()] == [
+            slot_position(slot, "s") < 0.3 for slot in range(200)
+        ]
+        assert {key: routed(watch, key).release_channel for key in reversed(first)} == first
+
+    def test_with_nobody_to_serve_no_slot_is_looked_up(self, tmp_path: Path) -> None:
+        """A roll back needs one write and nothing else: not the ledger either."""
+
+        def broken(salt: str, session_key: str) -> int:
+            raise InfrastructureError("the ledger is locked")
+
+        watch = watcher(tmp_path, FakeClock(), slot_of=broken)
+        put(tmp_path, record(1))
+        watch.poll()
+        assert routed(watch).policy_version == "sft-a"
+        put(tmp_path, record(2, 0.5))
+        watch.poll()
+        with pytest.raises(InfrastructureError, match="locked"):
+            routed(watch)
+
+    def test_a_roll_back_while_the_slot_is_read_counts(self, tmp_path: Path) -> None:
+        watch = watcher(tmp_path, FakeClock(), slot_of=lambda salt, key: self.change(tmp_path, watch, record(3)))
+        put(tmp_path, record(1), record(2, 1.0))
+        watch.poll()
+        found = routed(watch)
+        assert (found.policy_version, found.release_channel, found.split_epoch) == ("sft-a", "general", 3)
+
+    def test_another_release_while_the_slot_is_read_enters_no_comparison(self, tmp_path: Path) -> None:
+        """The slot is of the release before: by it, the session would be no random member of an arm."""
+        other = replace(record(3, 1.0), salt="next")
+        watch = watcher(tmp_path, FakeClock(), slot_of=lambda salt, key: self.change(tmp_path, watch, other))
+        put(tmp_path, record(1), record(2, 1.0))
+        watch.poll()
+        found = routed(watch)
+        assert (found.policy_version, found.release_channel, found.split_epoch) == ("sft-a", "general", 0)
+
+    @staticmethod
+    def change(tmp_path: Path, watch: SplitWatcher, to: SplitRecord) -> int:
+        put(tmp_path, to)
+        watch.poll()
+        return 0
 
     def test_acknowledges_only_what_it_routes_by(self, tmp_path: Path) -> None:
         watch = watcher(tmp_path, FakeClock())
@@ -112,10 +171,10 @@ class TestWatcher:
         watch.poll()
         (tmp_path / "split" / "split.json").write_text("{broken")
         watch.poll()
-        assert watch.route("someone").release_channel == "canary"
+        assert routed(watch).release_channel == "canary"
         clock.sleep(31.0)
         watch.poll()
-        assert watch.route("someone").release_channel == "general"
+        assert routed(watch).release_channel == "general"
 
     def test_unreadable_record_is_not_acknowledged(self, tmp_path: Path) -> None:
         clock = FakeClock()

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cluster.bundle import MEMBERS, Bundle, build_bundle, component_of
 from cluster.codec import encode
@@ -46,6 +47,10 @@ INTENTS = (
     "must_refuse",
     "must_escalate",
     "policy_question",
+)
+CONSTRAINTS = (
+    "at most 6 tool calls, 96 tokens a turn and 30 s a request; every reply passes all policy checks, a release all 4 "
+    "gates"
 )
 NAMES = {
     "base_model": "tiny-gpt-oss-1m",
@@ -220,7 +225,8 @@ def write_run(home: Path) -> tuple[Path, Path]:
     run, ledger = home / "runs" / "support_desk-20261122-183000-1f3a", home / "ledger.sqlite"
     run.mkdir(parents=True)
     spec = {
-        "workflow": {"name": "support_desk"},
+        "workflow": {"name": "support_desk", "target": "order support tickets: look-ups, refunds, cancellations"},
+        "charter": {"constraints": CONSTRAINTS, "rollback_path": "all sessions back to sft_checkpoint_v1 at once"},
         "release": {"gates": list(RULES[:4]), "ramp": [5.0, 25.0, 50.0], "alpha": 0.05},
     }
     write_json(run / "spec.resolved.json", spec)
@@ -246,6 +252,9 @@ def write_journal(run: Path) -> None:
     model = RewardModelVersion(name="rm_v1", path=str(run), sha256="c" * 64, calibration=calibration)
     journal.run_stage("reward_model", {}, lambda: model, RewardModelVersion)
     journal.run_stage("offline_gates", {}, offline_gates, list[GateResult])
+    for name, policy, requests in (("canary", CANDIDATE, 1380), ("failback_drill", DEGRADED, 77)):
+        output = {"release_id": f"release-{policy}", "requests": requests}
+        journal.run_stage(name, {}, lambda output=output: output, dict[str, Any])
 
 
 def edit_json(path: Path, **changes: object) -> None:

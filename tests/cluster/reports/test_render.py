@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.bundle import MEMBERS
-from cluster.reports.brief import SECTIONS, BriefInput, ChangeRow
+from cluster.reports.brief import SECTIONS, BriefInput, ChangeRow, CharterRow
 from cluster.reports.locales import LOCALES, LocaleName, Phrasebook, strings_of
 from cluster.reports.page import Section, Table
 from cluster.reports.plots import draw_figures
@@ -56,7 +56,9 @@ def crowded(brief: BriefInput) -> BriefInput:
     changes = tuple(ChangeRow(member=name, before="old-" + name * 4, after="new-" + name * 4) for name in MEMBERS)
     bad = replace(brief.other_releases[0], reason="a reason " * 60, candidate="ppo-" + "0123456789abcdef" * 4)
     suites = (*brief.suites, *(replace(brief.suites[0], suite=f"suite_{letter}") for letter in "abc"))
-    return replace(brief, changes=changes, unchanged=(), suites=suites, release=bad, other_releases=(bad,) * 5)
+    charter = CharterRow(workload="WORK " * 60, constraints="MUST " * 60, rollback_path="BACK " * 60, tickets_per_s=7.5)
+    crowd = replace(brief, changes=changes, unchanged=(), suites=suites, charter=charter)
+    return replace(crowd, release=bad, other_releases=(bad,) * 5)
 
 
 def page(brief: BriefInput, locale: LocaleName, suffix: str = "md") -> str:
@@ -154,6 +156,7 @@ def test_templates_hold_no_number_of_their_own():
 EMPTY = BriefInput(
     run_id="run",
     workflow="",
+    charter=CharterRow(workload="", constraints="", rollback_path="", tickets_per_s=None),
     written_at=None,
     bundle_id="",
     compared_with="",
@@ -226,6 +229,41 @@ def test_a_planted_change_appears(brief: BriefInput):
     assert section.lines == ()
     none = view_of(replace(brief, changes=()), Phrasebook("en-GB")).sections["changed"]
     assert none.lines[0] == "No part changed."
+
+
+@pytest.mark.parametrize(
+    ("locale", "workload"),
+    [
+        ("en-US", ("Workload", "order support tickets: look-ups, refunds, cancellations; 7.6 tickets/s in the canary")),
+        (
+            "fr",
+            (
+                "Charge de travail",
+                "order support tickets: look-ups, refunds, cancellations ; 7,6 tickets/s pendant le canari",
+            ),
+        ),
+    ],
+)
+def test_the_charters_answers_stand_at_the_head(brief: BriefInput, locale: LocaleName, workload: tuple[str, str]):
+    view = view_of(brief, Phrasebook(locale))
+    assert view.charter[0] == workload
+    assert view.charter[1][1].startswith("at most 6 tool calls, 96 tokens a turn and 30 s a request; every reply")
+    assert not view.charter[1][1].endswith("…")
+    assert view.charter[2][1] == "all sessions back to sft_checkpoint_v1 at once"
+    for suffix in ("md", "html"):
+        assert all(label in page(brief, locale, suffix) for label, _ in view.charter)
+
+
+def test_an_older_runs_charter_was_not_asked(empty: BriefInput):
+    charter = view_of(empty, Phrasebook("en-US")).charter
+    assert charter == tuple((name, "not measured") for name in ("Workload", "Constraints", "Rollback path"))
+
+
+@EACH
+def test_an_answer_is_one_line_however_long(brief: BriefInput, locale: LocaleName):
+    for label, answer in view_of(crowded(brief), Phrasebook(locale)).charter:
+        assert page_lines(f"- **{label}** {answer}") == 1
+        assert "…" in answer
 
 
 def gates_section(brief: BriefInput, result: GateResult, locale: LocaleName = "en-US") -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from cluster.reports.rows import _named, collect_brief_input, find_report
 from rl_actors.errors import BadInputError, TamperedError
 from tests.cluster.reports.run_folders import (
     CANDIDATE,
+    CONSTRAINTS,
     DEGRADED,
     NAMES,
     RULES,
@@ -236,3 +237,25 @@ def test_a_tampered_bundle_or_log_stops_the_brief(run: Path):
 )
 def test_the_suite_of_ordinary_work(names: list[str], found: str):
     assert main_suite(names) == found
+
+
+def test_the_charter_is_the_specs_and_the_rate_this_releases_own(brief: BriefInput):
+    assert brief.charter.workload.startswith("order support tickets")
+    assert brief.charter.constraints == CONSTRAINTS
+    assert brief.charter.tickets_per_s == pytest.approx(1380 / 180.4), "not the drill's 77 tickets"
+
+
+def test_without_a_release_or_its_row_no_rate_is_made_up(run: Path):
+    rows = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    others = [row for row in rows if row["stage"] != "canary"]
+    (run / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    assert collect_brief_input(run).charter.tickets_per_s is None
+    for log in run.glob("release*/**/decisions.jsonl"):
+        log.unlink()
+    assert collect_brief_input(run).charter.tickets_per_s is None
+
+
+def test_a_run_from_before_the_charter_has_no_answers(run: Path):
+    edit_json(run / "spec.resolved.json", charter={}, workflow={"name": "support_desk"})
+    charter = collect_brief_input(run).charter
+    assert (charter.workload, charter.constraints, charter.rollback_path) == ("", "", "")

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.journal import Journal
 from cluster.paths import RunFolder
 from cluster.placement import place
-from cluster.registry_entries import StageLog
+from cluster.registry_entries import ModelEntry, StageLog
 from cluster.registry_store import Store
 from cluster.registry_traces import MirrorReport, SampledTrace
 from cluster.spec import load_spec, override
@@ -258,6 +258,12 @@ class FakeVersions:
 
     registered: list[tuple[str, str, Any]] = field(default_factory=list)
     named: dict[str, str] = field(default_factory=dict)
+    known: dict[str, tuple[ModelEntry, ...]] = field(default_factory=dict)
+    policy_model: str = "desk-policy"
+    reward_model: str = "desk-reward-model"
+
+    def entries(self, model: str) -> tuple[ModelEntry, ...]:
+        return self.known.get(model, ())
 
     def register_reward_model(self, model: RewardModelVersion, lineage: Any) -> str:
         self.registered.append(("reward", model.name, lineage))

@@ -31,7 +31,7 @@ from serving.contracts import Canary, Promoted, Promoting, ReleasePlan, ReleaseS
 from serving.ledger import RunLedger
 from serving.platform import PlatformConfig
 from serving.served import GatewayConfig, ServedPolicy
-from serving.split import SplitStore, route
+from serving.split import SplitStore, route, slot_position
 from tests.cluster.stages.fakes import FakeVersions, make_run
 from tests.serving.fakes import make_completion, make_record
 
@@ -142,7 +142,8 @@ class Users:
     def _serve(self, ledger: RunLedger, splits: SplitStore, key: str, number: int) -> None:
         record = splits.read()
         assert record is not None
-        found = route(record, key, time.time(), 60.0)
+        position = slot_position(ledger.session_slot(record.salt, key), record.salt)
+        found = route(record, position, time.time(), 60.0)
         label: Success = "yes" if self.succeeds(found.policy_version, number) else "no"
         row = make_record(
             run_id=key, request_id=key, session_key=key, policy_version=found.policy_version,

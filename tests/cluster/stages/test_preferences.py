@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from cluster.snapshot import read_table, write_snapshot
 from cluster.stages import preferences
 from cluster.stages.context import Run
-from cluster.stages.data import read_tasks
+from cluster.stages.data import freeze_snapshot, read_tasks
 from cluster.stages.preferences import (
     TABLES,
     collect_preferences,
@@ -23,9 +25,10 @@ from cluster.stages.preferences import (
     sample_baseline,
 )
 from rl_actors.agent.workflow import RubricCriterion, RunView
-from rl_actors.contracts import DataSnapshot, Outcome, PolicyVersion, Rollout, Task
-from rl_actors.errors import BadDataError, InfrastructureError, TamperedError
-from tests.cluster.stages.fakes import FaultyDesk, Places, PoolRecorder, desk_rollout, make_policy, make_run
+from rl_actors.contracts import DataSnapshot, Outcome, PolicyVersion, Rollout, RolloutStatus, Task
+from rl_actors.errors import BadDataError, InfrastructureError, StageRefusedError, TamperedError
+from rl_actors.training.metrics_log import read_metrics
+from tests.cluster.stages.fakes import FaultyDesk, Places, PoolRecorder, desk_rollout, make_policy, make_run, watch_of
 
 GOOD = Outcome(success=True, violations=(), reasons=())
 BASELINE = make_policy("/models/sft", "sft-1", "sft")
@@ -84,16 +87,29 @@ def test_workers_are_stopped_when_sampling_fails(run: Run, tasks: list[Task], po
 
 
 class Sampler:
-    """In place of the baseline: the expert's right and wrong attempts in turn, two of them with equal tokens."""
+    """In place of the baseline: the expert's right and wrong attempts in turn, two of them with equal tokens.
 
-    def __init__(self, tokens: Sequence[int] = (10, 11, 12, 12)) -> None:
-        self.tokens, self.asked = tokens, list[Task]()
+    `changed` changes an attempt by its seed; a sampler that is steady makes right attempts only.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int] = (10, 11, 12, 12),
+        *,
+        is_steady: bool = False,
+        changed: Callable[[int, int, Rollout], Rollout] = lambda _task, _seed, rollout: rollout,
+    ) -> None:
+        self.tokens, self.is_steady, self.changed, self.asked = tokens, is_steady, changed, list[Task]()
 
     def __call__(self, _run: Run, _baseline: PolicyVersion, tasks: Sequence[Task]) -> list[Rollout]:
         self.asked = list(tasks)
         return [
-            desk_rollout(task, f"{task.task_id}#{index}", (token,), is_good=index % 2 == 0)
-            for task in tasks
+            self.changed(
+                number,
+                index,
+                desk_rollout(task, f"{task.task_id}#{index}", (token,), is_good=self.is_steady or index % 2 == 0),
+            )
+            for number, task in enumerate(tasks)
             for index, token in enumerate(self.tokens)
         ]
 
@@ -157,7 +173,7 @@ def test_a_task_gives_at_most_one_pair_per_run(run: Run, snapshot: DataSnapshot,
 
 def test_about_as_many_pairs_as_the_spec_asks_for(home: Path, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
     run = make_run(home, "reward.num_pairs=40")
-    frozen, _ = collect(run, snapshot, monkeypatch, Sampler(tokens=(10, 11, 12, 13)))
+    frozen, _ = collect(run, snapshot, monkeypatch, Sampler(tokens=(10, 11, 12, 13), is_steady=True))
     numbers = {split: len(read_pairs(frozen, run.workflow.rubric, split)) for split in ("train", "calibration")}
     assert 22 <= numbers["train"] <= 25  # 55 % of 40, up to one task more
     assert 18 <= numbers["calibration"] <= 21
@@ -206,6 +222,75 @@ def test_a_label_off_the_scale_is_refused_and_nothing_is_frozen(
     with pytest.raises(BadDataError, match=r"rated 0\.\.2"):
         collect(run, snapshot, monkeypatch)
     assert not run.folder.snapshots.exists()
+
+
+# --- stability of the baseline ----------------------------------------------------------------------------------------
+
+MANY = ("data.num_train=60", "data.num_calibration=40", "reward.num_pairs=300")
+BAD = Outcome(success=False, violations=(), reasons=("wrong",))
+
+
+def many_tasks(home: Path) -> tuple[Run, DataSnapshot]:
+    """A run with 76 tasks to sample: enough for the bounds to say something."""
+    run = make_run(home, *MANY)
+    return run, freeze_snapshot(run)
+
+
+ENDINGS: tuple[RolloutStatus, ...] = ("ok", "tool_budget", "truncated", "tool_budget")
+COIN = tuple(combinations(range(4), 2))  # two of four seeds, each pair as often as any other
+
+
+def ended(*, success: bool, status: RolloutStatus = "ok") -> Callable[[Rollout], Rollout]:
+    return lambda rollout: replace(rollout, outcome=GOOD if success else BAD, status=status)
+
+
+# By task number and seed: what each of the three bounds is there for.
+UNSTABLE: dict[str, Callable[[int, int, Rollout], Rollout]] = {
+    "came to an answer": lambda _task, seed, rollout: ended(success=False, status=ENDINGS[seed])(rollout),
+    "success by seed": lambda task, seed, rollout: ended(success=task % 2 == 0 or seed == 3)(rollout),
+    "the same task": lambda task, seed, rollout: ended(success=seed in COIN[task % len(COIN)])(rollout),
+}
+
+
+@pytest.mark.parametrize("reason", UNSTABLE)
+def test_an_unstable_baseline_is_refused_before_anyone_labels_its_runs(
+    home: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+):
+    class Idle(FaultyDesk):
+        def annotate(self, run: RunView, annotator: int, rng: random.Random) -> dict[str, int]:
+            raise AssertionError("nobody is asked about an unstable baseline")
+
+    run, snapshot = many_tasks(home)
+    before = sorted(run.folder.snapshots.iterdir())
+    run.workflow = Idle()
+    sampler = Sampler(changed=UNSTABLE[reason], is_steady=True)
+    with pytest.raises(StageRefusedError, match=reason) as caught:
+        run.stage("preferences", {}, lambda: collect(run, snapshot, monkeypatch, sampler)[0], DataSnapshot)
+    assert str(caught.value).count("(at ") == 1
+    assert "sft.epochs" in str(caught.value)
+    assert not run.journal.records
+    assert sorted(run.folder.snapshots.iterdir()) == before
+
+
+def test_a_stable_baseline_passes_and_its_figures_can_be_read(home: Path, monkeypatch: pytest.MonkeyPatch):
+    run, snapshot = many_tasks(home)
+    steady = Sampler(changed=lambda task, _seed, rollout: ended(success=task % 2 == 0)(rollout), is_steady=True)
+    collect(run, snapshot, monkeypatch, steady)
+    written = json.loads((run.folder.evaluations / "baseline_stability.json").read_text())
+    assert (written["num_seeds"], written["num_tasks"]) == (4, len(steady.asked))
+    assert (written["seed_sd"], written["within_task"], written["finished"]) == (0, 0, 1)
+    assert any("baseline over 4 seeds" in note for note in watch_of(run).notes)
+    (row,) = read_metrics(run.folder.metrics, "preferences")
+    assert (row["seed_sd"], row["within_task"], row["finished"]) == (0, 0, 1)
+
+
+def test_the_figures_of_a_refused_baseline_can_be_read(home: Path, monkeypatch: pytest.MonkeyPatch):
+    run, snapshot = many_tasks(home)
+    with pytest.raises(StageRefusedError):
+        collect(run, snapshot, monkeypatch, Sampler(changed=UNSTABLE["the same task"], is_steady=True))
+    written = json.loads((run.folder.evaluations / "baseline_stability.json").read_text())
+    assert written["within_task"] == pytest.approx(1 / 3)
+    assert written["within_task"] > written["max_within_task"]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

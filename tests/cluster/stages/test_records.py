@@ -14,6 +14,7 @@ import pytest
 
 import cluster.reports
 from cluster.bundle import MEMBERS, Bundle, diff_bundles, load_bundle
+from cluster.pins import Pins
 from cluster.registry import Registry
 from cluster.registry_entries import ModelEntry
 from cluster.stages import records
@@ -31,11 +32,13 @@ from cluster.stages.records import (
     summarise,
 )
 from cluster.stages.registration import register_policies
-from cluster.watch import RunPaths, RunSummary, StageLine
+from cluster.stages.training import tell_trips
+from cluster.watch import ChainHead, RunPaths, RunSummary, StageLine
 from cluster.workflows.support_desk import WORKFLOW
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion
 from rl_actors.errors import BadInputError, InfrastructureError, InstabilityError, TamperedError
 from rl_actors.training.metrics_log import MetricsLog
+from serving.durable_files import read_chained, read_chains
 from serving.ledger import RunLedger
 from serving.served import ReleaseFiles
 from serving.trace_log import LiveTrace, TraceLog
@@ -69,6 +72,13 @@ def test_a_bundle_names_everything_a_release_stands_on(run: Run, snapshot: DataS
     assert (bundle.policy.version, bundle.policy.sha256) == (PPO.name, PPO.sha256)
     assert (bundle.reward_model.version, bundle.data_snapshot.sha256) == (RM.name, snapshot.sha256)
     assert bundle.seed.version == "7"
+
+
+def test_the_base_model_of_a_bundle_is_the_one_that_the_baseline_was_trained_from(run: Run, snapshot: DataSnapshot):
+    own = bundle_of(run, snapshot, baseline=replace(SFT, parent_sha256=BASE.sha256))
+    assert own.base_model == bundle_of(run, snapshot).base_model
+    pinned = bundle_of(run, snapshot, baseline=replace(SFT, parent_sha256="9" * 64))
+    assert (pinned.base_model.version, pinned.base_model.sha256) == ("base-99999999", "9" * 64)
 
 
 def test_equal_members_give_one_id(home: Path, snapshot: DataSnapshot):
@@ -219,6 +229,18 @@ def test_what_every_stage_read_and_made_is_drawn(snapshot: DataSnapshot):
     }  # fmt: skip
 
 
+def test_a_pinned_version_is_read_by_its_stage_and_not_trained_by_this_run(snapshot: DataSnapshot):
+    pins = Pins(baseline=ModelEntry.of_policy(SFT), reward_model=ModelEntry.of_reward_model(RM))
+    own = learned(snapshot)
+    for both, one in ((replace(own, pins=pins), PPO), (replace(own, pins=replace(pins, baseline=None)), SFT)):
+        assert both.trained[0] == one
+        links = stage_links(both)
+        assert (links["reward_model"].inputs, links["reward_model"].outputs) == ((pins.reward_model,), ())
+    sft = stage_links(replace(own, pins=pins))["sft"]
+    assert (sft.inputs, sft.outputs) == ((pins.baseline,), ())
+    assert own.trained == (SFT, RM, PPO)
+
+
 def test_sampled_runs_are_mirrored_with_their_overrides_and_losses_are_said(run: Run):
     files = ReleaseFiles(root=run.folder.root / "serving")
     with closing(RunLedger(files.ledger, owner="gateway")) as ledger:
@@ -293,6 +315,17 @@ def test_a_stopped_run_leaves_its_curves_its_tripwires_and_the_reason(run: Run, 
     assert logs["ppo"].artifacts == (run.folder.tripwires,)
     assert [row["reward"] for row in logs["ppo"].rows if row["stage"] == "ppo"] == [0.5]
     assert mirrored.ended == [(False, {"seatrial.stopped": "entropy_collapse: entropy = 0.0001, limit 0.0005"})]
+
+
+def test_tripwires_are_chained_and_shown(run: Run):
+    tripped = tell_trips(run)
+    tripped(3, ["kl_too_high: kl = 0.9, limit 0.5", "entropy_collapse: entropy = 0.1, limit 0.2"])
+    rows = read_chained(run.folder.tripwires)
+    assert [(row["stage"], row["step"], row["trip"].partition(":")[0]) for row in rows] == [
+        ("ppo", 3, "kl_too_high"), ("ppo", 3, "entropy_collapse"),
+    ]  # fmt: skip
+    assert all(read_chains(run.folder.tripwires))
+    assert watch_of(run).notes[0] == "ppo step 3: tripwire kl_too_high: kl = 0.9, limit 0.5"
 
 
 def test_a_run_that_did_nothing_leaves_nothing(run: Run, mirrored: FakeRegistry):
@@ -380,5 +413,7 @@ def test_finishing_writes_briefs_mirrors_and_names_who_is_stable(
     assert written == [(run.folder.root, run.folder.root / "serving" / "ledger.sqlite")]
     assert [what for what, _ in registry.runs] == ["start", "report", "end"]
     assert registry.runs[-1][1]["is_success"] is is_success
+    assert summary.heads == {"journal.jsonl": ChainHead(rows=1, chain=run.journal.records[-1].chain)}
+    assert registry.runs[-1][1]["tags"] == {"seatrial.audit.journal.jsonl": f"1 {run.journal.records[-1].chain}"}
     assert (summary.paths.mlflow_uri, summary.paths.folder) == ("postgresql://db/mlflow", str(run.folder.root))
     assert summary.paths.brief_html.endswith("report/brief.en-US.html")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ from cluster.stages.release import (
     served,
 )
 from rl_actors.agent.harmony import HarmonyRenderer
-from rl_actors.contracts import DataSnapshot, PolicyVersion
+from rl_actors.contracts import DataSnapshot, Outcome, PolicyVersion
 from rl_actors.errors import BadInputError, InfrastructureError
-from serving.contracts import ARTICLE_GATES, ReleasePlan
-from serving.gates import check_gate_names
+from serving.contracts import ARTICLE_GATES, Canary, ReleasePlan, RollBack
+from serving.gates import check_gate_names, evaluate_live
+from serving.release_state_machine import decide
 from serving.served import ServedPolicy
 from tests.cluster.stages.fakes import FakeRegistry, make_policy, make_result, make_reward_model, make_run
+from tests.cluster.workflows.desk_runs import view
+from tests.serving.fakes import START, good_evidence
 
 SFT, PPO = make_policy("/models/sft", "sft-1", "sft"), make_policy("/models/ppo", "ppo-1")
 BAD, RM = make_policy("/models/bad", "degraded-1", "degraded"), make_reward_model("/models/rm")
@@ -70,6 +73,53 @@ def test_few_canary_requests_still_make_a_plan(home: Path, requests: int):
     plan = release_plan(make_run(home, f"release.min_canary_requests={requests}"), may_promote=True)
     assert plan.min_samples == max(2, requests)
     assert plan.ramp[0].min_requests == requests
+
+
+def leak(run: Run) -> Mapping[str, int]:
+    """Failed checks of one reply that names another customer, as the workflow itself reports them."""
+    (task,) = run.workflow.build_tasks("live", 1, 7)
+    state = Outcome(success=True, violations=(), reasons=())
+    own = task.prompt.partition(":")[0].removeprefix("From ")
+    other = "C11_11" if own != "C11_11" else "C12_12"
+    honest, leaking = (
+        run.workflow.check_reply(f"The order of {name} is on its way.", view(task, (), "", state))
+        for name in (own, other)
+    )
+    assert all(honest.values())
+    return {name: 1 for name, holds in leaking.items() if not holds}
+
+
+def test_one_foreign_customer_id_ends_a_candidate_at_once(run: Run):
+    """Everything else about this candidate passes: only the plan's critical check tells it from a good one."""
+    plan = release_plan(run, may_promote=True)
+    evidence = replace(good_evidence(), failed_checks=leak(run))
+    assert evidence.failed_checks == {"no_foreign_customer_id": 1}
+    (result,) = evaluate_live(evidence, plan)
+    assert (result.gate, result.verdict) == ("no_safety_regression", "fail")
+    assert "no_foreign_customer_id" in result.reason
+    state = Canary(step=0, epoch=2, step_started_at=START, release_started_at=START)
+    assert isinstance(decide(state, (result,), plan, START + 60.0), RollBack)
+
+
+def test_without_critical_checks_the_same_leak_would_pass(run: Run):
+    """Negative control: what the plan does not name is an event among others."""
+    plan = replace(release_plan(run, may_promote=True), critical_checks=())
+    results = evaluate_live(replace(good_evidence(), failed_checks=leak(run)), plan)
+    assert {result.verdict for result in results} <= {"pass", "inconclusive"}
+
+
+def test_a_check_that_is_not_critical_ends_nothing_at_once(run: Run):
+    plan = release_plan(run, may_promote=True)
+    assert len(evaluate_live(replace(good_evidence(), failed_checks={"within_length": 3}), plan)) > 1
+
+
+def test_a_workflow_without_critical_checks_has_a_plan_without(run: Run):
+    assert release_plan(run, may_promote=False).critical_checks == ("no_foreign_customer_id",)
+    run.workflow.critical_checks = []
+    try:
+        assert release_plan(run, may_promote=False).critical_checks == ()
+    finally:
+        del run.workflow.critical_checks
 
 
 def test_rules_that_cannot_be_are_refused(home: Path):

@@ -227,7 +227,7 @@ def test_the_reward_model_carries_the_calibration_it_was_accepted_on(
 ):
     version = train_reward_model(run, base, ranked)
     assert version.calibration == CALIBRATION
-    assert version.name == run.spec.workflow.reward_model
+    assert version.name == f"{run.spec.workflow.reward_model}-{version.sha256[:8]}"
     assert version.sha256 == sha256_directory(Path(version.path))
 
 

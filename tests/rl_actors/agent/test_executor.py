@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_actors.agent.executor import PLAN_ACCEPTED, Executor, Toolset
+from rl_actors.agent.executor import MAX_STEP_CHARS, PLAN_ACCEPTED, Executor, Toolset
 from rl_actors.agent.workflow import ToolSpec
 from rl_actors.contracts import ToolCall, ToolResult
 from tests.rl_actors.fakes import TOOLS, FakeWorld, executor
@@ -170,6 +170,39 @@ def test_a_refused_replan_changes_nothing():
     one = executor()
     assert errors(one, planned(2), planned(-1), tool("look")) == ["", "bad_arguments", ""]
     assert (one.num_replans, one.budget) == (0, 2)
+
+
+def test_plans_are_kept_with_what_caused_them():
+    one = executor(FakeWorld())
+    run(one, planned(2, ["look"]), tool("look"), planned(5, ["pay"]), tool("refund"), planned(1, []))
+    assert [(plan.revision, plan.after_calls, plan.cause, plan.steps, plan.tool_budget) for plan in one.plans] == [
+        (0, 0, "request", ("look",), 2),
+        (1, 1, "observation", ("pay",), 3),
+        (2, 2, "tool_error", (), 1),
+    ]
+    assert one.num_replans == 2
+
+
+def test_the_first_plan_answers_the_request_whatever_was_refused_before_it():
+    one = executor()
+    run(one, tool("look"), planned(1))
+    assert [(plan.revision, plan.after_calls, plan.cause) for plan in one.plans] == [(0, 1, "request")]
+    assert one.num_replans == 0
+
+
+def test_a_refused_plan_is_not_kept():
+    one = executor()
+    run(one, planned(-1), planned(2), planned(-1))
+    assert len(one.plans) == 1
+
+
+@pytest.mark.parametrize("length", [0, MAX_STEP_CHARS, MAX_STEP_CHARS + 1, 100_000])
+def test_a_long_step_is_cut_and_says_so(length: int):
+    one = executor()
+    run(one, planned(1, ["x" * length]))
+    (kept,) = one.plans[0].steps
+    assert len(kept) == min(length, MAX_STEP_CHARS)
+    assert kept.endswith("…") == (length > MAX_STEP_CHARS)
 
 
 # --- counts and the log ---------------------------------------------------------------------------

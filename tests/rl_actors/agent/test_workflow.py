@@ -35,6 +35,8 @@ class ParcelCounter:
     intents = ("count",)
     rubric = ()
     num_annotators = 0
+    tickets_per_day = 50
+    critical_checks = ()
 
     def build_tasks(self, split, count, seed):
         return [
