@@ -1,8 +1,9 @@
 """The traffic split: sticky routing as a pure function, and the small durable record that gateways poll.
 
-New sessions are dealt out in permuted blocks (Zelen 1974): of each hundred that arrive, every hundredth of [0, 1) gets
-one, in an order that a keyed hash shuffles. With a coin per session and a share of 5 %, the first 50 canary sessions
-would be anything from 3.6 to 6.4 % of all (two standard deviations); blocks keep to what the record says.
+New sessions are dealt out in permuted blocks (Zelen 1974): of each twenty that arrive, one falls into every twentieth
+of [0, 1), of each hundred one into every hundredth, in an order that a keyed hash shuffles. With a coin per session and
+a share of 5 %, the first 50 canary sessions would be anything from 3.6 to 6.4 % of all (two standard deviations);
+blocks keep to what the record says, also in the first minute.
 
 One record rules all gateways; replacing it atomically is the whole of a roll back. Whoever holds a record that has not
 been refreshed in time gives the candidate nothing: a dead controller fails back by itself.
@@ -22,8 +23,10 @@ from rl_actors.errors import BadInputError, StageRefusedError, TamperedError
 from serving.contracts import ReleaseChannel, SplitRecord
 from serving.durable_files import append_chained, disk_errors, file_lock, read_chained, replace_durably
 
-BLOCK: Final = 100
+BLOCK: Final = 20
 """Sessions that are dealt out together. Larger is nearer to a coin, smaller nearer to a pattern."""
+FINE: Final = 5
+"""Blocks over which the finer places, for shares that are no multiple of 1 / BLOCK, are dealt out together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +41,20 @@ class Route:
 def slot_position(slot: int, salt: str) -> float:
     """Place the session that came `slot`-th (from 0) into a release in [0, 1): fixed for ever, fresh for each salt.
 
-    Slots 100 b to 100 b + 99 fall one into each hundredth, in an order that nobody can tell without the salt.
+    Of the slots of a block each gets another of BLOCK equal parts of [0, 1); of the sessions that get one part in FINE
+    consecutive blocks, each gets another fifth of it. Nobody can tell the order without the salt.
     """
     block, index = divmod(slot, BLOCK)
-    return (_block_order(salt, block)[index] + _uniform(f"{salt}\x00{slot}\x00within")) / BLOCK
+    part = _order(f"{salt}\x00{block}\x00part", BLOCK)[index]
+    group, member = divmod(block, FINE)
+    fine = _order(f"{salt}\x00{group}\x00{part}\x00fine", FINE)[member]
+    return (part + (fine + _uniform(f"{salt}\x00{slot}\x00within")) / FINE) / BLOCK
 
 
-@lru_cache(maxsize=64)
-def _block_order(salt: str, block: int) -> tuple[int, ...]:
-    """Shuffle the hundredths of a block by a keyed hash."""
-    return tuple(sorted(range(BLOCK), key=lambda rank: _uniform(f"{salt}\x00{block}\x00{rank}\x00order")))
+@lru_cache(maxsize=1024)
+def _order(key: str, count: int) -> tuple[int, ...]:
+    """Shuffle 0 to count - 1 by a keyed hash."""
+    return tuple(sorted(range(count), key=lambda rank: _uniform(f"{key}\x00{rank}")))
 
 
 def _uniform(text: str) -> float:
