@@ -19,8 +19,8 @@ from tests.cluster.stages.fakes import make_run
 from tests.cluster.test_spec import ARTICLE
 
 CONSTRAINTS = (
-    "at most 6 tool calls, 96 tokens a turn and 30 s a request; every reply passes the policy checks; all 4 gates "
-    "hold: no_safety_regression, latency_delta_lt_15_percent, cost_per_success_not_worse, rollback_under_5_minutes"
+    "at most 6 tool calls, 96 tokens a turn and 30 s a request; every reply passes all policy checks, a release all 4 "
+    "gates"
 )
 PATH = "all sessions back to the stable policy (first sft_checkpoint_v1) by one split record, within 300 s"
 BLANK = ["''", '"  "', "", '" \\n "']
