@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 from ray.exceptions import AuthenticationError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -24,6 +25,7 @@ from rl_actors.errors import BadInputError, InfrastructureError
 RESERVE_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
 _HOST_PORT = re.compile(r"(?:ray://)?(?P<host>[^:/]+):(?P<port>\d+)")
+_GOODBYE = re.compile(r"Task ServeController\.\w+ failed\..* killed by `ray\.kill`")
 WORKER_ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
@@ -68,6 +70,25 @@ def quieten_libraries() -> None:
 
     disable_progress_bar()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    _put_ray_messages_aside()
+
+
+def _put_ray_messages_aside() -> None:
+    """Let Ray's messages about this job go to stderr: on stdout they would stand in the middle of a `--json` answer.
+
+    One kind is dropped: Serve's controller always ends by `ray.kill`, and what still asked it then "failed".
+    """
+    printing = ray_worker.print_to_stdstream
+    if getattr(printing, "is_seatrial", False):
+        return
+
+    def print_aside(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+        lines = [line for line in data["lines"] if not _GOODBYE.match(line)]
+        if lines:
+            printing({**data, "lines": lines, "is_err": True}, ignore_prefix=ignore_prefix)
+
+    print_aside.is_seatrial = True  # type: ignore[attr-defined]
+    ray_worker.print_to_stdstream = print_aside
 
 
 def _initialise(address: str, placement: Placement) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import socket
@@ -16,13 +17,20 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private import worker as ray_worker
 from ray.exceptions import AuthenticationError
 
 from cluster.placement import Placement, place
 from cluster.ray_token import REMEDY
 from cluster.spec import load_spec, override
 from cluster.stages import ray_runtime
-from cluster.stages.ray_runtime import WORKER_ENVIRONMENT, connected, placed, worker_environment
+from cluster.stages.ray_runtime import (
+    WORKER_ENVIRONMENT,
+    connected,
+    placed,
+    quieten_libraries,
+    worker_environment,
+)
 from rl_actors.errors import BadInputError, InfrastructureError
 
 LISTENS = ray_runtime.listens
@@ -348,3 +356,50 @@ class _Where:
     def group(self) -> str:
         group = ray.util.get_current_placement_group()
         return group.id.hex() if group else ""
+
+
+# --- what Ray prints --------------------------------------------------------------------------------------------------
+
+GOODBYE = (
+    "Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so the task will be retried. "
+    "Error: The actor is dead because it was killed by `ray.kill`."
+)
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What reaches Ray's own printing, once seatrial has put itself before it."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray_worker, "print_to_stdstream", lambda data, ignore_prefix: found.append(data))
+    quieten_libraries()
+    return found
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Task Learner.update failed. There are 3 retries remaining. Error: it was killed by `ray.kill`.",
+        "Task ServeController.deploy failed. There are 3 retries remaining. Error: the node is out of memory",
+    ],
+)
+def test_rays_messages_go_to_stderr(printed: list[dict[str, Any]], line: str):
+    ray_worker.print_to_stdstream({"lines": [line], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert printed == [{"lines": [line], "pid": "raylet", "is_err": True}]
+
+
+def test_the_end_of_serve_is_no_message(printed: list[dict[str, Any]]):
+    ray_worker.print_to_stdstream({"lines": [GOODBYE], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    both = {"lines": [GOODBYE, "out of disk"], "pid": "raylet", "is_err": False}
+    ray_worker.print_to_stdstream(both, ignore_prefix=False)
+    assert [data["lines"] for data in printed] == [["out of disk"]]
+
+
+def test_rays_printing_is_put_aside_once(printed: list[dict[str, Any]]):
+    first = ray_worker.print_to_stdstream
+    quieten_libraries()
+    assert ray_worker.print_to_stdstream is first
+
+
+def test_ray_still_asks_for_its_printing_by_that_name():
+    """Where this fails after an update of Ray, its messages are back on stdout."""
+    assert "print_to_stdstream(" in inspect.getsource(ray_worker.listen_error_messages)
