@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.codec import decode, encode
-from cluster.hashing import canonical_json, file_hashes, sha256_bytes, sha256_file, sha256_json, sha256_of_hashes
+from cluster.hashing import canonical_json, file_hashes, sha256_file, sha256_json, sha256_of_hashes
 from cluster.paths import sync_directory
 from rl_actors.errors import InfrastructureError, TamperedError
+from serving.durable_files import chain_link
 
 Value = TypeVar("Value")
 
@@ -113,7 +114,7 @@ class Journal:
             "finished_at": finished_at,
             "seconds": finished_at - started_at,
         }
-        chain = _chained(self._chain, body)
+        chain = chain_link(self._chain, body)
         self._write_line((canonical_json({**body, "chain": chain}) + "\n").encode())
         self.records.append(StageRecord(**body, chain=chain))
 
@@ -166,15 +167,11 @@ def _hash_artifacts(run_folder: Path, paths: Iterable[Path | str]) -> dict[str, 
     return hashes
 
 
-def _chained(previous: str, body: Mapping[str, Any]) -> str:
-    return sha256_bytes((previous + canonical_json(dict(body))).encode())
-
-
 def _read_record(line: bytes, number: int, previous: str, path: Path) -> StageRecord:
     try:
         body = json.loads(line)
         chain = body.pop("chain")
-        if chain != _chained(previous, body):
+        if chain != chain_link(previous, body):
             raise ValueError("its hash does not match its content")
         return StageRecord(**body, chain=chain)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

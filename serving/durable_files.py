@@ -103,7 +103,7 @@ def append_chained(path: Path, row: Mapping[str, Any]) -> None:
     with disk_errors(path), open_rows(path) as file:
         line = _last_line(file)[1]
         before = str(_parsed(line, path, "the last line").get(CHAIN, "")) if line else ""
-        file.write(json.dumps({**body, CHAIN: _link(before, body)}).encode() + b"\n")
+        file.write(json.dumps({**body, CHAIN: chain_link(before, body)}).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -151,7 +151,7 @@ def _chained_rows(path: Path) -> list[tuple[dict[str, Any], str]]:
     for number, line in enumerate(data[: _end_of_last_line(data)].splitlines(), start=1):
         row = _parsed(line, path, f"line {number}")
         chain = row.pop(CHAIN, "")
-        if (before or chain != "") and chain != _link(before, row):
+        if (before or chain != "") and chain != chain_link(before, row):
             remedy = "this line, or one before it, was changed, removed or moved; restore the file from a copy"
             raise TamperedError(f"{path}, line {number}: its chain does not fit; {remedy}")
         rows.append((row, chain))
@@ -169,8 +169,8 @@ def _parsed(line: bytes, path: Path, place: str) -> dict[str, Any]:
     return row
 
 
-def _link(before: str, body: Mapping[str, Any]) -> str:
-    """Return the hash of a row without its chain, and of the chain before it: the rule of the stage journal."""
+def chain_link(before: str, body: Mapping[str, Any]) -> str:
+    """Return the hash of a row without its chain, and of the chain before it; the stage journal has the same rule."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256((before + text).encode("utf-8", "surrogatepass")).hexdigest()
 

@@ -20,12 +20,12 @@ from cluster.cli_runs import record_spec
 from cluster.journal import Journal
 from cluster.paths import RunFolder, write_json
 from cluster.spec import WorkflowSpec, load_spec
-from cluster.watch import RunPaths, RunSummary
 from rl_actors.errors import InfrastructureError, TamperedError
 from serving.contracts import SplitRecord
 from serving.durable_files import append_chained, append_durably, read_chained
 from serving.served import ReleaseFiles
 from serving.split import SplitStore
+from tests.cluster.test_cli import ending
 
 CHAINED = (
     "journal.jsonl",
@@ -74,19 +74,7 @@ def run_stages(folder: RunFolder, *stages: str) -> None:
 
 
 def write_summary(folder: RunFolder) -> None:
-    summary = RunSummary(
-        run_id=folder.run_id,
-        workflow="support_desk",
-        stages=(),
-        trained=(),
-        offline=(),
-        releases=(),
-        stable_policy="ppo-b",
-        bundle_id=bundle_of("ppo").id,
-        exit_code=0,
-        paths=RunPaths(folder=str(folder.root)),
-        heads=chain_heads(folder),
-    )
+    summary = replace(ending(folder), bundle_id=bundle_of("ppo").id, heads=chain_heads(folder))
     write_json(folder.summary, summary.to_json())
 
 

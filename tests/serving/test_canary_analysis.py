@@ -199,6 +199,17 @@ class TestEProcessErrorRates:
         assert false_alarms / num_releases <= self.ALPHA
         assert false_passes / num_releases <= self.ALPHA
 
+    @pytest.mark.parametrize(("share", "rate"), [(0.05, 0.15), (0.25, 0.35), (0.5, 0.35)])
+    def test_sessions_dealt_in_blocks_still_show_a_bad_arm(self, share: float, rate: float):
+        """Negative control of the test above: its harness does fire, on an arm with 0.9 bad sessions."""
+        caught = 0
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            is_canary = np.array([slot_position(slot, f"r{seed}") < share for slot in range(1000)])
+            events = is_canary[rng.random(1000) < np.where(is_canary, 0.9, rate)]
+            caught += self.ever(events, lambda process: process.e_fail, share, 0.5) >= 1 / self.ALPHA
+        assert caught >= 38
+
     @staticmethod
     def ever(events: np.ndarray, e_value: Callable[[EventEProcess], float], share: float, margin: float) -> float:
         """The largest evidence ever seen, looking after every event."""
