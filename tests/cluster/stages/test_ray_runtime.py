@@ -96,7 +96,7 @@ class FakeRay:
 def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay({"CPU": 8.0})
     monkeypatch.setattr(ray_runtime, "ray", fake)
-    monkeypatch.setattr(ray_runtime, "listens", lambda _host, _port: True)
+    monkeypatch.setattr(ray_runtime, "listens", lambda _host, _port, _timeout_s: True)
     return fake
 
 
