@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from token_game import SAY, SYMBOLS, Move
 from rl_actors.actors.attestation import attestation_gap, require_attested
 from rl_actors.agent.rollout import RolloutRequest, rollout_token_ids
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
+from rl_actors.ports import free_port
 from rl_actors.training.ppo import PpoPorts
 from rl_actors.training.ppo_learner import PpoLearner
 
@@ -38,11 +38,8 @@ def join_own_process_group(num_threads: int = 1) -> None:
     if torch.distributed.is_initialized():
         return
     torch.set_num_threads(num_threads)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(alone)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **place})
     torch.distributed.init_process_group("gloo")
 
 

@@ -233,8 +233,8 @@ def weight_gap(ours: Mapping[str, Tensor], bare: Mapping[str, Tensor], start: Ma
 
 def measure_updates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row per model and kind of work."""
-    from rl_actors.actors.pools import free_port
     from rl_actors.actors.ppo_learner import LearnerRank, join_process_group
+    from rl_actors.ports import free_port
 
     join_process_group(
         LearnerRank(

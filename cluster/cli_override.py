@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
+
+import httpx
 
 from cluster.cli_runs import load_summary
 from cluster.paths import RunFolder, list_runs
@@ -44,7 +43,7 @@ def record_override(override: Override, home: Path) -> str:
     url = override.url or (gateway.url if gateway else DEFAULT_GATEWAY)
     try:
         _post(override, url)
-    except (urllib.error.URLError, OSError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         if override.url:
             raise InfrastructureError(f"gateway {url} did not take the override: {error}; check --url") from error
         return _write_to_ledger(override, home)
@@ -52,17 +51,15 @@ def record_override(override: Override, home: Path) -> str:
 
 
 def _post(override: Override, url: str) -> None:
-    body = json.dumps({"actor": override.actor, "reason": override.reason}).encode()
+    body = {"actor": override.actor, "reason": override.reason}
     target = f"{url.rstrip('/').removesuffix('/v1')}/v1/runs/{quote(override.run_id, safe='')}/override"
-    request = urllib.request.Request(target, data=body, headers={"content-type": "application/json"}, method="POST")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        opener.open(request, timeout=TIMEOUT_S).close()
-    except urllib.error.HTTPError as error:
-        said = error.read(2000).decode(errors="replace")
-        if error.code in {400, 404, 422}:
-            raise BadInputError("RUN_ID", override.run_id, f"the gateway refuses it ({said}); copy the id") from error
-        raise InfrastructureError(f"gateway {url}: status {error.code}: {said}; see `seatrial status`") from error
+    # Proxies of the environment are for the outside world; a gateway is ours.
+    reply = httpx.post(target, json=body, timeout=TIMEOUT_S, follow_redirects=True, trust_env=False)
+    said = reply.text[:2000]
+    if reply.status_code in {400, 404, 422}:
+        raise BadInputError("RUN_ID", override.run_id, f"the gateway refuses it ({said}); copy the id")
+    if not reply.is_success:
+        raise InfrastructureError(f"gateway {url}: status {reply.status_code}: {said}; see `seatrial status`")
 
 
 def _write_to_ledger(override: Override, home: Path) -> str:

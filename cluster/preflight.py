@@ -9,13 +9,14 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from cluster.spec import WorkflowSpec
 from cluster.spec_errors import unknown_name
@@ -25,6 +26,7 @@ from cluster.workload import measure_workload, require_workload
 from rl_actors.agent.workflow import RunView, Workflow
 from rl_actors.contracts import Outcome
 from rl_actors.errors import BadInputError, InfrastructureError
+from rl_actors.ports import listen_error
 
 GIB = 1024**3
 PYTHONS = ((3, 11), (3, 12))
@@ -70,7 +72,7 @@ def probe_machine(spec: WorkflowSpec, home: Path) -> Machine:
         memory_bytes=available_memory(),
         shm_bytes=free_bytes(Path("/dev/shm")),
         gpus=count_gpus(),
-        port_is_free=is_port_free(spec.cluster.serve_port),
+        port_is_free=listen_error(spec.cluster.serve_port) is None,
         home_is_writable=is_writable(home),
     )
 
@@ -219,18 +221,6 @@ def find_ninja(interpreter: str = sys.executable) -> str:
     return shutil.which("ninja") or (str(beside) if beside.is_file() else "")
 
 
-def is_port_free(port: int, host: str = "127.0.0.1") -> bool:
-    """Return whether this process could listen on a port."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        # As servers do: a connection in TIME_WAIT does not block the port.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
 def becomes_free(
     port: int,
     *,
@@ -240,7 +230,7 @@ def becomes_free(
 ) -> bool:
     """Wait for a port: after a kill -9, the killed run's own gateway listens until its Ray has noticed."""
     deadline = clock() + timeout_s
-    while not is_port_free(port):
+    while listen_error(port):
         if clock() >= deadline:
             return False
         sleep(0.5)
@@ -264,10 +254,9 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(directory).free if directory.is_dir() else 0
 
 
-def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Return the bytes this process may still use: the machine's, or the container's when that is less."""
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-    machine = int(fields["MemAvailable"].split()[0]) * 1024
+    machine = psutil.virtual_memory().available
     try:
         limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
         # Page cache counts as used in a cgroup but is given back on demand.

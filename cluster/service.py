@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,16 +20,15 @@ from cluster.codec import decode, encode
 from cluster.journal import lock_run
 from cluster.paths import write_json
 from cluster.placement import local_cpus, place
-from cluster.preflight import is_port_free
 from cluster.registry_store import store_of
 from cluster.service_gateway import GatewayRequest, servable_run, serve_stable
-from cluster.service_processes import ProcessMark, mark_of, start_process, stop_processes, wait_until
+from cluster.service_processes import ProcessMark, http_ok, mark_of, start_process, stop_processes, wait_until
 from cluster.spec import parse_spec
 from rl_actors.errors import BadInputError, TamperedError
+from rl_actors.ports import free_port, listen_error
 
 PartName = Literal["ray", "mlflow", "gateway"]
 PartState = Literal["up", "not answering", "gone", "stale"]
-PROBE_TIMEOUT_S: Final = 2.0
 RAY_START_S: Final = 90.0
 STATE_REMEDIES: Final[dict[PartState, str]] = {
     "up": "",
@@ -148,17 +144,6 @@ def _state(part: ServicePart, answers: Callable[[str], bool]) -> PartState:
     return "up" if answers(part.probe_url) else "not answering"
 
 
-def http_ok(url: str) -> bool:
-    """Whether a URL answers with a success within two seconds."""
-    # Proxies of the environment are for the outside world; these are addresses of this machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=PROBE_TIMEOUT_S) as reply:
-            return 200 <= reply.status < 300
-    except (urllib.error.URLError, OSError, ValueError):
-        return False
-
-
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +199,7 @@ def _require_ports(request: UpRequest, before: Service, *, with_gateway: bool) -
     if with_gateway:
         needed.append(("gateway", "--port", ports.gateway))
     for name, option, port in needed:
-        if before.find(name) is None and not is_port_free(port):
+        if before.find(name) is None and listen_error(port):
             raise BadInputError(option, port, f"in use; stop what listens there, or choose another with {option}")
 
 
@@ -252,13 +237,6 @@ def _ray_command(ports: ServicePorts, num_cpus: int) -> Sequence[str]:
     return [str(ray), "start", *options, "--min-worker-port=0", "--max-worker-port=0"]
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _logical_cpus(request: UpRequest) -> int:
     cores = len(os.sched_getaffinity(0))
     folder = servable_run(request.home, request.run_id)
@@ -278,7 +256,7 @@ def _start_mlflow(request: UpRequest) -> None:
     server = start_ui(store, home=request.home, port=request.ports.mlflow)
     part = ServicePart(
         name="mlflow",
-        process=mark_of(server.process.pid) if server.process else None,
+        process=server.process,
         url=server.url,
         probe_url=f"{server.url}/health",
         log=str(server.log or ""),

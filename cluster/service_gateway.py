@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from cluster.codec import decode, encode
 from cluster.paths import RunFolder, list_runs, write_json
 from cluster.registry_store import Store, store_of
+from cluster.service_processes import http_ok
 from rl_actors.errors import BadInputError, InfrastructureError, TamperedError
 
 if TYPE_CHECKING:
@@ -103,9 +104,7 @@ def stable_by_registry(workflow: str, store: Store) -> str:
 def _is_there(store: Store) -> bool:
     """Look before MLflow does: it would create a missing database, and ask a missing server for minutes."""
     if store.is_server:
-        from cluster.ui import answers
-
-        return answers(store.public_uri)
+        return http_ok(f"{store.public_uri}/health")
     path = store.uri.removeprefix("sqlite:///")
     return path == store.uri or Path(path).exists()
 

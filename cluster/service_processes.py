@@ -1,14 +1,12 @@
 """Long-living processes of a service: started apart from us, found again by pid and birth, stopped exactly.
 
-A pid alone is not an identity: it is reused. A process is ours only while its birth (boot id and start tick, from
-/proc) is the one that was recorded.
+A pid alone is not an identity: it is reused. A process is ours only while its birth is the one that was recorded.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,14 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import httpx
+import psutil
+
+from cluster.registry_store import without_credentials
 from rl_actors.errors import InfrastructureError
 
-PROC: Final = Path("/proc")
+PROBE_TIMEOUT_S: Final = 2.0
 MAX_WORDS: Final = 300
 ERROR_LINE: Final = re.compile(r"[\w.]*(Error|Exception): ")
 STOP_S: Final = 15.0
 KILLED_S: Final = 5.0
-_PARENT_FIELD, _START_FIELD = 1, 19
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,48 +36,40 @@ class ProcessMark:
     pid: int
     birth: str
 
+    def find(self) -> psutil.Process | None:
+        """Return this very process if it runs; a zombie and another process under the same pid do not count."""
+        with suppress(psutil.Error, ValueError):
+            process = psutil.Process(self.pid)
+            if self.birth and _birth_of(process) == self.birth:
+                return process
+        return None
+
     @property
     def is_alive(self) -> bool:
-        """Whether this very process runs; a zombie and another process under the same pid do not count."""
-        return bool(self.birth) and birth_of(self.pid) == self.birth
+        """Whether this very process runs."""
+        return self.find() is not None
 
 
 def mark_of(pid: int) -> ProcessMark:
     """Return the mark of a process; one that is gone already is never alive."""
-    return ProcessMark(pid=pid, birth=birth_of(pid))
+    birth = ""
+    with suppress(psutil.Error, ValueError):
+        birth = _birth_of(psutil.Process(pid))
+    return ProcessMark(pid=pid, birth=birth)
 
 
-def birth_of(pid: int) -> str:
-    """Return the boot id and start tick of a live process, or nothing."""
-    fields = _stat(pid)
-    if not fields or fields[0] in {"Z", "X"}:
+def _birth_of(process: psutil.Process) -> str:
+    """Return the boot id and start tick, which a change of the clock leaves as they are; nothing for a zombie."""
+    if not _runs(process):
         return ""
-    boot = (PROC / "sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{fields[_START_FIELD]}"
+    since_boot = process.create_time() - psutil.boot_time()
+    return f"{_BOOT_ID.read_text().strip()}/{round(since_boot * os.sysconf('SC_CLK_TCK'))}"
 
 
-def _stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the command's name, which may itself hold spaces and brackets."""
-    try:
-        text = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    return text.rpartition(")")[2].split()
-
-
-def descendants(pid: int) -> list[ProcessMark]:
-    """Return all processes below one, nearest first."""
-    parents = {int(entry.name): _stat(int(entry.name)) for entry in PROC.iterdir() if entry.name.isdigit()}
-    children: dict[int, list[int]] = {}
-    for child, fields in parents.items():
-        if fields:
-            children.setdefault(int(fields[_PARENT_FIELD]), []).append(child)
-    found, queue = [], list(children.get(pid, ()))
-    while queue:
-        child = queue.pop(0)
-        found.append(mark_of(child))
-        queue += children.get(child, ())
-    return found
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() not in {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD}
+    return False
 
 
 def start_process(command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None) -> ProcessMark:
@@ -116,51 +110,47 @@ def wait_until(
         sleep(0.25)
 
 
+def http_ok(url: str) -> bool:
+    """Whether a URL answers with a success within two seconds."""
+    try:
+        # Proxies of the environment are for the outside world; these are addresses of this machine.
+        return httpx.get(url, timeout=PROBE_TIMEOUT_S, follow_redirects=True, trust_env=False).is_success
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return False
+
+
 def last_words(log: Path) -> str:
-    """Return the last error in a log, or else its last line, and where the rest is."""
+    """Return the last error in a log, or else its last line, without credentials, and where the rest is."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if ERROR_LINE.match(line)]
-    words = (errors or lines or ["nothing"])[-1]
+    words = without_credentials((errors or lines or ["nothing"])[-1])
     return f"{words[:MAX_WORDS]} (see {log})"
 
 
-def stop_processes(
-    marks: Iterable[ProcessMark],
-    *,
-    timeout_s: float = STOP_S,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> list[int]:
+def stop_processes(marks: Iterable[ProcessMark], *, timeout_s: float = STOP_S) -> list[int]:
     """End these processes and everything below them; returns the pids that were alive. Nothing else is touched.
 
     SIGTERM to each, so that it can end its own children; SIGKILL for whatever is left after `timeout_s`.
     """
-    roots = [mark for mark in marks if mark.is_alive]
-    family = [*roots, *(child for root in roots for child in descendants(root.pid))]
+    roots = [process for mark in marks if (process := mark.find()) is not None]
+    family = [*roots]
     for root in roots:
-        _send(root, signal.SIGTERM)
-    deadline = clock() + timeout_s
-    while any(mark.is_alive for mark in family) and clock() < deadline:
-        sleep(0.1)
-    for mark in family:
-        _send(mark, signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            family += root.children(recursive=True)
+            root.terminate()
+    for process in _left_after(timeout_s, family):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     # A kill takes effect when the kernel gets to it; a port is free only after that.
-    deadline = clock() + KILLED_S
-    while any(mark.is_alive for mark in family) and clock() < deadline:
-        sleep(0.02)
-    for root in roots:
-        _reap(root.pid)
+    _left_after(KILLED_S, family)
+    psutil.wait_procs(roots, timeout=0)  # takes note of the end of those that are our own children
     return [root.pid for root in roots]
 
 
-def _send(mark: ProcessMark, number: signal.Signals) -> None:
-    if mark.is_alive:
-        with suppress(ProcessLookupError):
-            os.kill(mark.pid, number)
-
-
-def _reap(pid: int) -> None:
-    """Take note of a child's end when it is our own child; otherwise init does."""
-    with suppress(ChildProcessError):
-        os.waitpid(pid, os.WNOHANG)
+def _left_after(timeout_s: float, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
+    """Wait until none runs. Not `wait_procs`: it waits for zombies too, which only their parent can end."""
+    deadline = time.monotonic() + timeout_s
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left

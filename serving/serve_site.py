@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from rl_actors.errors import BadInputError
+from rl_actors.ports import listen_error
 
 Owner = Literal["run", "service"]
 PORT_FIELD = "cluster.serve_port"
@@ -52,7 +52,7 @@ class ServeSite:
 
 def require_free_port(host: str, port: int) -> None:
     """Raise BadInputError when nobody could listen there."""
-    error = _listen_error(host, port)
+    error = listen_error(port, host)
     if error is not None:
         remedy = "already in use; end what listens there, or set cluster.serve_port"
         if error.errno != errno.EADDRINUSE:
@@ -62,16 +62,6 @@ def require_free_port(host: str, port: int) -> None:
 
 def require_serve_there(host: str, port: int) -> None:
     """Raise BadInputError when Serve runs, but nobody listens at the port that is ours: it has another one."""
-    if _listen_error(host, port) is None:
+    if listen_error(port, host) is None:
         remedy = "Serve runs on this Ray behind another port; give that port, or first end it: serve shutdown -y"
         raise BadInputError(PORT_FIELD, f"{host}:{port}", remedy)
-
-
-def _listen_error(host: str, port: int) -> OSError | None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error
-    return None

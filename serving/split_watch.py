@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 from rl_actors.errors import InfrastructureError, TamperedError
 from serving.contracts import SplitRecord
 from serving.durable_files import disk_errors
@@ -155,7 +157,7 @@ def is_live(ack: Ack, now: float, live_within_s: float) -> bool:
     """Whether this gateway may still be routing: it spoke lately and, on this machine, its process exists."""
     if now - ack.at > live_within_s:
         return False
-    return ack.host != socket.gethostname() or _exists(ack.pid)
+    return ack.host != socket.gethostname() or psutil.pid_exists(ack.pid)
 
 
 def acknowledged_epoch(directory: Path, now: float, live_within_s: float) -> int:
@@ -164,16 +166,6 @@ def acknowledged_epoch(directory: Path, now: float, live_within_s: float) -> int
     if not live:
         raise InfrastructureError(f"no gateway is alive (looked in {directory}); run `seatrial up`")
     return min(live)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Locales of the reports: words from `strings/<locale>.json`, numbers and dates as each market writes them.
+"""Locales of the reports: words from `strings/<locale>.json`, numbers and dates as each market writes them (CLDR).
 
 Whatever shows a digit goes through a `Phrasebook`, which remembers it: `unsourced_numbers` then finds any number in a
 finished text that no row was formatted into.
@@ -11,52 +11,26 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Final, Literal
+
+from babel import Locale
+from babel.dates import format_date
+from babel.numbers import format_decimal, get_minus_sign_symbol, get_plus_sign_symbol
 
 LocaleName = Literal["en-US", "en-GB", "fr"]
 LOCALES: Final[tuple[LocaleName, ...]] = ("en-US", "en-GB", "fr")
 
 _STRINGS: Final = Path(__file__).parent / "strings"
-_NARROW_SPACE: Final = "\u202f"  # what French typography puts into thousands and before a percent sign
 _NUMBER: Final = re.compile(r"\d(?:[\d.,\u202f]*\d)?")
 _SUPERSCRIPTS: Final = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
-_MINUS: Final = "\u2212"
 _TIMES: Final = "\u00d7"
 _LARGE: Final = 1e5
 _WHOLE: Final = 100.0
 _INVISIBLE: Final = re.compile(r"<style.*?</style>|<title.*?</title>|<[^>]+>|!\[[^\]]*\]\([^)]*\)", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocaleFormat:
-    """How one market writes numbers, dates and paper."""
-
-    decimal_mark: str
-    thousands_mark: str
-    percent_sign: str
-    date: str
-    paper: str
-
-
-FORMATS: Final[Mapping[LocaleName, LocaleFormat]] = {
-    "en-US": LocaleFormat(
-        decimal_mark=".", thousands_mark=",", percent_sign="%", date="{month} {day}, {year}", paper="Letter"
-    ),
-    "en-GB": LocaleFormat(
-        decimal_mark=".", thousands_mark=",", percent_sign="%", date="{day} {month} {year}", paper="A4"
-    ),
-    "fr": LocaleFormat(
-        decimal_mark=",",
-        thousands_mark=_NARROW_SPACE,
-        percent_sign=f"{_NARROW_SPACE}%",
-        date="{day} {month} {year}",
-        paper="A4",
-    ),
-}
 
 
 @cache
@@ -71,7 +45,8 @@ class Phrasebook:
     def __init__(self, locale: LocaleName) -> None:
         """Load the locale's strings."""
         self.locale: LocaleName = locale
-        self.format = FORMATS[locale]
+        self._market = Locale.parse(locale, sep="-")
+        self.paper = "Letter" if locale == "en-US" else "A4"
         self._strings, self._written = strings_of(locale), set[str]()
 
     # --- words --------------------------------------------------------------------------------------------------------
@@ -108,7 +83,7 @@ class Phrasebook:
     def percent(self, fraction: float | None, digits: int = 1, *, signed: bool = False) -> str:
         """Return a fraction as a percentage."""
         scaled = None if fraction is None else 100 * fraction
-        return self._number(scaled, digits, suffix=self.format.percent_sign, signed=signed)
+        return self._number(scaled, digits, pattern=self._market.percent_formats[None].pattern, signed=signed)
 
     def points(self, fraction: float | None) -> str:
         """Return a difference of fractions in percentage points, signed."""
@@ -137,18 +112,21 @@ class Phrasebook:
         """Return a day in UTC from Unix seconds."""
         if at is None:
             return self.not_measured
-        moment = datetime.fromtimestamp(at, UTC)
-        month = self._strings[f"month.{moment.month}"]
-        return self._remember(self.format.date.format(day=moment.day, month=month, year=moment.year))
+        return self._remember(format_date(datetime.fromtimestamp(at, UTC), "long", self._market))
 
-    def _number(self, value: float | None, digits: int, *, suffix: str = "", signed: bool = False) -> str:
+    def _number(
+        self, value: float | None, digits: int, *, pattern: str = "#,##0", suffix: str = "", signed: bool = False
+    ) -> str:
         if value is None or math.isnan(value):
             return self.not_measured
         if math.isinf(value):
-            return "∞" if value > 0 else f"{_MINUS}∞"
-        text = f"{value:{'+' if signed else ''},.{digits}f}"
-        marks = {",": self.format.thousands_mark, ".": self.format.decimal_mark, "-": _MINUS}
-        return self._remember("".join(marks.get(mark, mark) for mark in text) + suffix)
+            return "∞" if value > 0 else f"{get_minus_sign_symbol(self._market)}∞"
+        # Rounded as Python rounds, so that a figure is the same here as in every table and log.
+        rounded = Decimal(f"{value:.{digits}f}")
+        shown = rounded.scaleb(-2) if pattern.endswith("%") else rounded
+        exact = pattern.replace("0", f"{0:.{digits}f}")
+        sign = get_plus_sign_symbol(self._market) if signed and not rounded.is_signed() else ""
+        return self._remember(sign + format_decimal(shown, exact, self._market) + suffix)
 
     # --- provenance ---------------------------------------------------------------------------------------------------
 

@@ -81,7 +81,7 @@ def rendered(view: View, figures: Sequence[Figure], book: Phrasebook, suffix: st
         "view": view,
         "figures": shown,
         "locale": book.locale,
-        "paper": book.format.paper,
+        "paper": book.paper,
         "colon": book.say("colon"),
     }
     return environment.get_template(f"brief.{suffix}.j2").render(values)

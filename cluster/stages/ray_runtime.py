@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +20,7 @@ from cluster.ray_token import REMEDY as TOKEN_REMEDY
 from cluster.stages.context import NUM_THREADS
 from rl_actors.actors.pools import Options
 from rl_actors.errors import BadInputError, InfrastructureError
+from rl_actors.ports import listens
 
 RESERVE_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
@@ -114,7 +114,7 @@ def _initialise(address: str, placement: Placement) -> None:
 def _connect(field: str, address: str, **options: Any) -> None:
     """Connect to a running cluster; Ray itself tries for minutes and ends in a traceback."""
     found = _HOST_PORT.fullmatch(address)
-    if found and not listens(found["host"], int(found["port"])):
+    if found and not listens(found["host"], int(found["port"]), CONNECT_TIMEOUT_S):
         raise _unreachable(field, address, f"nobody listens within {CONNECT_TIMEOUT_S:.0f} s")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
@@ -134,15 +134,6 @@ def _unreachable(field: str, address: str, reason: str) -> InfrastructureError:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def listens(host: str, port: int) -> bool:
-    """Whether somebody accepts connections there, within five seconds."""
-    try:
-        with socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S):
-            return True
-    except (OSError, OverflowError):
-        return False
 
 
 def worker_environment(placement: Placement) -> dict[str, str]:

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 import shutil
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from rl_actors.actors.rollout_worker import RolloutBatch, RolloutWorker, Rollout
 from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
 from rl_actors.errors import InfrastructureError, InstabilityError, SeatrialError
+from rl_actors.ports import free_port
 from rl_actors.training.ppo import LoopState
 from rl_actors.training.ppo_learner import PpoSettings
 
@@ -295,13 +295,6 @@ def checkpoint_name(weights_version: int) -> str:
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Return the complete checkpoints, oldest first."""
     return sorted(path for path in directory.glob("step_*") if path.suffix != ".tmp")
-
-
-def free_port() -> int:
-    """Return a TCP port that is free now on this node."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def close_actors(actors: Sequence[Any], *, graceful: bool = False) -> None:

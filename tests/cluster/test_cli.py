@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import httpx
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
@@ -643,7 +644,7 @@ def ledger_with_a_run(home: Path) -> RunLedger:
 
 
 def no_gateway(*_: object) -> None:
-    raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+    raise httpx.ConnectError("refused")
 
 
 @pytest.mark.parametrize("run_id", ["run-q7", "q7"])

@@ -16,10 +16,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from cluster import service as service_module
-from cluster import service_gateway
+from cluster import service_gateway, service_processes
 from cluster.cli_service import show_status
 from cluster.codec import encode
 from cluster.journal import lock_run
@@ -35,8 +36,6 @@ from cluster.service import (
     ServicePorts,
     UpRequest,
     down,
-    free_port,
-    http_ok,
     load_service,
     service_file,
     status,
@@ -45,8 +44,7 @@ from cluster.service import (
 from cluster.service_gateway import record_gateway, recorded_gateway, servable_run
 from cluster.service_processes import (
     ProcessMark,
-    birth_of,
-    descendants,
+    http_ok,
     last_words,
     mark_of,
     start_process,
@@ -58,6 +56,7 @@ from rl_actors.agent.loop import AgentLimits
 from rl_actors.agent.workflow import WorkflowRef
 from rl_actors.contracts import PolicyVersion
 from rl_actors.errors import BadInputError, InfrastructureError, TamperedError
+from rl_actors.ports import free_port
 from serving.served import GatewayConfig
 
 SLEEPER = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -91,6 +90,10 @@ def started(tmp_path: Path) -> Iterator:
     stop_processes(marks, timeout_s=0.1)
 
 
+def descendants(mark: ProcessMark) -> list[ProcessMark]:
+    return [mark_of(child.pid) for child in psutil.Process(mark.pid).children(recursive=True)]
+
+
 def wait_for(condition, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -104,7 +107,7 @@ def wait_for(condition, seconds: float = 10.0) -> None:
 def test_a_process_is_known_by_its_birth(started):
     mark = started(SLEEPER)
     assert mark.is_alive
-    assert mark.birth == birth_of(mark.pid)
+    assert mark_of(mark.pid) == mark
     assert not replace(mark, birth="other boot/1").is_alive, "the same pid of another birth is a stranger"
 
 
@@ -114,6 +117,7 @@ def test_a_process_that_is_gone_is_not_alive():
     process.wait()
     assert not mark.is_alive
     assert not ProcessMark(pid=process.pid, birth="").is_alive
+    assert not mark_of(-1).is_alive
 
 
 def test_a_zombie_is_not_alive(started):
@@ -124,8 +128,8 @@ def test_a_zombie_is_not_alive(started):
 
 def test_stopping_ends_children_too(started):
     parent = started(PARENT)
-    wait_for(lambda: descendants(parent.pid))
-    children = descendants(parent.pid)
+    wait_for(lambda: descendants(parent))
+    children = descendants(parent)
     assert stop_processes([parent], timeout_s=1.0) == [parent.pid]
     assert not any(mark.is_alive for mark in (parent, *children))
 
@@ -182,6 +186,32 @@ def test_last_words_prefer_an_error(tmp_path: Path):
     assert last_words(log).startswith("bye")
 
 
+def test_last_words_hold_no_credentials(tmp_path: Path):
+    log = tmp_path / "log"
+    log.write_text("OSError: no answer from postgresql://ann:s3cret@db/mlflow\n")
+    assert last_words(log).startswith("OSError: no answer from postgresql://db/mlflow (see ")
+
+
+def test_a_birth_outlives_a_change_of_the_clock(started, monkeypatch: pytest.MonkeyPatch):
+    """Negative control first: the time of birth by the clock moves with it."""
+    mark, by_clock = started(SLEEPER), psutil.Process
+    before = by_clock(mark.pid).create_time()
+    an_hour_on = psutil.boot_time() + 3600
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: an_hour_on)
+    assert by_clock(mark.pid).create_time() == before + 3600
+    assert mark.is_alive
+
+
+def test_a_child_that_nobody_reaps_is_not_waited_for(started, monkeypatch: pytest.MonkeyPatch):
+    idle = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', '']); time.sleep(60)"
+    parent = started([sys.executable, "-c", f"import signal; signal.signal(15, signal.SIG_IGN); {idle}"])
+    wait_for(lambda: [child.status() for child in psutil.Process(parent.pid).children()] == [psutil.STATUS_ZOMBIE])
+    (zombie,) = psutil.Process(parent.pid).children()
+    begun = time.monotonic()
+    assert service_processes._left_after(30.0, [zombie]) == []
+    assert time.monotonic() - begun < 5
+
+
 # --- probes -----------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +242,7 @@ def test_a_probe_tells_success_from_failure(http_port: int, monkeypatch: pytest.
 
 
 def test_a_silent_port_is_given_up(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(service_module, "PROBE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(service_processes, "PROBE_TIMEOUT_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -567,7 +597,7 @@ def test_a_real_ray_comes_up_and_goes_down(tmp_path: Path, monkeypatch: pytest.M
         ray = service.find("ray")
         assert ray is not None
         assert ray.process is not None
-        family = [ray.process, *descendants(ray.process.pid)]
+        family = [ray.process, *descendants(ray.process)]
         assert len(family) > 4
         assert [each.state for each in status(service)] == ["up"]
     finally:

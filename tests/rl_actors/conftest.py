@@ -25,8 +25,8 @@ def process_group() -> Iterator[None]:
     """A gloo group of this one process, joined as a learner joins its own."""
     import torch
 
-    from rl_actors.actors.pools import free_port
     from rl_actors.actors.ppo_learner import LearnerRank, join_process_group
+    from rl_actors.ports import free_port
 
     before = dict(os.environ)
     place = LearnerRank(rank=0, num_ranks=1, master_address="127.0.0.1", master_port=free_port(), num_threads=1)

@@ -81,7 +81,7 @@ def test_extreme_evidence_is_clipped_to_the_picture(brief: BriefInput, axes: Axe
     assert set(axes.get_lines()[1].get_ydata()) == {12.0}
 
 
-@pytest.mark.parametrize(("locale", "shown"), [("en-US", "20%"), ("fr", "20\u202f%")])
+@pytest.mark.parametrize(("locale", "shown"), [("en-US", "20%"), ("fr", "20\u00a0%")])
 def test_axes_write_numbers_as_the_market_does(brief: BriefInput, axes: Axes, locale: str, shown: str):
     plots._draw_learning(axes, brief, Phrasebook(locale))  # type: ignore[arg-type]
     assert shown in ticks(axes)

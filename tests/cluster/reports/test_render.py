@@ -98,7 +98,7 @@ def test_markdown_and_html_show_the_same_numbers(brief: BriefInput):
             ("89.2%", "+18.0\u00a0points", "November 22, 2026", "0.967", "0.61\u00a0s", "Promoted", "1,842 → 1,499"),
         ),
         ("en-GB", ("89.2%", "22 November 2026", "0.42\u00a0s", "frozen baseline")),
-        ("fr", ("89,2\u202f%", "22 novembre 2026", "0,967", "0,61\u00a0s", "Promu", "1\u202f842 → 1\u202f499")),
+        ("fr", ("89,2\u00a0%", "22 novembre 2026", "0,967", "0,61\u00a0s", "Promu", "1\u202f842 → 1\u202f499")),
     ],
 )
 def test_golden_values(brief: BriefInput, locale: LocaleName, parts: tuple[str, ...]):

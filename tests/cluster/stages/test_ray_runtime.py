@@ -96,7 +96,7 @@ class FakeRay:
 def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay({"CPU": 8.0})
     monkeypatch.setattr(ray_runtime, "ray", fake)
-    monkeypatch.setattr(ray_runtime, "listens", lambda _host, _port: True)
+    monkeypatch.setattr(ray_runtime, "listens", lambda _host, _port, _timeout_s: True)
     return fake
 
 
@@ -176,8 +176,8 @@ def test_a_port_where_nobody_listens_is_refused_before_ray_tries_for_minutes(
 
 
 def test_no_host_and_no_port_listen_not():
-    assert not LISTENS("no-such-host.invalid", 6379)
-    assert not LISTENS("127.0.0.1", 700_000)
+    assert not LISTENS("no-such-host.invalid", 6379, 5.0)
+    assert not LISTENS("127.0.0.1", 700_000, 5.0)
 
 
 def test_joining_a_cluster_that_is_gone_is_told_alike(fake_ray: FakeRay):

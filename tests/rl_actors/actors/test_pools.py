@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ from rl_actors.actors.pools import (
     RolloutPool,
     ScorerPool,
     complete_checkpoints,
-    free_port,
     one_line,
     require_enough,
     share_by_group,
@@ -45,14 +43,6 @@ def test_only_complete_checkpoints_count_oldest_first(tmp_path: Path):
 def test_without_checkpoints_there_are_none(tmp_path: Path):
     assert complete_checkpoints(tmp_path) == []
     assert complete_checkpoints(tmp_path / "never made") == []
-
-
-def test_a_free_port_can_be_taken():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", free_port()))
-        port = taken.getsockname()[1]
-        assert 1024 <= port < 65536
-        assert free_port() != port
 
 
 def batch(num_dropped: int) -> Any:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from rl_actors.actors.pools import free_port, share_by_group
+from rl_actors.actors.pools import share_by_group
 from rl_actors.actors.ppo_learner import LearnerRank, join_process_group
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts import TrainingSample
+from rl_actors.ports import free_port
 from rl_actors.training.ppo_learner import PpoLearner, PpoSettings
 from rl_actors.training.recipe import RECIPES
 
