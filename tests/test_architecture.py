@@ -456,9 +456,9 @@ def test_each_import_contract_fires(tmp_path: Path, path: str):
 
 
 def test_a_spec_is_read_without_loading_an_engine():
-    """`seatrial validate` answers at once: the modules it needs must not pull in torch, Ray or MLflow."""
+    """`seatrial validate` answers at once: the modules it needs must not pull in torch, Ray, MLflow or scipy.stats."""
     probe = "import sys, cluster.planning, cluster.preflight, cluster.jobs, cluster.journal; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
-    assert not {"torch", "ray", "mlflow", "vllm", "transformers", "deepspeed"} & set(done.stdout.split())
+    assert not {"torch", "ray", "mlflow", "vllm", "transformers", "deepspeed", "scipy.stats"} & set(done.stdout.split())
