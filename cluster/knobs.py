@@ -13,9 +13,9 @@ from pydantic.fields import FieldInfo
 
 from cluster.spec import ALGORITHMS, WorkflowSpec
 from cluster.spec_errors import leaf_paths, nearest
+from cluster.spec_sections import known_gates
 from cluster.workflows import known_workflows
 from rl_actors.errors import BadInputError
-from serving.gates import GATES
 
 MEANINGS: Final[Mapping[str, str]] = {
     "workflow.name": "The job to learn: its tasks, tools, policies and annotators.",
@@ -165,7 +165,7 @@ def _choices(path: str, annotation: Any) -> tuple[str, ...]:
     known = {
         "workflow.name": tuple(known_workflows()),
         "workflow.policy_training": ALGORITHMS,
-        "release.gates": tuple(GATES),
+        "release.gates": known_gates(),
     }
     inner = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
     return known.get(path, get_args(inner) if get_origin(inner) is Literal else ())

@@ -481,7 +481,8 @@ def test_a_private_import_is_seen(source: str, found: list[str]):
 
 def test_a_spec_is_read_without_loading_an_engine():
     """`seatrial validate` answers at once: the modules it needs must not pull in torch, Ray, MLflow or scipy.stats."""
-    probe = "import sys, cluster.planning, cluster.preflight, cluster.jobs, cluster.journal; print(*sys.modules)"
+    probe = "import sys, cluster.planning, cluster.preflight, cluster.jobs, cluster.journal; "
+    probe += "cluster.spec.load_spec('support_desk'); print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
