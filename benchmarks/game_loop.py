@@ -23,6 +23,7 @@ from token_game import SAY, SYMBOLS, Move
 
 from rl_actors.actors.attestation import attestation_gap, require_attested
 from rl_actors.agent.rollout import RolloutRequest, rollout_token_ids
+from rl_actors.algorithms.rewards import RewardMix
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
 from rl_actors.ports import free_port
 from rl_actors.training.ppo import PpoPorts
@@ -59,7 +60,7 @@ def flattered_critic(rollout: Rollout) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GameScorer:
-    """Reward = outcome_weight * verified outcome + (1 - outcome_weight) * critic."""
+    """The product's reward mix over a scripted critic."""
 
     outcome_weight: float = 1.0
     critic: Critic = honest_critic
@@ -69,15 +70,9 @@ class GameScorer:
         return [self._score(rollout) for rollout in rollouts]
 
     def _score(self, rollout: Rollout) -> Score:
-        outcome, critic = float(rollout.outcome.success), self.critic(rollout)
-        return Score(
-            rollout_id=rollout.rollout_id,
-            reward=self.outcome_weight * outcome + (1 - self.outcome_weight) * critic,
-            outcome_reward=outcome,
-            critic_score=critic,
-            rubric={},
-            reward_model_version="game",
-        )
+        # The sampler names malformed turns as violations, and the exact optimum is of outcomes alone.
+        mix = RewardMix(outcome_weight=self.outcome_weight, violation_penalty=0.0)
+        return mix.score(rollout, self.critic(rollout), rubric={}, reward_model_version="game")
 
 
 @dataclass(slots=True, kw_only=True)

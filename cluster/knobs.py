@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from cluster.spec import ALGORITHMS, WorkflowSpec
 from cluster.spec_errors import leaf_paths, nearest
+from cluster.spec_sections import known_gates
 from cluster.workflows import known_workflows
 from rl_actors.errors import BadInputError
 
@@ -27,7 +28,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "at one task.",
     "release.canary_traffic_percent": "First share of sessions for the candidate; lower exposes fewer users and "
     "gathers evidence more slowly.",
-    "release.gates": "What a candidate must pass offline and live; a canary needs all four.",
+    "release.gates": "What a candidate must pass offline and live: the article's four, and more where wanted.",
     "release.ramp": "Shares of traffic in rising order; more steps expose users more gradually and need more tickets.",
     "release.min_canary_requests": "Candidate runs that each ramp step waits for; higher gives the tests more power, "
     "lower decides sooner.",
@@ -161,7 +162,11 @@ def limits_of(path: str, info: FieldInfo) -> str:
 
 
 def _choices(path: str, annotation: Any) -> tuple[str, ...]:
-    known = {"workflow.name": tuple(known_workflows()), "workflow.policy_training": ALGORITHMS}
+    known = {
+        "workflow.name": tuple(known_workflows()),
+        "workflow.policy_training": ALGORITHMS,
+        "release.gates": known_gates(),
+    }
     inner = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
     return known.get(path, get_args(inner) if get_origin(inner) is Literal else ())
 

@@ -41,7 +41,7 @@ def record_gateway(folder: RunFolder, config: GatewayConfig) -> None:
 
 
 def recorded_gateway(folder: RunFolder) -> GatewayConfig:
-    """Return a run's gateway settings.
+    """Return a run's gateway settings. Prices per token, as older runs recorded them, are left aside.
 
     Raises:
         BadInputError: the run never served.

@@ -18,7 +18,6 @@ from cluster.recipe_choice import chosen_recipe
 from cluster.spec_errors import SpecSource, bad_input, parse_yaml, unknown_name
 from cluster.spec_sections import (
     ALGORITHMS,
-    GATES,
     MONITORS,
     AgentSection,
     CharterSection,
@@ -42,7 +41,6 @@ from rl_actors.training.recipe import Recipe, require_batch_choices
 
 __all__ = [
     "ALGORITHMS",
-    "GATES",
     "MONITORS",
     "ModelSection",
     "WorkflowSpec",

@@ -17,21 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.algorithms.statistics import mcnemar_p_value, wilson_interval
 from rl_actors.contracts import EvalReport, Rollout, SuiteResult, Task
+from rl_actors.cost import CostModel
 from rl_actors.errors import InfrastructureError, TamperedError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostModel:
-    """What a run costs, in US dollars: tokens in and out per million, tool calls each. Declared, not measured."""
-
-    usd_per_million_tokens_in: float = 0.05
-    usd_per_million_tokens_out: float = 0.20
-    usd_per_tool_call: float = 0.00001
-
-    def cost(self, *, tokens_in: int, tokens_out: int, tool_calls: int) -> float:
-        """Return the cost of one run or of a sum of runs."""
-        tokens = tokens_in * self.usd_per_million_tokens_in + tokens_out * self.usd_per_million_tokens_out
-        return tokens / 1e6 + tool_calls * self.usd_per_tool_call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.special import betainc, betaincc, betaln
-from scipy.stats import beta as beta_distribution
-from scipy.stats import norm
 
 from serving.contracts import RunSample
 
@@ -102,7 +100,7 @@ class EventEProcess:
 
 def _log_mixture(a: float, b: float, num_hits: int, num_misses: int, w: float) -> float:
     """Log likelihood ratio of theta ~ Beta(a, b) against theta = w after the given hits and misses."""
-    log_evidence = float(betaln(a + num_hits, b + num_misses) - betaln(a, b))
+    log_evidence = float(scipy.special.betaln(a + num_hits, b + num_misses) - scipy.special.betaln(a, b))
     return log_evidence - num_hits * math.log(w) - num_misses * math.log1p(-w)
 
 
@@ -118,17 +116,17 @@ def log_betainc(a: float, b: float, x: float) -> float:
     In the far lower tail: x^a (1-x)^b / (a B(a, b)) * 2F1(a+b, 1; a+1; x) (DLMF 8.17.8), a series that converges fast
     exactly where the tail is far.
     """
-    value = float(betainc(a, b, x))
+    value = float(scipy.special.betainc(a, b, x))
     if value > 0.5:
-        return math.log1p(-float(betaincc(a, b, x)))
+        return math.log1p(-float(scipy.special.betaincc(a, b, x)))
     return math.log(value) if value > 1e-290 else _log_lower_tail(a, b, x, math.log1p(-x))
 
 
 def log_betaincc(a: float, b: float, x: float) -> float:
     """Natural log of 1 - I_x(a, b), right where it underflows: the lower tail of the mirrored distribution."""
-    value = float(betaincc(a, b, x))
+    value = float(scipy.special.betaincc(a, b, x))
     if value > 0.5:
-        return math.log1p(-float(betainc(a, b, x)))
+        return math.log1p(-float(scipy.special.betainc(a, b, x)))
     return math.log(value) if value > 1e-290 else _log_lower_tail(b, a, 1.0 - x, math.log(x))
 
 
@@ -136,7 +134,7 @@ def _log_lower_tail(a: float, b: float, x: float, log_complement: float) -> floa
     """Evaluate DLMF 8.17.8; `log_complement` is log(1 - x), given exactly where 1 - x was rounded."""
     steps = np.arange(_SERIES_TERMS)
     series = 1.0 + float(np.cumprod((a + b + steps) / (a + 1.0 + steps) * x).sum())
-    return a * math.log(x) + b * log_complement - math.log(a) - float(betaln(a, b)) + math.log(series)
+    return a * math.log(x) + b * log_complement - math.log(a) - float(scipy.special.betaln(a, b)) + math.log(series)
 
 
 def sample_ratio_check(num_canary: int, num_total: int, share: float, *, concentration: float = 100.0) -> float:
@@ -168,7 +166,7 @@ def rate_upper_bound(num_events: int, num_trials: int, alpha: float) -> float:
     """One-sided Clopper-Pearson upper bound of a rate at confidence 1 - alpha; 1 without trials."""
     if num_events >= num_trials:
         return 1.0
-    return float(beta_distribution.isf(alpha, num_events + 1, num_trials - num_events))
+    return float(scipy.stats.beta.isf(alpha, num_events + 1, num_trials - num_events))
 
 
 def rate_interval(num_events: int, num_trials: int, alpha: float = 0.05) -> tuple[float, float]:
@@ -275,7 +273,10 @@ def _log_p95_error(values: Sequence[float]) -> float:
 
 
 def _log_normal_estimate(log_ratio: float, error: float, alpha: float, alpha_high: float) -> RatioEstimate:
-    low, high = log_ratio - float(norm.isf(alpha)) * error, log_ratio + float(norm.isf(alpha_high)) * error
+    low, high = (
+        log_ratio - float(scipy.stats.norm.isf(alpha)) * error,
+        log_ratio + float(scipy.stats.norm.isf(alpha_high)) * error,
+    )
     return RatioEstimate(ratio=math.exp(log_ratio), low=math.exp(low), high=math.exp(min(high, _MAX_EXPONENT)))
 
 

@@ -226,16 +226,18 @@ class LiveRuns:
         self, attempt: _Attempt, status: RunStatus, checks: Mapping[str, bool], success: Success
     ) -> None:
         ports, meter, executor = self._ports, attempt.meter, attempt.executor
-        config = ports.config
+        num_calls = executor.tool_calls_count if executor else 0
         completion = RunCompletion(
             status=status,
             success=success,
-            tool_calls_count=executor.tool_calls_count if executor else 0,
+            tool_calls_count=num_calls,
             tool_error_count=executor.tool_error_count if executor else 0,
             tokens_in=meter.tokens_in,
             tokens_out=meter.tokens_out,
             duration_ms=(ports.monotonic() - attempt.started) * 1000.0,
-            cost=meter.tokens_in * config.cost_per_token_in + meter.tokens_out * config.cost_per_token_out,
+            cost=ports.config.cost_model.cost(
+                tokens_in=meter.tokens_in, tokens_out=meter.tokens_out, tool_calls=num_calls
+            ),
             policy_checks=checks,
             plans=tuple(executor.plans) if executor else (),
         )

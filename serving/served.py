@@ -14,6 +14,7 @@ from typing import Any
 
 from rl_actors.agent.loop import AgentLimits
 from rl_actors.agent.workflow import WorkflowRef
+from rl_actors.cost import CostModel
 from rl_actors.errors import BadInputError, EngineError, TamperedError
 from serving.contracts import STALE_AFTER_S
 from serving.durable_files import disk_errors, replace_durably
@@ -121,7 +122,7 @@ class ServedPolicies:
 class GatewayConfig:
     """How a gateway serves one workflow. Plain data: it crosses process borders.
 
-    `stale_after_s` is the age at which a split record counts as share 0. Costs are per token, in the spec's unit.
+    `stale_after_s` is the age at which a split record counts as share 0.
     `critic_application` names the Serve application of the critic; empty for none. `trace_fraction` is the share of
     runs whose prompts and tool actions are kept. `allowed_hosts` are further host names, without port, under which
     clients reach the gateway; IP addresses, `localhost` and the machine's own names always work.
@@ -139,8 +140,7 @@ class GatewayConfig:
     poll_s: float = 0.2
     stale_after_s: float = STALE_AFTER_S
     num_tool_hosts: int = 2
-    cost_per_token_in: float = 0.1
-    cost_per_token_out: float = 1.0
+    cost_model: CostModel = field(default_factory=CostModel)
     fallback_text: str = "Sorry, I cannot complete this here. A person will take over."
     critic_application: str = ""
     critic_queue_size: int = 1000

@@ -455,10 +455,42 @@ def test_each_import_contract_fires(tmp_path: Path, path: str):
     assert broken[0].startswith(contract)
 
 
-def test_a_spec_is_read_without_loading_an_engine():
-    """`seatrial validate` answers at once: the modules it needs must not pull in torch, Ray or MLflow."""
-    probe = "import sys, cluster.planning, cluster.preflight, cluster.jobs, cluster.journal; print(*sys.modules)"
+def private_imports(source: str) -> list[str]:
+    """Names with a leading underscore that are imported from the packages, or from below one of their modules."""
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module]
+    names = [f"{n.module}.{alias.name}" for n in imports for alias in n.names if alias.name != "*"]
+    return sorted(name for name in names if name.partition(".")[0] in PACKAGES and "._" in name)
+
+
+@pytest.mark.parametrize("path", sorted(sources("benchmarks")))
+def test_benchmarks_use_public_names_alone(path: str):
+    assert not private_imports(sources("benchmarks")[path]), path
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from serving.gates import _result, GATES", ["serving.gates._result"]),
+        ("def f():\n    from rl_actors._x import y", ["rl_actors._x.y"]),
+        ("from torch import _C\nfrom game_loop import _x\nfrom rl_actors import errors", []),
+    ],
+)
+def test_a_private_import_is_seen(source: str, found: list[str]):
+    assert private_imports(source) == found
+
+
+@pytest.mark.parametrize(
+    ("settings", "unloaded"),
+    [([], {"numpy"}), (["release.gates=[task_success_not_worse]"], {"scipy.stats"})],
+    ids=["the article's gates", "another gate"],
+)
+def test_a_spec_is_read_without_loading_an_engine(settings: list[str], unloaded: set[str]):
+    """`seatrial validate` answers at once: what it needs must not pull in torch, Ray or MLflow, nor all of scipy."""
+    probe = "import contextlib, sys, cluster.planning, cluster.preflight, cluster.jobs, cluster.journal\n"
+    probe += "from cluster.spec import BadInputError, load_spec, override\n"
+    probe += f"with contextlib.suppress(BadInputError): override(load_spec('support_desk'), {settings})\n"
+    probe += "print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
-    assert not {"torch", "ray", "mlflow", "vllm", "transformers", "deepspeed"} & set(done.stdout.split())
+    assert not {"torch", "ray", "mlflow", "vllm", "transformers", "deepspeed", *unloaded} & set(done.stdout.split())

@@ -17,7 +17,6 @@ from cluster.stages.traffic_thread import TrafficThread
 from cluster.ticket_book import TicketBook
 from cluster.traffic import TrafficConfig, TrafficDriver, TrafficProgress
 from rl_actors.contracts import DataSnapshot, Task
-from rl_actors.evaluation import CostModel
 from serving.contracts import Canary, Release, ReleasePlan, ReleaseState
 from serving.controller import Aliases, LedgerEvidence, ReleaseController
 from serving.ledger import RunLedger
@@ -203,15 +202,13 @@ class ReleaseBench:
 
 def gateway_config(run: Run) -> GatewayConfig:
     """Return what the gateways of a run's releases are told; nothing is created."""
-    cost, root = CostModel(), run.folder.root / "serving"
+    root = run.folder.root / "serving"
     return GatewayConfig(
         root=str(root),
         workflow=run.workflow_ref,
         live_world={"database": str(root / "live.sqlite")},
         limits=run.limits,
         temperature=run.spec.ppo.temperature,
-        cost_per_token_in=cost.usd_per_million_tokens_in / 1e6,
-        cost_per_token_out=cost.usd_per_million_tokens_out / 1e6,
         critic_application=CRITIC,
     )
 

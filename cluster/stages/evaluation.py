@@ -15,8 +15,9 @@ from cluster.stages.ray_runtime import has_room, placed
 from rl_actors.actors.pools import Options, RolloutPool
 from rl_actors.actors.rollout_worker import RolloutWorkerSettings
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, Split, SuiteResult
+from rl_actors.cost import CostModel
 from rl_actors.errors import StageRefusedError
-from rl_actors.evaluation import CostModel, Suite, compare, suite_result, with_typical_durations
+from rl_actors.evaluation import Suite, compare, suite_result, with_typical_durations
 from serving.contracts import GateResult, ReleasePlan
 from serving.gates import evaluate_offline, may_enter_canary
 

@@ -18,9 +18,9 @@ from cluster.stages.preferences import read_pairs
 from cluster.stages.ray_runtime import placed
 from rl_actors.actors.attested_sync import AttestedSync
 from rl_actors.actors.pools import LearnerGroup, Options, RolloutPool, ScorerPool
-from rl_actors.actors.reward_scorer import RewardMix
 from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources, run_reward_job, run_sft_job
 from rl_actors.agent.harmony import HarmonyRenderer, demonstration_arrays
+from rl_actors.algorithms.rewards import RewardMix
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion, RewardModelVersion
 from rl_actors.errors import StageRefusedError, TamperedError

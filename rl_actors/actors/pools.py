@@ -14,9 +14,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rl_actors.actors.ppo_learner import LearnerRank, PpoLearnerActor
-from rl_actors.actors.reward_scorer import RewardMix, RewardScorer
+from rl_actors.actors.reward_scorer import RewardScorer
 from rl_actors.actors.rollout_worker import RolloutBatch, RolloutWorker, RolloutWorkerSettings
 from rl_actors.agent.rollout import RolloutRequest
+from rl_actors.algorithms.rewards import RewardMix
 from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
 from rl_actors.errors import InfrastructureError, InstabilityError, SeatrialError
 from rl_actors.ports import free_port

@@ -17,6 +17,17 @@ from rl_actors.models.loading import load_backbone
 _CONFIG, _HEADS = "reward_model.json", "heads.safetensors"
 
 
+def pad_sequences(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return right-padded token ids and attention mask, [B, T]."""
+    length = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    attention = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        attention[index, : len(row)] = 1
+    return ids.to(device), attention.to(device)
+
+
 class RewardModel(torch.nn.Module):
     """Scores finished runs. `temperature` divides the score margin, so that sigmoid(margin) is a calibrated chance."""
 
@@ -41,6 +52,12 @@ class RewardModel(torch.nn.Module):
         last = attention_mask.sum(dim=1) - 1
         pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
         return self.score_head(pooled).squeeze(-1), self.rubric_head(pooled)
+
+    @torch.no_grad()
+    def critic_scores(self, sequences: Sequence[Sequence[int]]) -> tuple[list[float], list[list[float]]]:
+        """Return each sequence's chance against a score of 0, sigmoid(score / temperature), and its rubric values."""
+        scores_B, rubric = self(*pad_sequences(sequences, self.score_head.weight.device))
+        return torch.sigmoid(scores_B / self.temperature).tolist(), rubric.tolist()
 
     def save(self, directory: str | Path) -> None:
         """Write backbone, heads and temperature."""

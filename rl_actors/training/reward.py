@@ -21,7 +21,7 @@ from rl_actors.algorithms.calibration import (
 )
 from rl_actors.contracts import Calibration
 from rl_actors.errors import BadDataError
-from rl_actors.models.reward_model import RewardModel
+from rl_actors.models.reward_model import RewardModel, pad_sequences
 from rl_actors.training.deepspeed_engine import OptimizerSettings, accumulate_and_step, build_engine
 
 NUM_BINS = 10
@@ -63,17 +63,6 @@ class RewardProgress:
     num_steps: int
     loss: float
     pair_accuracy: float
-
-
-def pad_sequences(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return right-padded token ids and attention mask, [B, T]."""
-    length = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    attention = torch.zeros(len(rows), length, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        attention[index, : len(row)] = 1
-    return ids.to(device), attention.to(device)
 
 
 def train_reward_model(

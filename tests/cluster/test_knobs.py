@@ -129,7 +129,9 @@ def test_every_knob_is_found_with_its_default(knob: str):
 
 
 def test_gates_are_a_closed_list():
-    assert knob_named("release.gates").limits.startswith("any of no_safety_regression, ")
+    limits = knob_named("release.gates").limits
+    assert limits.startswith("any of no_safety_regression, ")
+    assert limits.endswith(", task_success_not_worse")
 
 
 @pytest.mark.parametrize(

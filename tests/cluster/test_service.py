@@ -496,6 +496,20 @@ def test_a_runs_gateway_survives_its_file(tmp_path: Path):
     assert recorded_gateway(folder) == gateway_config(tmp_path)
 
 
+def test_prices_per_token_of_an_older_record_do_not_stop_its_gateway(tmp_path: Path):
+    folder = finished_run(tmp_path)
+    path = folder.decisions.parent / "gateway.json"
+    record = json.loads(path.read_text())
+    del record["cost_model"]
+    write_json(path, record | {"cost_per_token_in": 5e-08, "cost_per_token_out": 2e-07})
+    found = recorded_gateway(folder)
+    assert found == gateway_config(tmp_path)
+    assert found.cost_model.cost(tokens_in=1, tokens_out=1, tool_calls=0) == pytest.approx(5e-08 + 2e-07)
+    write_json(path, record | {"cost_model": {"usd_per_tool_call": "free"}})
+    with pytest.raises(TamperedError, match="usd_per_tool_call"):
+        recorded_gateway(folder)
+
+
 def test_the_newest_finished_run_is_served(tmp_path: Path):
     assert servable_run(tmp_path) is None
     older, newer = finished_run(tmp_path, "a-1"), finished_run(tmp_path, "a-2")

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cluster.spec import (
-    GATES,
     MONITORS,
     WorkflowSpec,
     load_spec,
@@ -22,6 +21,8 @@ from cluster.spec import (
 from cluster.spec_errors import leaf_paths, nearest, parse_yaml
 from cluster.workflows import PATH_VARIABLE, known_workflows
 from rl_actors.errors import BadInputError
+from serving import gates
+from serving.contracts import ARTICLE_GATES
 
 ARTICLE = """\
 workflow:
@@ -65,7 +66,7 @@ def test_the_articles_block_is_valid_verbatim_and_gets_every_default():
     assert spec.workflow.name == "support_desk"
     assert spec.workflow.baseline == "sft_checkpoint_v1"
     assert spec.release.canary_traffic_percent == 5
-    assert spec.release.gates == GATES
+    assert spec.release.gates == ARTICLE_GATES
     assert spec.release.ramp == (5, 25, 50)
     assert spec.monitoring == MONITORS
     assert spec.data.num_held_out == 400
@@ -80,6 +81,29 @@ def test_knobs_are_few():
     assert len(knobs) == len(set(knobs))
     assert 17 < len(knobs) <= MAX_KNOBS, f"{len(knobs)} knobs"
     assert {"workflow.baseline", "release.ramp", "ppo.kl_coef", "seed", "monitoring"} <= set(knobs)
+
+
+def test_more_gates_than_the_articles_are_allowed_and_fewer_are_not():
+    more = [*ARTICLE_GATES, "task_success_not_worse"]
+    assert override(parse_spec(ARTICLE), [f"release.gates={more}"]).release.gates == tuple(more)
+    for gate in ARTICLE_GATES:
+        with pytest.raises(BadInputError, match=f"needs the article's four gates; add {gate}"):
+            override(parse_spec(ARTICLE), [f"release.gates={[name for name in more if name != gate]}"])
+
+
+def test_a_registered_gate_may_be_named_and_the_packaged_spec_stays_valid(monkeypatch: pytest.MonkeyPatch):
+    """README's recipe "add a gate": a function and its registration; no second list has to know the name."""
+    own = parse_yaml(with_section(""), "x").tree["release"]["gates"] + ["replies_not_longer"]
+    packaged = load_spec("support_desk")
+    with pytest.raises(BadInputError, match="unknown name") as caught:
+        override(packaged, [f"release.gates={own}"])
+    assert (caught.value.field, caught.value.value, caught.value.exit_code) == (
+        "release.gates.4", "replies_not_longer", 2
+    )  # fmt: skip
+    monkeypatch.setitem(gates.GATES, "replies_not_longer", gates.GATES["task_success_not_worse"])  # type: ignore[arg-type]
+    assert load_spec("support_desk") == packaged
+    assert override(packaged, [f"release.gates={own}"]).release.gates == (*ARTICLE_GATES, "replies_not_longer")
+    assert "did you mean 'replies_not_longer'?" in refusal(changed("no_safety_regression", "reply_not_longer")).remedy
 
 
 @pytest.mark.parametrize("name", known_workflows({}))

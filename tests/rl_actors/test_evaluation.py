@@ -11,8 +11,9 @@ import pytest
 from scipy.stats import binom
 
 from rl_actors.contracts import Outcome, Rollout, SuiteResult
+from rl_actors.cost import CostModel
 from rl_actors.errors import InfrastructureError, TamperedError
-from rl_actors.evaluation import CostModel, Suite, compare, suite_result
+from rl_actors.evaluation import Suite, compare, suite_result
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_task
 
 WRONG = Outcome(success=False, violations=(), reasons=("no refund row",))

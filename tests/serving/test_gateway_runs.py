@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from rl_actors.agent.executor import Toolset
+from rl_actors.agent.rollout import RolloutPorts, RolloutRequest, run_rollout
+from rl_actors.contracts import Outcome, SuiteResult, Task
+from rl_actors.cost import CostModel
 from rl_actors.errors import EngineError
+from rl_actors.evaluation import Suite, suite_result
 from serving.live import UNREAD
 from serving.openai_api import ApiLimits
 from tests.serving.live_fakes import (
@@ -21,14 +26,18 @@ from tests.serving.live_fakes import (
     PAY,
     PROMPT,
     STABLE,
+    MemoryWorlds,
     Rig,
     ScriptedEngine,
+    Step,
     body,
     engine_error,
     host_error,
     make_rig,
+    renderer,
     session_in,
 )
+from tests.serving.shop import TOOLS, ShopWorkflow
 
 CHAT = "/v1/chat/completions"
 
@@ -45,6 +54,61 @@ def talk(rig: Rig, conversation: Callable[[httpx.AsyncClient], Awaitable[Any]]) 
 
 def post(rig: Rig, value: Any = None, **headers: str) -> httpx.Response:
     return talk(rig, lambda client: client.post(CHAT, json=body() if value is None else value, headers=headers))
+
+
+class TestCost:
+    """The same request costs the same offline and live: both cost-per-success gates speak of one quantity."""
+
+    class Worlds(MemoryWorlds):
+        async def read_state(self, selector: object) -> dict[str, Any]:
+            return {}
+
+    class Workflow(ShopWorkflow):
+        def verify(self, *_: object) -> Outcome:
+            return Outcome(success=True, violations=(), reasons=())
+
+    def offline(self, rig: Rig, script: Sequence[Step], cost_model: CostModel) -> SuiteResult:
+        """The very request of `body()` as the one task of a suite, sampled by the same engine."""
+        task = Task(
+            task_id="t", workflow="shop", split="held_out", intent="pay", prompt=PROMPT, world={},
+            goal={"selector": {}}, seed=0,
+        )  # fmt: skip
+        ports = RolloutPorts(
+            workflow=self.Workflow(),  # type: ignore[arg-type]
+            renderer=renderer(),
+            toolset=Toolset(TOOLS),
+            hosts=self.Worlds(),  # type: ignore[arg-type]
+            generate=ScriptedEngine(script),
+            limits=rig.ports.config.limits,
+        )
+        rollout = asyncio.run(run_rollout(RolloutRequest(task=task, group_id=0, seed=0), ports, temperature=0.0))
+        return suite_result(Suite(name="s", tasks=(task,)), "sft-a", [rollout], cost_model)
+
+    @pytest.mark.parametrize("script", [HELLO, PAY])
+    @pytest.mark.parametrize(
+        "cost_model",
+        [
+            CostModel(),
+            CostModel(usd_per_million_tokens_in=3.0, usd_per_million_tokens_out=15.0, usd_per_tool_call=0.25),
+        ],
+    )
+    def test_is_the_same_offline_and_live(self, tmp_path: Path, script: Sequence[Step], cost_model: CostModel) -> None:
+        rig = make_rig(tmp_path, scripts={STABLE: script}, config={"cost_model": cost_model})
+        assert post(rig).status_code == 200
+        (row,) = rig.rows()
+        offline = self.offline(rig, script, cost_model)
+        assert (row.tokens_in, row.tokens_out) == (offline.tokens_in, offline.tokens_out)
+        assert row.tool_calls_count == offline.tool_calls == (script is PAY)
+        assert row.cost == offline.cost_per_success > 0
+
+    def test_tool_calls_cost_live_too(self, tmp_path: Path) -> None:
+        """Negative control of the one above: with tokens alone counted, the price of a call would change nothing."""
+        costs = []
+        for price in (0.0, 0.25):
+            rig = make_rig(tmp_path / str(price), config={"cost_model": CostModel(usd_per_tool_call=price)})
+            post(rig)
+            costs.append(rig.rows()[0].cost)
+        assert costs[1] - costs[0] == pytest.approx(0.25)
 
 
 class TestReply:
@@ -70,7 +134,7 @@ class TestReply:
         (row,) = rig.rows()
         assert (row.status, row.success, row.tool_calls_count, row.tool_error_count) == ("ok", "unknown", 1, 0)
         assert (row.tokens_in, row.tokens_out) == (usage["prompt_tokens"], usage["completion_tokens"])
-        assert row.cost == pytest.approx(0.1 * row.tokens_in + row.tokens_out)
+        assert row.cost == pytest.approx((0.05 * row.tokens_in + 0.2 * row.tokens_out) / 1e6 + 0.00001)
         assert row.policy_checks == {"non_empty": True}
         assert row.sandbox_level == "process"
         assert row.split_epoch == 1

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from rl_actors.actors.reward_scorer import RewardScorer
+from rl_actors.agent.rollout import rollout_token_ids
+from rl_actors.algorithms.rewards import RewardMix
 from rl_actors.contracts import Completion, SamplingParams
 from rl_actors.errors import EngineError
+from rl_actors.models.reward_model import RewardModel
 from serving import policy_server
 from serving.critic_server import CriticServer
 from serving.policy_server import PolicyServer
+from tests.rl_actors.fakes import make_rollout, make_turn
 from tests.serving.live_fakes import make_policy
 
 
@@ -97,8 +102,6 @@ def reward_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny reward model with random heads and temperature 2."""
     from transformers import GptOssConfig, GptOssModel
 
-    from rl_actors.models.reward_model import RewardModel
-
     torch.manual_seed(0)
     config = GptOssConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -123,13 +126,26 @@ class TestCriticServer:
         assert len({round(score, 4) for score in together}) == 3
 
     def test_scores_are_calibrated_chances_as_in_training(self, reward_directory: str) -> None:
-        from rl_actors.models.reward_model import RewardModel
-
         model = RewardModel.load(reward_directory)
         with torch.inference_mode():
             raw, _ = model(torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long))
         (score,) = asyncio.run(CriticServer(reward_directory).score([[1, 2, 3]]))
         assert score == pytest.approx(float(torch.sigmoid(raw[0] / 2.0)), abs=1e-5)
+
+    def test_live_and_training_scores_are_one_number(self, reward_directory: str) -> None:
+        rollouts = [make_rollout(f"r{n}", turns=(make_turn((1, 2), range(3, 5 + n)),)) for n in range(3)]
+        training = RewardScorer(reward_directory, "rm", RewardMix(outcome_weight=0.5)).score(rollouts)
+        live = asyncio.run(CriticServer(reward_directory).score([rollout_token_ids(one) for one in rollouts]))
+        assert live == [score.critic_score for score in training]
+        assert len(set(live)) == 3
+
+    def test_another_temperature_is_another_live_score(self, reward_directory: str, tmp_path: Path) -> None:
+        """Negative control of the one above: the calibration of the directory is what makes them agree."""
+        model = RewardModel.load(reward_directory)
+        model.temperature = 1.0
+        model.save(tmp_path)
+        found = [asyncio.run(CriticServer(str(path)).score([[1, 2, 3]])) for path in (reward_directory, tmp_path)]
+        assert found[0] != found[1]
 
     def test_missing_directory(self, tmp_path: Path) -> None:
         with pytest.raises(OSError, match="reward_model"):

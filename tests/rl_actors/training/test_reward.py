@@ -13,13 +13,12 @@ import torch
 from transformers import AutoModel
 
 from rl_actors.errors import BadDataError
-from rl_actors.models.reward_model import RewardModel
+from rl_actors.models.reward_model import RewardModel, pad_sequences
 from rl_actors.training.reward import (
     PreferencePair,
     RewardProgress,
     RewardSettings,
     calibrate,
-    pad_sequences,
     pair_loss,
     train_reward_model,
 )
