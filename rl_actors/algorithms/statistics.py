@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
 from scipy.stats import binom, norm
 
 from rl_actors.contracts import Interval
@@ -66,27 +65,3 @@ def mcnemar_p_value(
         case "two_sided":
             extreme, sides = min(wins, losses), 2
     return min(1.0, sides * float(binom.cdf(extreme, wins + losses, 0.5)))
-
-
-def bootstrap_mean_interval(
-    values: Sequence[float], *, rng: np.random.Generator, confidence: float = 0.95, num_resamples: int = 2000
-) -> Interval:
-    """Percentile bootstrap interval of a mean (Efron, 1979); for paired data pass the differences.
-
-    Below about 20 values it is too narrow; for a success rate use `wilson_interval`.
-
-    Args:
-        values: independent observations.
-        rng: source of chance; the same state gives the same interval.
-        confidence: coverage, in (0, 1).
-        num_resamples: resamples drawn.
-
-    Raises:
-        BadDataError: no values, or a non-finite one.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    if data.size == 0 or not np.isfinite(data).all():
-        raise BadDataError("values", data.size, "needs one finite value or more, and only finite ones")
-    means = [data[rng.integers(data.size, size=data.size)].mean() for _ in range(num_resamples)]
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Interval(mean=float(data.mean()), low=float(low), high=float(high))

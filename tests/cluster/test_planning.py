@@ -69,7 +69,7 @@ def test_the_tiny_shape_counts_what_transformers_builds(hidden: int, layers: int
     import torch
     from transformers import GptOssForCausalLM
 
-    from rl_actors.models.tiny_gpt_oss import count_parameters, tiny_config
+    from rl_actors.models.tiny_gpt_oss import tiny_config
 
     model = ModelSection(hidden_size=hidden, num_layers=layers, num_experts=experts, vocab_size=vocab)
     config = tiny_config(
@@ -77,7 +77,7 @@ def test_the_tiny_shape_counts_what_transformers_builds(hidden: int, layers: int
     )
     with torch.device("meta"):
         built = GptOssForCausalLM(config)
-    assert tiny_shape(model).params == count_parameters(built)
+    assert tiny_shape(model).params == built.num_parameters()
 
 
 def test_a_directory_is_read(tmp_path):

@@ -18,7 +18,6 @@ from rl_actors.algorithms.batching import (
     collate,
     filler_batch,
     plan_microbatches,
-    shard_microbatches,
 )
 from rl_actors.algorithms.kl import kl_loss
 from rl_actors.algorithms.losses import policy_loss
@@ -95,13 +94,15 @@ def planned(
     """The microbatches of every rank, each padded to its own width, fillers where a rank has no work."""
     lengths = [len(sample.token_ids) for sample in samples]
     plan = plan_microbatches(lengths, token_budget=budget, max_waste_fraction=0.3, pad_to_multiple=multiple)
+    depth = -(-len(plan.groups) // num_ranks)
+    dealt = [[*plan.groups[rank::num_ranks], *[()] * depth][:depth] for rank in range(num_ranks)]
     padding: Any = {"pad_token_id": pad_token_id, "pad_to_multiple": multiple}
     return [
         [
             collate([samples[i] for i in group], **padding) if group else filler_batch(pad_token_id=pad_token_id)
             for group in groups
         ]
-        for groups in shard_microbatches(plan.groups, lengths, num_ranks=num_ranks)
+        for groups in dealt
     ]
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, binomtest
 
-from rl_actors.algorithms.statistics import bootstrap_mean_interval, mcnemar_p_value, wilson_interval
+from rl_actors.algorithms.statistics import mcnemar_p_value, wilson_interval
 from rl_actors.errors import BadDataError
 
 
@@ -102,40 +101,3 @@ def test_control_ignoring_the_pairs_misses_a_clear_gain() -> None:
 def test_mcnemar_refuses_unpaired_results() -> None:
     with pytest.raises(BadDataError, match="one result per baseline result"):
         mcnemar_p_value([True], [True, False])
-
-
-def test_bootstrap_is_reproducible_and_holds_the_mean() -> None:
-    values = np.random.default_rng(0).normal(3.0, 2.0, 200).tolist()
-    first, second = (bootstrap_mean_interval(values, rng=np.random.default_rng(1)) for _ in range(2))
-    assert first == second
-    assert first.low < first.mean < first.high
-    assert first.mean == pytest.approx(float(np.mean(values)))
-    # Width of the normal interval: the bootstrap must agree on data this plain.
-    assert first.high - first.low == pytest.approx(2 * 1.96 * float(np.std(values)) / math.sqrt(200), rel=0.1)
-
-
-def test_bootstrap_covers_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    is_covered = []
-    for _ in range(200):
-        interval = bootstrap_mean_interval(rng.exponential(1.0, 50).tolist(), rng=rng, num_resamples=200)
-        is_covered.append(interval.low <= 1.0 <= interval.high)
-    assert 0.86 <= np.mean(is_covered) <= 0.99
-
-
-def test_control_a_lower_confidence_covers_less() -> None:
-    values = np.random.default_rng(0).normal(size=50).tolist()
-    wide = bootstrap_mean_interval(values, rng=np.random.default_rng(1), confidence=0.99)
-    narrow = bootstrap_mean_interval(values, rng=np.random.default_rng(1), confidence=0.5)
-    assert wide.low < narrow.low < narrow.high < wide.high
-
-
-def test_bootstrap_of_equal_values_is_a_point() -> None:
-    interval = bootstrap_mean_interval([2.0, 2.0], rng=np.random.default_rng(0), num_resamples=10)
-    assert (interval.low, interval.mean, interval.high) == (2.0, 2.0, 2.0)
-
-
-@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
-def test_bootstrap_refuses_missing_and_non_finite_values(values: list[float]) -> None:
-    with pytest.raises(BadDataError, match="finite"):
-        bootstrap_mean_interval(values, rng=np.random.default_rng(0))
