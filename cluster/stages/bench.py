@@ -7,7 +7,6 @@ import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 from cluster.paths import write_json
 from cluster.service_gateway import record_gateway
@@ -16,6 +15,7 @@ from cluster.stages.data import NUM_RELEASES, read_tasks
 from cluster.stages.traffic_thread import TrafficThread
 from cluster.ticket_book import TicketBook
 from cluster.traffic import TrafficConfig, TrafficDriver, TrafficProgress
+from cluster.watch import ReleaseOutcome
 from rl_actors.contracts import DataSnapshot, Task
 from rl_actors.evaluation import CostModel
 from serving.contracts import Canary, Release, ReleasePlan, ReleaseState
@@ -26,8 +26,7 @@ from serving.release_state_machine import TERMINAL
 from serving.served import GatewayConfig, ServedPolicy
 from serving.split import SplitStore
 
-Outcome = Literal["promoted", "rolled_back", "failed_back", "halted"]
-_OUTCOMES: dict[str, Outcome] = {
+_OUTCOMES: dict[str, ReleaseOutcome] = {
     "Promoted": "promoted",
     "RolledBack": "rolled_back",
     "FailedBack": "failed_back",
@@ -46,7 +45,7 @@ class ReleaseResult:
     release_id: str
     stable: str
     candidate: str
-    outcome: Outcome
+    outcome: ReleaseOutcome
     reason: str
     requests: int
     failed_requests: int
