@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cluster.journal import lock_run
-from cluster.paths import RunFolder, write_json
+from cluster.paths import RunFolder
 from cluster.pins import Pins
 from cluster.placement import place
 from cluster.registry import Registry
@@ -19,6 +19,7 @@ from cluster.stages.learned import Learned
 from cluster.stages.ray_runtime import connected
 from cluster.watch import RunSummary, Watch
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
+from rl_actors.durable.files import write_json
 from serving.contracts import GateResult, ReleasePlan
 
 STAGES = ("ppo", "eval", "release")

@@ -1,10 +1,10 @@
-"""How much is worked on at a time. Free of torch: `seatrial plan` foresees memory and minutes from these very numbers."""
+"""How much is worked on at a time. Free of torch: `seatrial plan` foresees memory and minutes from these numbers."""
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final
 
-LOGIT_CHUNK_VALUES: Final[dict[Literal["cpu", "cuda"], int]] = {"cpu": 1 << 24, "cuda": 1 << 27}
+LOGIT_CHUNK_VALUES: Final[dict[str, int]] = {"cpu": 1 << 24, "cuda": 1 << 27}
 """Logits that exist at a time: 64 MiB of float32 on CPU, 512 MiB on a GPU."""
 MICROBATCH_TOKENS: Final = 2048  # what fits the caches of two CPU cores: 8 sequences run 40 % faster a token than 32
 MAX_IN_FLIGHT: Final = 128

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from rl_actors.durable.files import disk_errors, write_atomic
 from rl_actors.errors import InfrastructureError, TamperedError
 from serving.contracts import SplitRecord
-from serving.durable_files import disk_errors
 from serving.split import Route, SplitStore, route, slot_position
 
 _HEARTBEAT_S: Final = 1.0
@@ -119,7 +119,8 @@ class SplitWatcher:
         if last is not None and last.epoch == self.epoch and now - last.at < _HEARTBEAT_S:
             return
         ack = Ack(gateway=self._gateway, host=socket.gethostname(), pid=os.getpid(), epoch=self.epoch, at=now)
-        _replace(self._path, json.dumps(asdict(ack)))
+        # Not synced: an acknowledgement that a power cut loses belongs to a gateway that it killed.
+        write_atomic(self._path, json.dumps(asdict(ack)), is_synced=False)
         self._last_ack = ack
 
 
@@ -174,12 +175,3 @@ def _exists(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace without fsync: an acknowledgement that a power cut loses belongs to a gateway that it killed."""
-    temporary = path.with_suffix(".tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)

@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cluster.paths import write_json
 from cluster.service_gateway import record_gateway
 from cluster.stages.context import Run, threads_each
 from cluster.stages.data import NUM_RELEASES, read_tasks
@@ -17,6 +16,7 @@ from cluster.ticket_book import TicketBook
 from cluster.traffic import TrafficConfig, TrafficDriver, TrafficProgress
 from cluster.watch import ReleaseOutcome
 from rl_actors.contracts import DataSnapshot, Task
+from rl_actors.durable.files import write_json
 from rl_actors.evaluation import CostModel
 from serving.contracts import Canary, Release, ReleasePlan, ReleaseState
 from serving.controller import Aliases, LedgerEvidence, ReleaseController
@@ -115,8 +115,8 @@ class ReleaseBench:
             release_id=f"{self._run.folder.run_id}-{index}", stable=stable.version, candidate=candidate.version
         )
         over = threading.Event()
-        tasks, tickets = live_tasks(self._snapshot, index), TicketBook(directory / "tickets.jsonl")
-        with closing(RunLedger(self.ledger_path, owner="controller")) as ledger, closing(tickets) as book:
+        tasks, book = live_tasks(self._snapshot, index), TicketBook(directory / "tickets.jsonl")
+        with closing(RunLedger(self.ledger_path, owner="controller")) as ledger:
             traffic = TrafficThread(self._driver(index, book), tasks, over, self._run, index)
             controller = self._controller(release, plan, ledger, directory)
             traffic.start()

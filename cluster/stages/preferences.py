@@ -10,8 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.codec import encode
-from cluster.paths import write_json
 from cluster.snapshot import SCHEMAS, check_rubric_labels, read_table, verify_snapshot, write_snapshot
 from cluster.stages.context import Run
 from cluster.stages.data import read_tasks
@@ -21,7 +19,9 @@ from rl_actors.agent.rollout import RolloutRequest, rollout_token_ids, rollout_v
 from rl_actors.agent.workflow import RubricCriterion
 from rl_actors.baseline_stability import SeededAttempt, StabilityBounds, baseline_stability, require_stable
 from rl_actors.contracts import DataSnapshot, PolicyVersion, Rollout, Split, Task
-from rl_actors.training.metrics_log import MetricsLog
+from rl_actors.durable.codec import encode
+from rl_actors.durable.files import write_json
+from rl_actors.durable.metrics_log import MetricsLog
 from rl_actors.training.reward import PreferencePair
 from rl_actors.working_sizes import CALIBRATION_FRACTION
 

@@ -17,7 +17,6 @@ import pytest
 
 from cluster import pipeline
 from cluster.bundle import MEMBERS, Bundle, Component, load_bundle
-from cluster.hashing import sha256_directory
 from cluster.journal import Journal
 from cluster.paths import RunFolder
 from cluster.pipeline import STAGES, run_pipeline
@@ -29,6 +28,7 @@ from cluster.stages.bench import ReleaseResult
 from cluster.stages.context import Run
 from cluster.watch import RunPaths, RunSummary
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
+from rl_actors.durable.hashing import sha256_directory
 from rl_actors.errors import BadInputError, InfrastructureError, InstabilityError, StageRefusedError, TamperedError
 from serving.contracts import GateResult, ReleasePlan
 from tests.cluster.stages.fakes import CALIBRATION, FakeRegistry, RecordingWatch, make_result

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from cluster.console import metrics_line
-from cluster.hashing import sha256_directory
 from cluster.registry_entries import metric_points
 from cluster.reports.rows import _learning
 from cluster.snapshot import write_snapshot
@@ -35,9 +34,10 @@ from cluster.stages.training import (
 from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources
 from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion
+from rl_actors.durable.hashing import sha256_directory
+from rl_actors.durable.metrics_log import read_metrics
 from rl_actors.errors import InstabilityError, StageRefusedError, TamperedError
 from rl_actors.models.tokenizer import HARMONY_TOKENS
-from rl_actors.training.metrics_log import read_metrics
 from rl_actors.training.ppo import LoopState, PpoPlan, PpoPorts
 from rl_actors.training.ppo_learner import PpoSettings
 from rl_actors.training.recipe import RECIPES, RESAMPLE_ROUNDS

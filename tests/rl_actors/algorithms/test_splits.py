@@ -88,21 +88,32 @@ def loss_and_gradient(seed: int, terms: Callable[[tuple[Tensor, Tensor]], Tensor
     return float(loss.detach()), torch.stack(torch.autograd.grad(loss, model))
 
 
+def dealt(groups: Sequence[tuple[int, ...]], lengths: Sequence[int], num_ranks: int) -> list[list[tuple[int, ...]]]:
+    """Give each next microbatch to the rank with the fewest, then with the fewest tokens; fill up with empty ones."""
+    ranks: list[list[tuple[int, ...]]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    cost = {group: sum(lengths[index] for index in group) for group in groups}
+    for group in sorted(groups, key=lambda group: -cost[group]):
+        rank = min(range(num_ranks), key=lambda rank: (len(ranks[rank]), loads[rank]))
+        ranks[rank].append(group)
+        loads[rank] += cost[group]
+    depth = max(map(len, ranks))
+    return [rank + [()] * (depth - len(rank)) for rank in ranks]
+
+
 def planned(
     samples: list[TrainingSample], *, budget: int, num_ranks: int, multiple: int, pad_token_id: int
 ) -> list[list[TrainingBatch]]:
     """The microbatches of every rank, each padded to its own width, fillers where a rank has no work."""
     lengths = [len(sample.token_ids) for sample in samples]
     plan = plan_microbatches(lengths, token_budget=budget, max_waste_fraction=0.3, pad_to_multiple=multiple)
-    depth = -(-len(plan.groups) // num_ranks)
-    dealt = [[*plan.groups[rank::num_ranks], *[()] * depth][:depth] for rank in range(num_ranks)]
     padding: Any = {"pad_token_id": pad_token_id, "pad_to_multiple": multiple}
     return [
         [
             collate([samples[i] for i in group], **padding) if group else filler_batch(pad_token_id=pad_token_id)
             for group in groups
         ]
-        for groups in dealt
+        for groups in dealt(plan.groups, lengths, num_ranks)
     ]
 
 
