@@ -22,13 +22,11 @@ from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardM
 from rl_actors.durable.files import write_json
 from serving.contracts import GateResult, ReleasePlan
 
-STAGES = ("ppo", "eval", "release")
-
 
 def run_pipeline(
     spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str = "", *, begin: Callable[[], None] = lambda: None
 ) -> RunSummary:
-    """Run every stage, or those up to `until` (one of `STAGES`), and return how it ended.
+    """Run every stage, or those up to `until` ("ppo", "eval" or "release"), and return how it ended.
 
     `begin` is called once Ray and the pinned versions were found: what is refused before is no run to be resumed.
 

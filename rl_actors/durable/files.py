@@ -80,16 +80,20 @@ def write_atomic(path: Path, data: bytes | str, *, is_synced: bool = True) -> No
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("xb") as file:
-                file.write(data.encode() if isinstance(data, str) else data)
-                file.flush()
-                if is_synced:
-                    os.fsync(file.fileno())
+            _write_new(temporary, data.encode() if isinstance(data, str) else data, is_synced=is_synced)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         if is_synced:
             sync_directory(path.parent)
+
+
+def _write_new(path: Path, data: bytes, *, is_synced: bool) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        if is_synced:
+            os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

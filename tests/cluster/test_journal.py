@@ -14,10 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.journal import Journal, lock_run
-from rl_actors.durable.hashing import (
-    sha256_bytes,
-    sha256_json,
-)
+from rl_actors.durable.hashing import canonical_json, sha256_bytes, sha256_json
 from rl_actors.errors import InfrastructureError, TamperedError
 
 
@@ -247,3 +244,37 @@ def test_a_failed_write_leaves_a_journal_that_can_go_on(run_folder: Path, monkey
     assert len(journal.records) == 1
     run_sft(journal, lambda: MADE, seed=2)
     assert len(open_journal(run_folder).records) == 2
+
+
+def test_a_journal_that_an_older_version_wrote_is_read_and_goes_on(run_folder: Path):
+    """It spelled its lines canonically, the chain among the other keys; the rule of the chain is the same."""
+    path, before = run_folder / "journal.jsonl", ""
+    for seed in (0, 1):
+        body = {
+            "stage": "s", "input_digest": sha256_json({"stage": "s", "inputs": seed}), "output": "Infinity",
+            "output_digest": sha256_json("Infinity"), "artifacts": {}, "started_at": 1.0, "finished_at": 2.0,
+            "seconds": 1.0,
+        }  # fmt: skip
+        before = sha256_bytes((before + canonical_json(body)).encode())
+        with path.open("a") as file:
+            file.write(canonical_json({**body, "chain": before}) + "\n")
+    old = path.read_bytes()
+    journal = open_journal(run_folder)
+    assert journal.run_stage("s", 1, never, float) == math.inf
+    journal.run_stage("s", 2, lambda: 3.0, float)
+    assert path.read_bytes().startswith(old)
+    assert [record.output for record in open_journal(run_folder).records] == ["Infinity", "Infinity", 3.0]
+    path.write_bytes(old.replace(b'"seconds":1.0', b'"seconds":1.5', 1))
+    with pytest.raises(TamperedError, match="line 1"):
+        open_journal(run_folder)
+
+
+def test_a_record_without_a_chain_is_refused(run_folder: Path):
+    """Other logs take lines from before there were chains; the journal has always had them."""
+    path = run_folder / "journal.jsonl"
+    run_sft(open_journal(run_folder), lambda: MADE)
+    row = json.loads(path.read_text())
+    del row["chain"]
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(TamperedError, match=r"line 1: a finished record was changed \(it has no chain"):
+        open_journal(run_folder)

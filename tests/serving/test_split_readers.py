@@ -198,7 +198,7 @@ class TestDurability:
             with pytest.raises(InfrastructureError, match="Input/output"):
                 write_atomic(path, "new")
             with pytest.raises(InfrastructureError, match="Input/output"):
-                append_row(tmp_path / "log.jsonl", {})
+                ChainedLog(tmp_path / "log.jsonl").append({})
         assert len(os.listdir("/proc/self/fd")) == before
         assert path.read_text() == "old"
 
