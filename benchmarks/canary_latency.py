@@ -33,7 +33,6 @@ from record import write_results
 from rich.console import Console
 from rich.table import Table
 
-from cluster.codec import decode
 from cluster.journal import Journal
 from cluster.paths import RunFolder
 from cluster.placement import place
@@ -47,6 +46,7 @@ from cluster.traffic import TrafficConfig, TrafficDriver, run_traffic
 from cluster.watch import Silent
 from cluster.workflows import find_workflow, locate_workflow
 from rl_actors.contracts import DataSnapshot, PolicyVersion, Task
+from rl_actors.durable.codec import decode
 from serving.canary_analysis import quantile
 from serving.platform import ServePlatform
 from serving.served import ServedPolicy

@@ -20,14 +20,14 @@ from resident import resident_mib
 from torch import Tensor
 
 from rl_actors.algorithms.batching import chunked_token_logprobs_and_entropy
-from rl_actors.models.scoring_head import CHUNK_VALUES
+from rl_actors.working_sizes import LOGIT_CHUNK_VALUES
 
 Scores = tuple[Tensor, Tensor]
 
 
 def chunked(hidden_BTH: Tensor, weight_VH: Tensor, ids_BT: Tensor) -> Scores:
     """The product's path with its own chunk."""
-    chunk = max(1, CHUNK_VALUES["cpu"] // len(weight_VH))
+    chunk = max(1, LOGIT_CHUNK_VALUES["cpu"] // len(weight_VH))
     return chunked_token_logprobs_and_entropy(hidden_BTH, weight_VH, ids_BT, chunk)
 
 

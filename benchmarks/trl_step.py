@@ -56,7 +56,7 @@ Answer = dict[str, Any]
 
 def write_model(name: str, directory: Path, sizes: Mapping[str, int]) -> int:
     """Write a random model and its tokenizer (one word per id); returns the number of parameters."""
-    from rl_actors.models.tiny_gpt_oss import build_tiny_model, count_parameters, tiny_config
+    from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 
     vocab, hidden, layers = sizes["vocab"], sizes["hidden"], sizes["layers"]
     if name == "gpt_oss":
@@ -73,7 +73,7 @@ def write_model(name: str, directory: Path, sizes: Mapping[str, int]) -> int:
         about.eos_token_id = None  # only the tokenizer names an end token, one that the model cannot say
     model.save_pretrained(directory)
     word_tokenizer(vocab).save_pretrained(directory)
-    return count_parameters(model)
+    return model.num_parameters()
 
 
 def dense_config(vocab: int, hidden: int, layers: int) -> transformers.Qwen3Config:

@@ -16,8 +16,8 @@ from cluster.bundle import MEMBERS, load_bundle
 from cluster.journal import Journal, verify_artifacts
 from cluster.paths import RunFolder
 from cluster.watch import ChainHead, RunSummary
+from rl_actors.durable.chained_log import ChainedLog
 from rl_actors.errors import BadInputError, TamperedError
-from serving.durable_files import read_chains
 
 Verdict = Literal["verified", "not anchored", "not chained", "changed", "cut off", "gone"]
 SOUND: Final[tuple[Verdict, ...]] = ("verified", "not anchored")
@@ -64,7 +64,7 @@ def chain_heads(folder: RunFolder) -> dict[str, ChainHead]:
     for finding in audit_chains(folder, read_anchors(folder)):
         if finding.verdict in ("changed", "cut off", "gone"):
             raise TamperedError(finding.detail)
-    return {name: _head(read_chains(folder.root / name)) for name in chained_files(folder)}
+    return {name: _head(ChainedLog(folder.root / name).chains()) for name in chained_files(folder)}
 
 
 def head_tags(heads: Mapping[str, ChainHead]) -> dict[str, str]:
@@ -121,7 +121,7 @@ def _audit_chain(path: Path, name: str, anchor: ChainHead | None) -> Finding:
     if not path.exists():
         return _finding(name, "gone", detail=f"{path}: was there when the run ended and is gone; {_RESTORE}")
     try:
-        chains = read_chains(path)
+        chains = ChainedLog(path).chains()
     except TamperedError as error:
         return _finding(name, "changed", detail=str(error))
     verdict, detail = _judged(path, chains, anchor)

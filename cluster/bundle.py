@@ -14,9 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from cluster.codec import encode
-from cluster.hashing import sha256_file, sha256_json
-from cluster.paths import write_json
+from rl_actors.durable.codec import encode
+from rl_actors.durable.files import write_json
+from rl_actors.durable.hashing import sha256_file, sha256_json
 from rl_actors.errors import BadInputError, TamperedError
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")

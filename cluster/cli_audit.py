@@ -12,8 +12,8 @@ from rich.text import Text
 from cluster.audit import SOUND, Finding, Verdict, audit_run, tagged_heads
 from cluster.cli_answer import Reply
 from cluster.cli_runs import LATEST, find_run, recorded_workflow
-from cluster.codec import encode
 from cluster.paths import RunFolder
+from rl_actors.durable.codec import encode
 from rl_actors.errors import TamperedError
 
 

@@ -6,11 +6,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.cli_answer import Reply
-from cluster.codec import encode
 from cluster.paths import seatrial_home
 from cluster.planning import plan_run
 from cluster.preflight import PreflightItem, check_machine, probe_machine
 from cluster.spec import WorkflowSpec
+from rl_actors.durable.codec import encode
 
 
 def check(spec: WorkflowSpec) -> Reply:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from cluster.paths import RunFolder, list_runs, new_run_id, write_json
+from cluster.paths import RunFolder, list_runs, new_run_id
 from cluster.planning import plan_run
 from cluster.preflight import becomes_free, check_model, check_workflow, probe_machine, require_ready
 from cluster.spec import WorkflowSpec, load_spec, override, parse_spec
 from cluster.spec_errors import SpecSource, leaf_paths, parse_yaml, unknown_name
 from cluster.watch import RunSummary
 from cluster.workflows import known_workflows
+from rl_actors.durable.files import write_json
 from rl_actors.errors import BadInputError, TamperedError
 
 LATEST: Final = "latest"

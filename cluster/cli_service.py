@@ -11,13 +11,13 @@ from rich.text import Text
 
 from cluster.cli_answer import Reply
 from cluster.cli_runs import find_run
-from cluster.codec import encode
 from cluster.console import duration
 from cluster.paths import seatrial_home
 from cluster.registry_store import store_of
 from cluster.service import PartStatus, Service, ServicePorts, UpRequest, load_service, service_file, status, up
 from cluster.service_gateway import servable_run
 from cluster.ui import start_ui
+from rl_actors.durable.codec import encode
 from rl_actors.errors import BadInputError
 
 STATE_STYLES = {"up": "green", "not answering": "yellow", "gone": "red", "stale": "red"}

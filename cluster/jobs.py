@@ -165,11 +165,3 @@ def missing_module(log: str) -> str:
     last = log.rstrip().rpartition("\n")[2]
     found = _NO_MODULE.match(last)
     return found[1] if found else ""
-
-
-def stop(client: JobSubmissionClient, job_id: str) -> bool:
-    """Ask a job to stop; False when it had ended already. Raises InfrastructureError for an unknown job."""
-    try:
-        return client.stop_job(job_id)
-    except (ConnectionError, RuntimeError) as error:
-        raise InfrastructureError(f"job {job_id} could not be stopped: {error}") from error

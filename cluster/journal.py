@@ -6,21 +6,18 @@ it by hash. A torn last line (kill -9 while writing) is cut off; any other chang
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.codec import decode, encode
-from cluster.hashing import canonical_json, file_hashes, sha256_file, sha256_json, sha256_of_hashes
-from cluster.paths import sync_directory
+from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.codec import decode, encode
+from rl_actors.durable.files import file_lock
+from rl_actors.durable.hashing import file_hashes, sha256_file, sha256_json, sha256_of_hashes
 from rl_actors.errors import InfrastructureError, TamperedError
-from serving.durable_files import chain_link
 
 Value = TypeVar("Value")
 
@@ -55,15 +52,9 @@ class Journal:
         """Read the journal; reading never writes. Raises TamperedError when a finished line was changed."""
         self.path = path
         self._clock = clock
-        self.records: list[StageRecord] = []
-        data = path.read_bytes() if path.exists() else b""
-        self._end = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[: self._end].splitlines(), start=1):
-            self.records.append(_read_record(line, number, self._chain, path))
-
-    @property
-    def _chain(self) -> str:
-        return self.records[-1].chain if self.records else ""
+        self._log = ChainedLog(path)
+        rows = enumerate(self._log.read(), start=1)
+        self.records = [_read_record(row, chain, number, path) for number, (row, chain) in rows]
 
     def find(self, stage: str, input_digest: str) -> StageRecord | None:
         """Return the finished record of a stage for these inputs, if any."""
@@ -114,21 +105,7 @@ class Journal:
             "finished_at": finished_at,
             "seconds": finished_at - started_at,
         }
-        chain = chain_link(self._chain, body)
-        self._write_line((canonical_json({**body, "chain": chain}) + "\n").encode())
-        self.records.append(StageRecord(**body, chain=chain))
-
-    def _write_line(self, line: bytes) -> None:
-        """Write behind the last complete line: a torn one, of a process that was killed, is cut off here."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("r+b" if self.path.exists() else "xb") as file:
-            file.truncate(self._end)
-            file.seek(self._end)
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_directory(self.path.parent)
-        self._end += len(line)
+        self.records.append(StageRecord(**body, chain=self._log.append(body)))
 
 
 def verify_artifacts(run_folder: Path, record: StageRecord) -> None:
@@ -167,37 +144,17 @@ def _hash_artifacts(run_folder: Path, paths: Iterable[Path | str]) -> dict[str, 
     return hashes
 
 
-def _read_record(line: bytes, number: int, previous: str, path: Path) -> StageRecord:
+def _read_record(row: Mapping[str, Any], chain: str, number: int, path: Path) -> StageRecord:
     try:
-        body = json.loads(line)
-        chain = body.pop("chain")
-        if chain != chain_link(previous, body):
-            raise ValueError("its hash does not match its content")
-        return StageRecord(**body, chain=chain)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if not chain:
+            raise ValueError("it has no chain")
+        return StageRecord(**row, chain=chain)
+    except (ValueError, TypeError) as error:
         raise TamperedError(
             f"{path}, line {number}: a finished record was changed ({error}); start a new run"
         ) from error
 
 
-@contextmanager
-def lock_run(run_folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process. Raises InfrastructureError naming the process that holds it.
-
-    The kernel releases the lock when the process ends in any way, so a killed run never blocks its resume.
-    """
-    run_folder.mkdir(parents=True, exist_ok=True)
-    path = run_folder / "run.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            message = f"run folder {run_folder} is in use by process {holder}; wait for it or stop it"
-            raise InfrastructureError(message) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
+def lock_run(run_folder: Path) -> AbstractContextManager[None]:
+    """Hold a run folder for this process. Raises InfrastructureError naming the process that holds it."""
+    return file_lock(run_folder / "run.lock", timeout_s=0.0, remedy="wait for it or stop it")

@@ -1,8 +1,7 @@
-"""Where things live on disk, and how a file is written so that nobody ever sees half of it."""
+"""Where things live on disk."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
@@ -10,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rl_actors.errors import BadInputError
 
@@ -108,32 +106,3 @@ def list_runs(home: Path) -> list[str]:
     """Return the ids of all runs that have a resolved spec, oldest first."""
     found = [path.parent for path in (home / "runs").glob("*/spec.resolved.json")]
     return [path.name for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name))]
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, also after a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON value atomically, indented, keys in the order given."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush a directory's entries: a rename or a new file is durable only after this."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cluster.journal import lock_run
-from cluster.paths import RunFolder, write_json
+from cluster.paths import RunFolder
 from cluster.pins import Pins
 from cluster.placement import place
 from cluster.registry import Registry
@@ -19,15 +19,14 @@ from cluster.stages.learned import Learned
 from cluster.stages.ray_runtime import connected
 from cluster.watch import RunSummary, Watch
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
+from rl_actors.durable.files import write_json
 from serving.contracts import GateResult, ReleasePlan
-
-STAGES = ("ppo", "eval", "release")
 
 
 def run_pipeline(
     spec: WorkflowSpec, folder: RunFolder, watch: Watch, until: str = "", *, begin: Callable[[], None] = lambda: None
 ) -> RunSummary:
-    """Run every stage, or those up to `until` (one of `STAGES`), and return how it ended.
+    """Run every stage, or those up to `until` ("ppo", "eval" or "release"), and return how it ended.
 
     `begin` is called once Ray and the pinned versions were found: what is refused before is no run to be resumed.
 

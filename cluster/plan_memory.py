@@ -6,12 +6,12 @@ Mixed precision as in arXiv 1910.02054 section 3: 2 bytes a weight, 2 a gradient
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from cluster.model_shape import ModelShape, zero_stage
 from cluster.spec import WorkflowSpec
+from rl_actors.working_sizes import LOGIT_CHUNK_VALUES, MAX_IN_FLIGHT, MICROBATCH_TOKENS
 
 GIB: Final = 1024**3
 Device = Literal["cpu", "gpu"]
@@ -20,12 +20,6 @@ Parts = dict[str, int]
 PROCESS_BYTES: Final = round(0.9 * GIB)  # Python, torch and Ray, measured
 ENGINE_BYTES: Final = round(1.4 * GIB)  # the same with vLLM
 CPU_KV_CACHE_BYTES: Final = GIB  # set aside by VLLM_CPU_KVCACHE_SPACE
-MICROBATCH_TOKENS: Final = 2048  # as in cluster.stages.training
-MAX_IN_FLIGHT: Final = 128  # as in rl_actors.actors.rollout_worker
-LOGIT_CHUNK_VALUES: Final[Mapping[Device, int]] = {
-    "cpu": 1 << 24,
-    "gpu": 1 << 27,
-}  # as in rl_actors.models.scoring_head
 PARTS: Final = (
     "processes",
     "weights",
@@ -108,7 +102,7 @@ class MemoryModel:
         tokens = min(math.ceil(tokens_per_minibatch / ranks), self.rollout_limit)
         parts = self._ppo_learner(rank) | self._activations(tokens)
         # Logits exist a chunk at a time: their values, the probabilities and the gradient, all in float32.
-        chunk = min(tokens * self.shape.vocab_size, LOGIT_CHUNK_VALUES[self.device])
+        chunk = min(tokens * self.shape.vocab_size, LOGIT_CHUNK_VALUES["cuda" if self.device == "gpu" else "cpu"])
         parts["logits"] = ranks * chunk * 12
         parts["reference"] = 0 if rank else ranks * self.weights  # adapters turned off are the reference
         engines = self.engines(self.spec.ppo.num_rollout_workers, self.spec.ppo.rollouts_per_step)

@@ -12,6 +12,7 @@ from cluster.pins import is_pinned
 from cluster.placement import Placement, Stage, place
 from cluster.plan_memory import PROCESS_BYTES, Device, MemoryModel, Parts
 from cluster.spec import WorkflowSpec
+from rl_actors.working_sizes import BATCH_PAIRS, CALIBRATION_FRACTION
 
 # Rates to estimate minutes with. CPU: measured on 2 AMX cores with the 1.1M-parameter model (notes.md); they scale with
 # active parameters. GPU: not measured, one H100 at about 40 % of its bfloat16 peak; calibrate before you believe them.
@@ -29,8 +30,6 @@ TYPICAL: dict[str, float] = {
     "serve_start_s": 30.0,
     "ray_start_s": 8.0,
 }
-TRAIN_PAIRS_FRACTION: Final = 0.55  # the others calibrate, as in cluster.stages.preferences
-BATCH_PAIRS: Final = 32  # as in cluster.stages.training
 FORWARD: Final = 1 / 3  # of a training pass, whose backward costs two forwards
 
 
@@ -210,7 +209,7 @@ def _plan_reward(costs: _Costs) -> StagePlan:
     reward, workflow = costs.spec.reward, costs.spec.workflow
     if is_pinned(workflow.reward_model):
         return _plan_sampling(costs, 0 if is_pinned(workflow.baseline) else reward.num_pairs)
-    pairs = reward.num_pairs * TRAIN_PAIRS_FRACTION
+    pairs = reward.num_pairs * (1 - CALIBRATION_FRACTION)
     sampled = reward.num_pairs * _sampled_tokens(costs.spec)
     trained = 2 * pairs * _rollout_tokens(costs.spec) * reward.epochs
     steps = reward.epochs * max(1, round(pairs) // BATCH_PAIRS)

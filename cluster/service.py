@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from cluster.codec import decode, encode
 from cluster.journal import lock_run
-from cluster.paths import write_json
 from cluster.placement import local_cpus, place
 from cluster.registry_store import store_of
 from cluster.service_gateway import GatewayRequest, servable_run, serve_stable
 from cluster.service_processes import ProcessMark, http_ok, mark_of, start_process, stop_processes, wait_until
 from cluster.spec import parse_spec
+from rl_actors.durable.codec import decode, encode
+from rl_actors.durable.files import write_json
 from rl_actors.errors import BadInputError, TamperedError
 from rl_actors.ports import free_port, listen_error
 

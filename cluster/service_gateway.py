@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from cluster.codec import decode, encode
-from cluster.paths import RunFolder, list_runs, write_json
+from cluster.paths import RunFolder, list_runs
 from cluster.registry_store import Store, store_of
 from cluster.service_processes import http_ok
+from rl_actors.durable.codec import decode, encode
+from rl_actors.durable.files import write_json
 from rl_actors.errors import BadInputError, InfrastructureError, TamperedError
 
 if TYPE_CHECKING:

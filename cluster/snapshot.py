@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from cluster.hashing import sha256_directory
-from cluster.paths import sync_directory
 from rl_actors.agent.workflow import RubricCriterion
 from rl_actors.contracts import DataSnapshot, Demonstration, DemonstrationTurn, Split, Task
+from rl_actors.durable.files import sync_directory
+from rl_actors.durable.hashing import sha256_directory
 from rl_actors.errors import BadDataError, TamperedError
 
 Row = Mapping[str, Any]

@@ -6,18 +6,17 @@ side writes. A line reaches the file before the next act; kill -9 loses none.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
-from cluster.codec import decode, encode
 from rl_actors.contracts import Outcome, Task
+from rl_actors.durable.codec import decode, encode
+from rl_actors.durable.files import append_row, read_rows
 from rl_actors.errors import TamperedError
-from serving.durable_files import disk_errors, open_rows, read_rows
 
 _SENT: Final = "sent"
 
@@ -49,7 +48,6 @@ class TicketBook:
         self._sent: set[str] = set()
         for row in read_rows(path):
             self._read(row)
-        self._file: IO[bytes] | None = None
 
     @property
     def ended(self) -> tuple[TicketResult, ...]:
@@ -64,18 +62,12 @@ class TicketBook:
     def send(self, task_id: str) -> None:
         """Write that a ticket goes out; to be called before it does."""
         self._sent.add(task_id)
-        self._write({_SENT: task_id})
+        append_row(self._path, {_SENT: task_id})
 
     def end(self, result: TicketResult) -> None:
         """Write how a ticket ended."""
         self._ended[result.task_id] = result
-        self._write({"ended": encode(result)})
-
-    def close(self) -> None:
-        """Close the file; a later ticket opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        append_row(self._path, {"ended": encode(result)})
 
     def _read(self, row: dict[str, Any]) -> None:
         try:
@@ -86,11 +78,3 @@ class TicketBook:
                 self._ended[result.task_id] = result
         except (KeyError, TypeError, ValidationError) as error:
             raise TamperedError(f"{self._path} holds a line that is no ticket ({error}); restore it") from error
-
-    def _write(self, row: dict[str, Any]) -> None:
-        """Let one line reach the file; a disk that is full stops the users, not their record."""
-        if self._file is None:
-            self._file = open_rows(self._path)
-        with disk_errors(self._path):
-            self._file.write(json.dumps(row).encode() + b"\n")
-            self._file.flush()

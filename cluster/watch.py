@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from cluster.codec import decode, encode
+from rl_actors.durable.codec import decode, encode
 
 ReleaseOutcome = Literal["promoted", "rolled_back", "failed_back", "halted"]
 

@@ -86,13 +86,13 @@ def compare(baseline: Mapping[str, SuiteResult], candidate: Mapping[str, SuiteRe
     """
     _require_same_suites(baseline, candidate)
     before, after = baseline[capability].success_by_task, candidate[capability].success_by_task
-    task_ids = sorted(before)
-    pairs = [before[task_id] for task_id in task_ids], [after[task_id] for task_id in task_ids]
+    gained = sum(after[task_id] and not before[task_id] for task_id in before)
+    lost = sum(before[task_id] and not after[task_id] for task_id in before)
     return EvalReport(
         baseline=dict(baseline),
         candidate=dict(candidate),
         success_gain=candidate[capability].success.mean - baseline[capability].success.mean,
-        p_value=mcnemar_p_value(*pairs, alternative="candidate_better"),
+        p_value=mcnemar_p_value(gained, lost),
     )
 
 

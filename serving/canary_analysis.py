@@ -169,12 +169,6 @@ def rate_upper_bound(num_events: int, num_trials: int, alpha: float) -> float:
     return float(scipy.stats.beta.isf(alpha, num_events + 1, num_trials - num_events))
 
 
-def rate_interval(num_events: int, num_trials: int, alpha: float = 0.05) -> tuple[float, float]:
-    """Two-sided Clopper-Pearson interval of a rate; (0, 1) without trials."""
-    low = 1.0 - rate_upper_bound(num_trials - num_events, num_trials, alpha / 2)
-    return (low if num_trials else 0.0), rate_upper_bound(num_events, num_trials, alpha / 2)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
     """One planned look: the first `num_samples` samples of the candidate, with its part of alpha."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Protocol
 
+from rl_actors.durable.files import file_lock
 from rl_actors.errors import EngineError, StageRefusedError
 from serving import contracts
 from serving.contracts import (
@@ -35,7 +36,6 @@ from serving.contracts import (
     SplitRecord,
 )
 from serving.decision_log import DecisionLog
-from serving.durable_files import file_lock
 from serving.gates import ArmEvent, LiveEvidence, check_gate_names, evaluate_live, traffic_result
 from serving.ledger import RunLedger
 from serving.release_state_machine import (

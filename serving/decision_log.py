@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.codec import encode
 from rl_actors.errors import BadInputError
 from serving import contracts
 from serving.contracts import Decision, Drill, Release, ReleaseState
-from serving.durable_files import append_chained, read_chained
 
 
 class DecisionLog:
@@ -19,7 +19,7 @@ class DecisionLog:
 
     def __init__(self, directory: Path) -> None:
         """Name the directory; it is created with the first row."""
-        self.path = directory / "decisions.jsonl"
+        self._log = ChainedLog(directory / "decisions.jsonl")
 
     def append(
         self, release: Release, before: ReleaseState, decision: Decision, after: ReleaseState, at: float
@@ -34,23 +34,23 @@ class DecisionLog:
             "evidence": [asdict(result) for result in decision.evidence],
             "next_state": _state_row(after),
         }
-        append_chained(self.path, _finite(row))
+        self._log.append(encode(row))
 
     def state(self, release: Release) -> ReleaseState | None:
         """Return the last recorded state, None before the first. Raises BadInputError for another release's log."""
-        rows = read_chained(self.path)
+        rows = self._log.rows()
         if rows and rows[-1]["release"] != asdict(release):
-            raise BadInputError("release", asdict(release), f"{self.path} belongs to {rows[-1]['release']}")
+            raise BadInputError("release", asdict(release), f"{self._log.path} belongs to {rows[-1]['release']}")
         return _parse_state(rows[-1]["next_state"]) if rows else None
 
     def last_at(self) -> float:
         """Return when the last row was written, in Unix seconds; 0 before the first."""
-        rows = read_chained(self.path)
+        rows = self._log.rows()
         return float(rows[-1]["at"]) if rows else 0.0
 
     def drills(self) -> tuple[Drill, ...]:
         """Return the timed rollback drills of this release."""
-        rows = [row for row in read_chained(self.path) if row["state"]["kind"] == "Drilling"]
+        rows = [row for row in self._log.rows() if row["state"]["kind"] == "Drilling"]
         return tuple(
             Drill(at=row["at"], seconds=row["at"] - row["state"]["started_at"])
             for row in rows
@@ -64,12 +64,3 @@ def _state_row(state: ReleaseState) -> dict[str, Any]:
 
 def _parse_state(row: Mapping[str, Any]) -> ReleaseState:
     return getattr(contracts, row["kind"])(**{name: value for name, value in row.items() if name != "kind"})
-
-
-def _finite(value: Any) -> Any:
-    """Spell out infinities and NaN, for which JSON has no number."""
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
-import scipy
 
+from rl_actors.algorithms.statistics import mcnemar_p_value
 from rl_actors.contracts import EvalReport, SuiteResult
 from rl_actors.errors import BadInputError
 from serving.canary_analysis import (
@@ -258,7 +258,7 @@ def _offline_success(report: EvalReport, plan: ReleasePlan) -> GateResult:
 
 def _paired_result(gate: str, newly_bad: int, fixed: int, num_tasks: int, alpha: float) -> GateResult:
     """Exact one-sided McNemar test on the tasks where the two policies differ."""
-    p_value = float(scipy.stats.binom.sf(newly_bad - 1, newly_bad + fixed, 0.5))
+    p_value = mcnemar_p_value(newly_bad, fixed)
     numbers = {"newly_bad": newly_bad, "fixed": fixed, "num_tasks": num_tasks, "p_value": p_value}
     reason = f"{newly_bad} tasks newly bad, {fixed} fixed, of {num_tasks} (p = {p_value:.3f})"
     if num_tasks < _MIN_OFFLINE_TASKS:

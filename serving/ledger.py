@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rl_actors.contracts import PlanRevision
+from rl_actors.durable.files import file_lock
 from rl_actors.errors import BadInputError, InfrastructureError
 from serving.contracts import (
     EventKind,
@@ -31,7 +32,6 @@ from serving.contracts import (
     Success,
     TrafficWindow,
 )
-from serving.durable_files import file_lock
 
 _BUSY_TIMEOUT_MS: Final = 10_000
 _CREATED: Final = re.compile(r"^CREATE [\w ]+ IF NOT EXISTS (\w+)", re.MULTILINE)

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
+from rl_actors.durable.files import disk_errors
 from rl_actors.errors import InfrastructureError
-from serving.durable_files import disk_errors
 from serving.ledger import RunLedger
 from serving.served import GatewayConfig
 from serving.split_watch import is_live, read_acks

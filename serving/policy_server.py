@@ -53,10 +53,6 @@ class PolicyServer:
         """Sample one completion of exact token ids."""
         return await self._engine.generate(prompt_token_ids, sampling)
 
-    async def stamp(self) -> ServedPolicy:
-        """Return what this replica serves."""
-        return self._policy
-
     async def probe(self) -> bool:
         """Sample one token. Raises EngineError when the engine is dead or silent."""
         try:

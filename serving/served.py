@@ -15,9 +15,9 @@ from typing import Any
 from rl_actors.agent.loop import AgentLimits
 from rl_actors.agent.workflow import WorkflowRef
 from rl_actors.cost import CostModel
+from rl_actors.durable.files import disk_errors, write_atomic
 from rl_actors.errors import BadInputError, EngineError, TamperedError
 from serving.contracts import STALE_AFTER_S
-from serving.durable_files import disk_errors, replace_durably
 from serving.openai_api import ApiLimits
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -99,7 +99,7 @@ class ServedPolicies:
         """Record a version; the same again changes nothing. Raises BadInputError for other stamps under its name."""
         path = self._path(policy.version)
         if not path.exists():
-            replace_durably(path, json.dumps(asdict(policy)))
+            write_atomic(path, json.dumps(asdict(policy)))
         elif self.find(policy.version) != policy:
             raise BadInputError("policy.version", policy.version, f"{path} has other stamps; give a new name")
 

@@ -19,9 +19,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
+from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.files import disk_errors, file_lock, write_atomic
 from rl_actors.errors import BadInputError, StageRefusedError, TamperedError
 from serving.contracts import ReleaseChannel, SplitRecord
-from serving.durable_files import append_chained, disk_errors, file_lock, read_chained, replace_durably
 
 BLOCK: Final = 20
 """Sessions that are dealt out together. Larger is nearer to a coin, smaller nearer to a pattern."""
@@ -76,7 +77,7 @@ class SplitStore:
 
     def __init__(self, directory: Path) -> None:
         """Name the directory; nothing is created before the first write."""
-        self.path, self._history_path = directory / "split.json", directory / "split_history.jsonl"
+        self.path, self._history = directory / "split.json", ChainedLog(directory / "split_history.jsonl")
         self._lock_path = directory / "split.lock"
 
     def read(self) -> SplitRecord | None:
@@ -97,7 +98,7 @@ class SplitStore:
             expected = current.epoch + 1 if current else 1
             if record.epoch != expected:
                 raise StageRefusedError(f"{self.path}: epoch {record.epoch} offered, {expected} is next; read it again")
-            replace_durably(self.path, json.dumps(asdict(record)))
+            write_atomic(self.path, json.dumps(asdict(record)))
             self._append_history(current, record)
 
     def refresh(self, now: float) -> SplitRecord | None:
@@ -107,7 +108,7 @@ class SplitStore:
             if current is None:
                 return None
             fresh = replace(current, updated_at=now)
-            replace_durably(self.path, json.dumps(asdict(fresh)))
+            write_atomic(self.path, json.dumps(asdict(fresh)))
             return fresh
 
     def history(self) -> Mapping[int, SplitRecord]:
@@ -120,10 +121,10 @@ class SplitStore:
         """Append after the switch, never before it; a record whose own append was killed is made up for."""
         is_missing = before is not None and before.epoch not in {logged.epoch for logged in self._logged()}
         for entry in (*([before] if before and is_missing else []), record):
-            append_chained(self._history_path, asdict(entry))
+            self._history.append(asdict(entry))
 
     def _logged(self) -> list[SplitRecord]:
-        return [_parsed(json.dumps(row), self._history_path) for row in read_chained(self._history_path)]
+        return [_parsed(json.dumps(row), self._history.path) for row in self._history.rows()]
 
 
 def _same_split(one: SplitRecord, other: SplitRecord) -> bool:

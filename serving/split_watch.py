@@ -19,9 +19,9 @@ from typing import Final
 
 import psutil
 
+from rl_actors.durable.files import disk_errors, write_atomic
 from rl_actors.errors import InfrastructureError, TamperedError
 from serving.contracts import SplitRecord
-from serving.durable_files import disk_errors
 from serving.split import Route, SplitStore, route, slot_position
 
 _HEARTBEAT_S: Final = 1.0
@@ -121,7 +121,8 @@ class SplitWatcher:
         if last is not None and last.epoch == self.epoch and now - last.at < _HEARTBEAT_S:
             return
         ack = Ack(gateway=self._gateway, host=socket.gethostname(), pid=os.getpid(), epoch=self.epoch, at=now)
-        _replace(self._path, json.dumps(asdict(ack)))
+        # Not synced: an acknowledgement that a power cut loses belongs to a gateway that it killed.
+        write_atomic(self._path, json.dumps(asdict(ack)), is_synced=False)
         self._last_ack = ack
 
 
@@ -166,12 +167,3 @@ def acknowledged_epoch(directory: Path, now: float, live_within_s: float) -> int
     if not live:
         raise InfrastructureError(f"no gateway is alive (looked in {directory}); run `seatrial up`")
     return min(live)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace without fsync: an acknowledgement that a power cut loses belongs to a gateway that it killed."""
-    temporary = path.with_suffix(".tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)

@@ -6,14 +6,15 @@ For people who analyse failures, never for gates. A trace that cannot be written
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rl_actors.contracts import Completion, Routes, ToolCall, ToolResult, Turn
+from rl_actors.contracts import Turn
+from rl_actors.durable.codec import decode, encode
+from rl_actors.durable.files import append_row, shared_rows
+from rl_actors.errors import InfrastructureError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,37 +42,13 @@ class TraceLog:
 
     def write(self, trace: LiveTrace) -> None:
         """Append one trace as one line."""
-        line = json.dumps(asdict(trace), separators=(",", ":")) + "\n"
         try:
-            with self._lock, self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError:
+            with self._lock:
+                append_row(self._path, encode(trace), is_shared=True)
+        except InfrastructureError:
             self.num_lost += 1
 
 
 def read_traces(path: Path) -> Iterator[LiveTrace]:
-    """Yield the traces of a file in order; a line that a kill cut off is skipped."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            yield LiveTrace(**{**row, "turns": tuple(map(_turn, row["turns"]))})
-
-
-def _turn(row: dict[str, Any]) -> Turn:
-    completion = {**row["completion"], **_tuples(row["completion"], ("token_ids", "logprobs")), "routes": Routes()}
-    return Turn(
-        kind=row["kind"],
-        prompt_token_ids=tuple(row["prompt_token_ids"]),
-        completion=Completion(**completion),
-        tool_call=ToolCall(**row["tool_call"]) if row["tool_call"] else None,
-        tool_result=ToolResult(**row["tool_result"]) if row["tool_result"] else None,
-    )
-
-
-def _tuples(row: dict[str, Any], names: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    return {name: tuple(row[name]) for name in names}
+    """Return the traces of a file in order; a line that a kill cut off is skipped."""
+    return (decode(LiveTrace, row) for row in shared_rows(path))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.codec import decode
 from cluster.reports.brief import CanaryCurve, EvidencePoint, GateRow, ReleaseRow
+from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.codec import decode
 from serving.contracts import GateResult
-from serving.durable_files import read_chained
 from serving.gates import GATES
 from serving.release_state_machine import HEALTHY
 
@@ -27,7 +27,7 @@ class ReleaseLog:
     @classmethod
     def read(cls, path: Path) -> ReleaseLog:
         """Read a `decisions.jsonl`. Raises TamperedError when its chain does not fit."""
-        return cls(rows=read_chained(path))
+        return cls(rows=ChainedLog(path).rows())
 
     @property
     def release(self) -> Mapping[str, str]:

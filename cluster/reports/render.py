@@ -10,11 +10,11 @@ from typing import Any, Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cluster.paths import write_atomic
 from cluster.reports.brief import SECTIONS, BriefInput
 from cluster.reports.locales import LOCALES, LocaleName, Phrasebook
 from cluster.reports.plots import Figure, draw_figures
 from cluster.reports.view import View, view_of
+from rl_actors.durable.files import write_atomic
 from rl_actors.errors import StageRefusedError
 
 _TEMPLATES: Final = Path(__file__).parent / "templates"

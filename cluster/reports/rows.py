@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bundle import MEMBERS, Bundle, diff_bundles, load_bundle
-from cluster.codec import decode
 from cluster.reports.brief import (
     ArmRow,
     BriefInput,
@@ -37,10 +36,11 @@ from cluster.reports.brief import (
 )
 from cluster.reports.release_rows import ReleaseLog, canary_curve, live_gates, release_row, triggers_of
 from rl_actors.contracts import Calibration, EvalReport, SuiteResult
-from rl_actors.training.metrics_log import read_metrics
+from rl_actors.durable.codec import decode
+from rl_actors.durable.files import read_rows
+from rl_actors.durable.metrics_log import read_metrics
 from serving.canary_analysis import reliability_score
 from serving.contracts import GateResult, ReleaseChannel, TrafficWindow
-from serving.durable_files import read_rows
 from serving.ledger import RunLedger
 
 OFFLINE_GATES = "offline_gates"

@@ -7,16 +7,16 @@ import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
-from cluster.paths import write_json
 from cluster.service_gateway import record_gateway
 from cluster.stages.context import Run, threads_each
 from cluster.stages.data import NUM_RELEASES, read_tasks
 from cluster.stages.traffic_thread import TrafficThread
 from cluster.ticket_book import TicketBook
 from cluster.traffic import TrafficConfig, TrafficDriver, TrafficProgress
+from cluster.watch import ReleaseOutcome
 from rl_actors.contracts import DataSnapshot, Task
+from rl_actors.durable.files import write_json
 from serving.contracts import Canary, Release, ReleasePlan, ReleaseState
 from serving.controller import Aliases, LedgerEvidence, ReleaseController
 from serving.ledger import RunLedger
@@ -25,8 +25,7 @@ from serving.release_state_machine import TERMINAL
 from serving.served import GatewayConfig, ServedPolicy
 from serving.split import SplitStore
 
-Outcome = Literal["promoted", "rolled_back", "failed_back", "halted"]
-_OUTCOMES: dict[str, Outcome] = {
+_OUTCOMES: dict[str, ReleaseOutcome] = {
     "Promoted": "promoted",
     "RolledBack": "rolled_back",
     "FailedBack": "failed_back",
@@ -45,7 +44,7 @@ class ReleaseResult:
     release_id: str
     stable: str
     candidate: str
-    outcome: Outcome
+    outcome: ReleaseOutcome
     reason: str
     requests: int
     failed_requests: int
@@ -115,8 +114,8 @@ class ReleaseBench:
             release_id=f"{self._run.folder.run_id}-{index}", stable=stable.version, candidate=candidate.version
         )
         over = threading.Event()
-        tasks, tickets = live_tasks(self._snapshot, index), TicketBook(directory / "tickets.jsonl")
-        with closing(RunLedger(self.ledger_path, owner="controller")) as ledger, closing(tickets) as book:
+        tasks, book = live_tasks(self._snapshot, index), TicketBook(directory / "tickets.jsonl")
+        with closing(RunLedger(self.ledger_path, owner="controller")) as ledger:
             traffic = TrafficThread(self._driver(index, book), tasks, over, self._run, index)
             controller = self._controller(release, plan, ledger, directory)
             traffic.start()

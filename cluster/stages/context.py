@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cluster.hashing import sha256_directory, sha256_json
 from cluster.journal import Journal
 from cluster.paths import RunFolder, seatrial_home
 from cluster.placement import Placement, place
@@ -21,7 +20,8 @@ from rl_actors.actors.rollout_worker import RolloutWorkerSettings
 from rl_actors.agent.loop import AgentLimits
 from rl_actors.agent.workflow import Workflow, WorkflowRef
 from rl_actors.contracts import PolicyKind, PolicyVersion
-from rl_actors.training.metrics_log import read_metrics
+from rl_actors.durable.hashing import sha256_directory, sha256_json
+from rl_actors.durable.metrics_log import read_metrics
 
 Value = TypeVar("Value")
 NUM_THREADS = 2  # learners and engines take turns, so each may use the cores of a small machine
@@ -165,6 +165,6 @@ def _step_metrics(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _encoded(inputs: Mapping[str, Any]) -> Any:
-    from cluster.codec import encode
+    from rl_actors.durable.codec import encode
 
     return encode(inputs)

@@ -7,8 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 
-from cluster.codec import encode
-from cluster.paths import write_json
 from cluster.stages.context import Run, threads_each
 from cluster.stages.data import read_tasks
 from cluster.stages.ray_runtime import has_room, placed
@@ -16,6 +14,8 @@ from rl_actors.actors.pools import Options, RolloutPool
 from rl_actors.actors.rollout_worker import RolloutWorkerSettings
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, Split, SuiteResult
 from rl_actors.cost import CostModel
+from rl_actors.durable.codec import encode
+from rl_actors.durable.files import write_json
 from rl_actors.errors import StageRefusedError
 from rl_actors.evaluation import Suite, compare, suite_result, with_typical_durations
 from serving.contracts import GateResult, ReleasePlan

@@ -10,13 +10,13 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from cluster.hashing import sha256_directory, sha256_file
 from cluster.pins import BASELINE, REWARD_MODEL, Pins, resolve_pins
 from cluster.registry import Registry
 from cluster.registry_entries import ModelEntry
 from cluster.stages import training
 from cluster.stages.context import Run, make_read_only
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion, RewardModelVersion
+from rl_actors.durable.hashing import sha256_directory, sha256_file
 from rl_actors.errors import BadInputError, InfrastructureError, StageRefusedError, TamperedError
 
 _TOKENIZER: Final = "tokenizer.json"

@@ -10,8 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster.codec import encode
-from cluster.paths import write_json
 from cluster.snapshot import SCHEMAS, check_rubric_labels, read_table, verify_snapshot, write_snapshot
 from cluster.stages.context import Run
 from cluster.stages.data import read_tasks
@@ -21,8 +19,11 @@ from rl_actors.agent.rollout import RolloutRequest, rollout_token_ids, rollout_v
 from rl_actors.agent.workflow import RubricCriterion
 from rl_actors.baseline_stability import SeededAttempt, StabilityBounds, baseline_stability, require_stable
 from rl_actors.contracts import DataSnapshot, PolicyVersion, Rollout, Split, Task
-from rl_actors.training.metrics_log import MetricsLog
+from rl_actors.durable.codec import encode
+from rl_actors.durable.files import write_json
+from rl_actors.durable.metrics_log import MetricsLog
 from rl_actors.training.reward import PreferencePair
+from rl_actors.working_sizes import CALIBRATION_FRACTION
 
 _ROLLOUTS = pa.schema(
     [
@@ -34,8 +35,6 @@ _ROLLOUTS = pa.schema(
     ]
 )
 TABLES: Mapping[str, pa.Schema] = {**SCHEMAS, "rollouts": _ROLLOUTS}
-NUM_CALIBRATION_FRACTION = 0.45
-"""Share of the pairs that comes from calibration tasks, which never train (decision 20 says why it is so large)."""
 
 
 def collect_preferences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersion) -> DataSnapshot:
@@ -45,7 +44,7 @@ def collect_preferences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersio
         StageRefusedError: The baseline is unstable over the seeds it was sampled with; nobody labels its runs.
     """
     reward = run.spec.reward
-    num_calibration = max(4, int(reward.num_pairs * NUM_CALIBRATION_FRACTION))
+    num_calibration = max(4, int(reward.num_pairs * CALIBRATION_FRACTION))
     pairs_by_split: dict[Split, int] = {"train": reward.num_pairs - num_calibration, "calibration": num_calibration}
     tasks = [
         task

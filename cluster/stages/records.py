@@ -12,7 +12,6 @@ from typing import Final
 
 from cluster.audit import chain_heads, head_tags
 from cluster.bundle import Bundle, Component, build_bundle, code_component, component_of
-from cluster.hashing import sha256_file
 from cluster.registry import Registry
 from cluster.registry_entries import ModelEntry, StageLog
 from cluster.registry_store import store_of
@@ -23,8 +22,9 @@ from cluster.stages.learned import Learned
 from cluster.stages.release import ReleaseResult
 from cluster.watch import ReleaseLine, RunPaths, RunSummary, SuiteLine, TrainedLine
 from rl_actors.contracts import DataSnapshot, EvalReport, PolicyVersion, RewardModelVersion
+from rl_actors.durable.hashing import sha256_file
+from rl_actors.durable.metrics_log import read_metrics
 from rl_actors.errors import InfrastructureError, SeatrialError
-from rl_actors.training.metrics_log import read_metrics
 from serving.ledger import RunLedger
 from serving.served import ReleaseFiles
 from serving.trace_log import read_traces

@@ -18,6 +18,7 @@ from rl_actors.agent.tool_client import ToolHostPool
 from rl_actors.agent.workflow import WorkflowRef
 from rl_actors.contracts import Rollout
 from rl_actors.errors import EngineError, ToolHostError
+from rl_actors.working_sizes import MAX_IN_FLIGHT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +32,7 @@ class RolloutWorkerSettings:
     limits: AgentLimits
     num_tool_hosts: int
     num_threads: int
-    max_in_flight: int = 128
+    max_in_flight: int = MAX_IN_FLIGHT
     transfer_backend: str | None = None
     wants_routes: bool = False
 

@@ -73,11 +73,6 @@ class Executor:
         """True once a plan was accepted."""
         return bool(self.plans)
 
-    @property
-    def num_replans(self) -> int:
-        """Accepted plans after the first."""
-        return max(0, len(self.plans) - 1)
-
     def accept_plan(self, call: ToolCall) -> ToolResult:
         """Keep the planner's steps and budget as the next revision; a replan cannot raise the hard cap."""
         refusal = self.toolset.refusal(call)

@@ -155,38 +155,6 @@ def plan_microbatches(
     return MicrobatchPlan(groups=tuple(map(tuple, groups)), real_tokens=sum(lengths), padded_tokens=padded)
 
 
-def shard_microbatches(
-    groups: Sequence[tuple[int, ...]], lengths: Sequence[int], *, num_ranks: int
-) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Deal microbatches to ranks, each next one to the rank with the fewest tokens among those with the fewest groups.
-
-    Every rank gets the same number of groups, the last ones possibly empty `()`: run `filler_batch()` there, because
-    collectives inside forward and backward must be entered by all.
-    """
-    ranks: list[list[tuple[int, ...]]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    cost = {group: sum(lengths[index] for index in group) for group in groups}
-    for group in sorted(groups, key=lambda group: -cost[group]):
-        rank = min(range(num_ranks), key=lambda rank: (len(ranks[rank]), loads[rank]))
-        ranks[rank].append(group)
-        loads[rank] += cost[group]
-    depth = max(map(len, ranks))
-    return tuple(tuple(rank + [()] * (depth - len(rank))) for rank in ranks)
-
-
-def token_logprobs(logits_BTV: Tensor, token_ids_BT: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities in nats, float32 or better, aligned with the token they score; entry 0 is 0.
-
-    Args:
-        logits_BTV: model output, row t predicting token t + 1.
-        token_ids_BT: the tokens themselves.
-        temperature: the sampler's temperature, > 0; the learner must score under the distribution that sampled.
-    """
-    logits_BTV = _wide(logits_BTV[:, :-1]) / temperature
-    chosen_BT = logits_BTV.gather(-1, token_ids_BT[:, 1:].unsqueeze(-1)).squeeze(-1)
-    return _shifted(chosen_BT - logits_BTV.logsumexp(-1))
-
-
 def chunked_token_logprobs_and_entropy(
     hidden_BTH: Tensor,
     weight_VH: Tensor,

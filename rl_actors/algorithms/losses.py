@@ -185,11 +185,6 @@ def value_loss(
     return LossOutput(loss, to_floats(shares))
 
 
-def entropy_metric(entropy_BT: Tensor, loss_mask_BT: Tensor, num_loss_tokens: float | None = None) -> dict[str, float]:
-    """Mean policy entropy over loss tokens in nats, as an additive part `{"entropy": ...}`."""
-    return to_floats({"entropy": token_share(entropy_BT.detach(), loss_mask_BT, num_loss_tokens)})
-
-
 @torch.no_grad()
 def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Combine the metrics of all parts of one batch: names ending in `_max` by maximum, all others by sum."""

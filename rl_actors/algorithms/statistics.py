@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
 
-import numpy as np
 from scipy.stats import binom, norm
 
 from rl_actors.contracts import Interval
 from rl_actors.errors import BadDataError
-
-Alternative = Literal["two_sided", "candidate_better", "candidate_worse"]
 
 
 def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
@@ -38,55 +33,14 @@ def wilson_interval(successes: int, n: int, *, confidence: float = 0.95) -> Inte
     )
 
 
-def mcnemar_p_value(
-    baseline: Sequence[bool], candidate: Sequence[bool], *, alternative: Alternative = "two_sided"
-) -> float:
-    """Exact McNemar test: under no difference, each discordant pair is a fair coin (McNemar, 1947).
+def mcnemar_p_value(num_for: int, num_against: int) -> float:
+    """Exact one-sided McNemar test: under no difference, each discordant pair is a fair coin (McNemar, 1947).
 
     Args:
-        baseline: success of the baseline on each task.
-        candidate: success of the candidate on the same task and seed, in the same order.
-        alternative: what a small p-value speaks for.
+        num_for: pairs that speak for the claim, such as tasks that only the candidate solved.
+        num_against: pairs that speak against it. Pairs that agree do not count.
 
     Returns:
         The p-value; 1.0 when no pair differs, because nothing was then shown.
-
-    Raises:
-        BadDataError: lists of different length.
     """
-    if len(baseline) != len(candidate):
-        raise BadDataError("candidate", len(candidate), f"needs one result per baseline result, {len(baseline)}")
-    wins = sum(new and not old for old, new in zip(baseline, candidate, strict=True))
-    losses = sum(old and not new for old, new in zip(baseline, candidate, strict=True))
-    match alternative:
-        case "candidate_better":
-            extreme, sides = losses, 1
-        case "candidate_worse":
-            extreme, sides = wins, 1
-        case "two_sided":
-            extreme, sides = min(wins, losses), 2
-    return min(1.0, sides * float(binom.cdf(extreme, wins + losses, 0.5)))
-
-
-def bootstrap_mean_interval(
-    values: Sequence[float], *, rng: np.random.Generator, confidence: float = 0.95, num_resamples: int = 2000
-) -> Interval:
-    """Percentile bootstrap interval of a mean (Efron, 1979); for paired data pass the differences.
-
-    Below about 20 values it is too narrow; for a success rate use `wilson_interval`.
-
-    Args:
-        values: independent observations.
-        rng: source of chance; the same state gives the same interval.
-        confidence: coverage, in (0, 1).
-        num_resamples: resamples drawn.
-
-    Raises:
-        BadDataError: no values, or a non-finite one.
-    """
-    data = np.asarray(values, dtype=np.float64)
-    if data.size == 0 or not np.isfinite(data).all():
-        raise BadDataError("values", data.size, "needs one finite value or more, and only finite ones")
-    means = [data[rng.integers(data.size, size=data.size)].mean() for _ in range(num_resamples)]
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Interval(mean=float(data.mean()), low=float(low), high=float(high))
+    return float(binom.sf(num_for - 1, num_for + num_against, 0.5))

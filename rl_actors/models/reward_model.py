@@ -85,8 +85,3 @@ class RewardModel(torch.nn.Module):
             raise BadDataError("reward model", str(path), f"{_HEADS} lacks {', '.join(lost)}; train it again")
         model.temperature = float(config["temperature"])
         return model.eval()
-
-
-def read_temperature(directory: str | Path) -> float:
-    """Return the calibration temperature stored with a reward model."""
-    return float(json.loads((Path(directory) / _CONFIG).read_text(encoding="utf8"))["temperature"])

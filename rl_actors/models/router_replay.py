@@ -234,27 +234,3 @@ def route_agreement(first_LBTK: Tensor, second_LBTK: Tensor, mask_BT: Tensor) ->
     agree_LBTK = (first_LBTK.unsqueeze(-1) == second_LBTK.unsqueeze(-2)).any(-1)
     num_pairs = int(counted_LBT.sum()) * first_LBTK.shape[-1]
     return int(agree_LBTK[counted_LBT].sum()) / num_pairs if num_pairs else 0.0
-
-
-def expert_path_bytes(
-    num_tokens: int, hidden: int, intermediate: int, top_k: int, num_experts: int, bytes_per_value: int
-) -> int:
-    """Return an upper bound, in bytes, on what one layer's router and `sorted_experts` hold at once in a pass.
-
-    Parameters and the layer's input do not count. With P = N * K (token, expert) pairs, H hidden, I intermediate:
-
-    * kept for backward, values: gathered tokens P*H, gate and up before the clamp 2*P*I, clamped gate, its sigmoid,
-      up + 1, their gated product's factor and the product 5*P*I, expert outputs P*H, gates 2*P: P * (2H + 7I + 2);
-    * alive beside them at the worst moment: weighted and unsorted outputs 2*P*H, the sum N*H, and one
-      intermediate of the expert at work N*I: no expert takes a token twice;
-    * router: logits N*E and the selected K values per token;
-    * int64: chosen experts, their order, the tokens gathered, the way back and a sort's scratch, 6*P, and counts 2*E.
-
-    It grows with K; E enters through the logits alone. A path that runs all experts on all tokens has E in the place
-    of K: its hidden states alone are E*N*H (GPT-OSS-20b at a million tokens in bfloat16: 180 GiB a layer).
-    """
-    pairs = num_tokens * top_k
-    kept = pairs * (2 * hidden + 7 * intermediate + 2)
-    passing = pairs * 2 * hidden + num_tokens * (hidden + intermediate)
-    router = num_tokens * (num_experts + top_k)
-    return bytes_per_value * (kept + passing + router) + 8 * (6 * pairs + 2 * num_experts)

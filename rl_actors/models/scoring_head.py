@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from rl_actors.algorithms.batching import chunked_token_logprobs_and_entropy
 from rl_actors.algorithms.losses import zero_masked
+from rl_actors.working_sizes import LOGIT_CHUNK_VALUES
 
-CHUNK_VALUES: Final = {"cpu": 1 << 24, "cuda": 1 << 27}
-"""Logits that exist at a time: 64 MiB of float32 on CPU, 512 MiB on a GPU."""
 _CHECK_IDS: Final = ((1, 2, 3, 4, 5, 6, 7, 8),)
 _TOLERANCE: Final = 1e-4
 
@@ -41,7 +40,7 @@ class ScoringHead(nn.Linear):
         """Return logits; with token ids, (log-probabilities, entropies) as `chunked_token_logprobs_and_entropy`."""
         if token_ids_BT is None:
             return super().forward(input)
-        chunk = max(1, CHUNK_VALUES[input.device.type] // self.out_features)
+        chunk = max(1, LOGIT_CHUNK_VALUES[input.device.type] // self.out_features)
         return chunked_token_logprobs_and_entropy(
             input,
             self.weight,

@@ -62,8 +62,3 @@ def build_tiny_model(config: GptOssConfig, *, seed: int) -> GptOssForCausalLM:
         return model
     finally:
         torch.set_rng_state(state)
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    """Return the number of parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())

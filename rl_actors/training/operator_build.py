@@ -8,23 +8,19 @@ share one rebuild it for each other at every start.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from rl_actors.errors import InfrastructureError
+from rl_actors.durable.files import file_lock
 
 DIRECTORY_VARIABLE: Final = "TORCH_EXTENSIONS_DIR"
 BUILD_TIMEOUT_S: Final = 600.0
-_POLL_S: Final = 0.2
 
 
 def extensions_directory() -> Path:
@@ -58,35 +54,7 @@ def ensure_operators() -> None:
             builder.load(verbose=False)
 
 
-@contextmanager
-def build_lock(
-    directory: Path,
-    *,
-    timeout_s: float,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[None]:
-    """Hold the folder's lock; the kernel releases it when this process ends, however it ends.
-
-    Raises:
-        InfrastructureError: Another process held it for `timeout_s` seconds.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    deadline = clock() + timeout_s
-    with (directory / "build.lock").open("w") as lock:
-        while not _taken(lock.fileno()):
-            if clock() > deadline:
-                raise InfrastructureError(
-                    f"{directory}: another process has been building DeepSpeed's operator for {timeout_s:.0f} s; end "
-                    f"it, or give this run a folder of its own with {DIRECTORY_VARIABLE}"
-                )
-            sleep(_POLL_S)
-        yield
-
-
-def _taken(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def build_lock(directory: Path, *, timeout_s: float) -> AbstractContextManager[None]:
+    """Hold the folder's lock. Raises InfrastructureError when another process held it for `timeout_s` seconds."""
+    remedy = f"end it, or give this run a folder of its own with {DIRECTORY_VARIABLE}"
+    return file_lock(directory / "build.lock", timeout_s=timeout_s, remedy=remedy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -337,8 +336,3 @@ def _build_engine(models: LearnerModels, settings: PpoSettings) -> Any:
         critic_rate = settings.learning_rate * settings.critic_learning_rate_factor
         groups.append({"params": list(models.module.value_head.parameters()), "lr": critic_rate})
     return build_engine(models.module, optimizer, groups)
-
-
-def checkpoint_exists(directory: str) -> bool:
-    """Return True when a complete checkpoint lies there."""
-    return (Path(directory) / _TAG).is_dir()

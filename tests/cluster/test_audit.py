@@ -18,11 +18,12 @@ from cluster.bundle import MEMBERS, Bundle, build_bundle, component_of
 from cluster.cli import app
 from cluster.cli_runs import record_spec
 from cluster.journal import Journal
-from cluster.paths import RunFolder, write_json
+from cluster.paths import RunFolder
 from cluster.spec import WorkflowSpec, load_spec
+from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.files import append_row, write_json
 from rl_actors.errors import InfrastructureError, TamperedError
 from serving.contracts import SplitRecord
-from serving.durable_files import append_chained, append_durably, read_chained
 from serving.served import ReleaseFiles
 from serving.split import SplitStore
 from tests.cluster.test_cli import ending
@@ -83,9 +84,9 @@ def write_running(home: Path, run_id: str) -> RunFolder:
     folder = begin(home, run_id)
     run_stages(folder, "sft", "ppo")
     for step in range(3):
-        append_chained(folder.tripwires, {"stage": "ppo", "step": step, "trip": "kl: é"})
+        ChainedLog(folder.tripwires).append({"stage": "ppo", "step": step, "trip": "kl: é"})
         for release in ("release", "release_drill"):
-            append_chained(folder.root / release / "decisions.jsonl", {"at": step, "decision": "Hold"})
+            ChainedLog(folder.root / release / "decisions.jsonl").append({"at": step, "decision": "Hold"})
     splits = SplitStore(ReleaseFiles(root=folder.root / "serving").split)
     for epoch in (1, 2, 3):
         splits.compare_and_set(replace(SPLIT, epoch=epoch))
@@ -152,7 +153,7 @@ def test_a_run_that_has_just_begun_has_nothing_to_verify(home: Path):
 
 def test_rows_after_the_ending_are_no_tampering(ended: RunFolder):
     """`seatrial up` after a run, or a resume of one that `train` stopped, goes on with the same files."""
-    append_chained(ended.root / "release" / "decisions.jsonl", {"at": 9, "decision": "Hold"})
+    ChainedLog(ended.root / "release" / "decisions.jsonl").append({"at": 9, "decision": "Hold"})
     run_stages(ended, "offline_eval")
     assert unsound(ended) == []
 
@@ -243,10 +244,10 @@ def test_a_file_that_is_gone_is_named(ended: RunFolder, name: str):
 def test_a_file_written_anew_with_a_good_chain_is_seen(ended: RunFolder):
     """Whoever can write the file can chain it; not make it what the ending kept."""
     path = ended.root / "release" / "decisions.jsonl"
-    rows = read_chained(path)
+    rows = ChainedLog(path).rows()
     path.unlink()
     for row in rows:
-        append_chained(path, {**row, "decision": "Promote"})
+        ChainedLog(path).append({**row, "decision": "Promote"})
     (finding,) = unsound(ended)
     assert (finding.file, finding.verdict) == ("release/decisions.jsonl", "changed")
     assert "row 3 has chain" in finding.detail
@@ -255,7 +256,7 @@ def test_a_file_written_anew_with_a_good_chain_is_seen(ended: RunFolder):
 
 def test_all_chains_taken_off_is_seen(ended: RunFolder):
     path = ended.root / "release" / "decisions.jsonl"
-    rows = read_chained(path)
+    rows = ChainedLog(path).rows()
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (finding,) = unsound(ended)
     assert finding.verdict == "changed"
@@ -336,15 +337,15 @@ def test_an_ending_that_counts_otherwise_is_not_believed(ended: RunFolder, rows:
 
 
 def unchain(path: Path) -> None:
-    rows = read_chained(path)
+    rows = ChainedLog(path).rows()
     path.unlink()
     for row in rows:
-        append_durably(path, row)
+        append_row(path, row)
 
 
 def test_rows_of_an_older_version_are_counted_and_do_not_verify(running: RunFolder):
     unchain(running.decisions)
-    append_chained(running.decisions, {"at": 9, "decision": "Promote"})
+    ChainedLog(running.decisions).append({"at": 9, "decision": "Promote"})
     (finding,) = unsound(running)
     assert (finding.verdict, finding.rows, finding.num_unchained) == ("not chained", 4, 3)
     assert "3 rows without a chain" in finding.detail
@@ -392,7 +393,7 @@ def test_a_resumed_run_does_not_make_a_cut_off_file_good(ended: RunFolder):
 
 
 def test_a_resumed_run_moves_its_heads_on(ended: RunFolder):
-    append_chained(ended.decisions, {"at": 9, "decision": "Hold"})
+    ChainedLog(ended.decisions).append({"at": 9, "decision": "Hold"})
     assert chain_heads(ended)["release/decisions.jsonl"].rows == 4
 
 

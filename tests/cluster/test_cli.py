@@ -23,10 +23,11 @@ from cluster.cli_answer import Scene, fault_of
 from cluster.cli_override import Override, record_override
 from cluster.cli_runs import RunRequest, find_run, is_finished, latest_unfinished, open_run, record_spec
 from cluster.cli_submit import exit_code_of
-from cluster.paths import RunFolder, list_runs, write_json
+from cluster.paths import RunFolder, list_runs
 from cluster.preflight import Machine
 from cluster.spec import WorkflowSpec, load_spec
 from cluster.watch import RunPaths, RunSummary, Watch
+from rl_actors.durable.files import write_json
 from rl_actors.errors import (
     AttestationError,
     BadInputError,

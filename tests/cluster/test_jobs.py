@@ -24,7 +24,6 @@ from cluster.jobs import (
     entrypoint,
     follow,
     stage_working_dir,
-    stop,
     submit,
 )
 from cluster.spec import load_spec, override, parse_spec, spec_to_yaml
@@ -60,9 +59,6 @@ class FakeClient:
         self.shipped = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         self.submitted = {"entrypoint": entrypoint, "folder": folder, "env": runtime_env["env_vars"]}
         return "raysubmit_1"
-
-    def stop_job(self, job_id: str) -> bool:
-        return self._now(advance=False)[0] == "RUNNING"
 
 
 class Time:
@@ -174,8 +170,6 @@ def test_a_cluster_that_refuses_is_an_infrastructure_failure():
     client = FakeClient([RuntimeError("no room")])
     with pytest.raises(InfrastructureError, match="refused the job: no room"):
         submit(client, "a: 1", entrypoint())  # type: ignore[arg-type]
-    with pytest.raises(InfrastructureError, match="could not be stopped"):
-        stop(client, "j")  # type: ignore[arg-type]
 
 
 class LateAgent(FakeClient):
@@ -200,11 +194,6 @@ def test_a_cluster_that_has_just_started_gets_a_minute():
     with pytest.raises(InfrastructureError, match=r"the cluster refused the job: .*No available agent"):
         submit(LateAgent(1000), spec_to_yaml(load_spec("support_desk")), "true", sleep=pauses.append)
     assert 50 <= sum(pauses) <= 60
-
-
-def test_stopping_says_whether_there_was_something_to_stop():
-    assert stop(FakeClient([("RUNNING", "")]), "j") is True  # type: ignore[arg-type]
-    assert stop(FakeClient([("FAILED", "")]), "j") is False  # type: ignore[arg-type]
 
 
 def test_no_job_server_is_named_with_its_address():
@@ -249,9 +238,6 @@ def test_a_real_job_server_runs_what_was_shipped():
         assert "ran 41 True" in "".join(written)
         failing = submit(client, spec_text, shlex.join([sys.executable, "-c", "raise SystemExit(2)"]))
         assert follow(client, failing, written.append, timeout_s=120, poll_s=0.5).status == "FAILED"
-        assert stop(client, failing) is False
-        with pytest.raises(InfrastructureError, match="could not be stopped"):
-            stop(client, "raysubmit_unknown")
     finally:
         ray.shutdown()
 

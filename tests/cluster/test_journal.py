@@ -12,14 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from pydantic import ValidationError
 
-from cluster.codec import decode, encode
-from cluster.hashing import canonical_json, file_hashes, sha256_bytes, sha256_directory, sha256_file, sha256_json
 from cluster.journal import Journal, lock_run
-from rl_actors.contracts import Calibration, EvalReport, Interval, PolicyVersion, RewardModelVersion, SuiteResult
+from rl_actors.durable.hashing import canonical_json, sha256_bytes, sha256_json
 from rl_actors.errors import InfrastructureError, TamperedError
 
 
@@ -244,86 +239,42 @@ def test_a_failed_write_leaves_a_journal_that_can_go_on(run_folder: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_space)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(InfrastructureError, match="No space"):
             run_sft(journal, lambda: MADE, seed=1)
     assert len(journal.records) == 1
     run_sft(journal, lambda: MADE, seed=2)
     assert len(open_journal(run_folder).records) == 2
 
 
-def interval() -> Interval:
-    return Interval(mean=0.5, low=0.4, high=0.6)
+def test_a_journal_that_an_older_version_wrote_is_read_and_goes_on(run_folder: Path):
+    """It spelled its lines canonically, the chain among the other keys; the rule of the chain is the same."""
+    path, before = run_folder / "journal.jsonl", ""
+    for seed in (0, 1):
+        body = {
+            "stage": "s", "input_digest": sha256_json({"stage": "s", "inputs": seed}), "output": "Infinity",
+            "output_digest": sha256_json("Infinity"), "artifacts": {}, "started_at": 1.0, "finished_at": 2.0,
+            "seconds": 1.0,
+        }  # fmt: skip
+        before = sha256_bytes((before + canonical_json(body)).encode())
+        with path.open("a") as file:
+            file.write(canonical_json({**body, "chain": before}) + "\n")
+    old = path.read_bytes()
+    journal = open_journal(run_folder)
+    assert journal.run_stage("s", 1, never, float) == math.inf
+    journal.run_stage("s", 2, lambda: 3.0, float)
+    assert path.read_bytes().startswith(old)
+    assert [record.output for record in open_journal(run_folder).records] == ["Infinity", "Infinity", 3.0]
+    path.write_bytes(old.replace(b'"seconds":1.0', b'"seconds":1.5', 1))
+    with pytest.raises(TamperedError, match="line 1"):
+        open_journal(run_folder)
 
 
-def test_every_stage_output_goes_to_json_and_back():
-    suite = SuiteResult(
-        suite="held_out",
-        suite_sha256="a",
-        policy="p",
-        num_tasks=1,
-        success=interval(),
-        success_by_intent={"refund": 1.0},
-        tasks_by_intent={"refund": 1},
-        violations=0,
-        tokens_in=1,
-        tokens_out=2,
-        tool_calls=3,
-        tool_errors=0,
-        cost_per_success=math.inf,
-        p95_duration_ms=1.5,
-        success_by_task={"t": True},
-        violations_by_task={"t": ("leak",)},
-    )
-    calibration = Calibration(
-        num_pairs=1, pair_accuracy=0.7, ece=0.1, brier=0.2, temperature=1.0, criterion_mae={"tone": 0.5}
-    )
-    values = [
-        EvalReport(baseline={"held_out": suite}, candidate={}, success_gain=0.1, p_value=0.5),
-        RewardModelVersion(name="rm", path="p", sha256="s", calibration=calibration),
-        PolicyVersion(name="p", kind="ppo", path="p", sha256="s", parent_sha256="b"),
-    ]
-    for value in values:
-        assert decode(type(value), json.loads(json.dumps(encode(value), allow_nan=False))) == value
-
-
-@given(st.dictionaries(st.text(max_size=5), st.lists(st.floats(allow_nan=False)), max_size=3))
-def test_any_floats_survive(metrics: dict[str, list[float]]):
-    data = json.loads(canonical_json(encode(metrics)))
-    assert decode(Mapping[str, tuple[float, ...]], data) == {key: tuple(value) for key, value in metrics.items()}
-
-
-def test_nan_and_sets_have_a_json_form():
-    assert math.isnan(decode(float, encode(math.nan)))
-    assert encode({"b", "a"}) == ["a", "b"]
-
-
-@pytest.mark.parametrize("value", [{1: 2}, object(), b"bytes", [object()]])
-def test_what_would_not_come_back_is_refused(value: object):
-    with pytest.raises(TypeError):
-        encode(value)
-
-
-def test_a_value_outside_its_literal_is_refused():
-    data = encode(PolicyVersion(name="p", kind="sft", path="p", sha256="s", parent_sha256=""))
-    with pytest.raises(ValidationError):
-        decode(PolicyVersion, {**data, "kind": "magic"})
-
-
-def test_hashes_depend_on_names_and_bytes_alone(tmp_path: Path):
-    for name in ("one", "two"):
-        (tmp_path / name / "below").mkdir(parents=True)
-        (tmp_path / name / "below" / "a").write_bytes(b"1")
-        (tmp_path / name / "b").write_bytes(b"2")
-    one, two = tmp_path / "one", tmp_path / "two"
-    os.utime(two / "b", (1, 1))
-    assert sha256_directory(one) == sha256_directory(two)
-    assert list(file_hashes(one)) == ["b", "below/a"]
-    assert sha256_file(one / "b") == sha256_bytes(b"2")
-    (two / "b").rename(two / "c")
-    assert sha256_directory(one) != sha256_directory(two)
-
-
-def test_canonical_json_refuses_what_is_not_json():
-    assert canonical_json({"b": 1, "a": [1.5, None, "ü"]}) == '{"a":[1.5,null,"ü"],"b":1}'
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        canonical_json(math.nan)
+def test_a_record_without_a_chain_is_refused(run_folder: Path):
+    """Other logs take lines from before there were chains; the journal has always had them."""
+    path = run_folder / "journal.jsonl"
+    run_sft(open_journal(run_folder), lambda: MADE)
+    row = json.loads(path.read_text())
+    del row["chain"]
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(TamperedError, match=r"line 1: a finished record was changed \(it has no chain"):
+        open_journal(run_folder)

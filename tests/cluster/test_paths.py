@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from cluster.paths import RunFolder, list_runs, new_run_id, seatrial_home, write_atomic, write_json
+from cluster.paths import RunFolder, list_runs, new_run_id, seatrial_home
+from rl_actors.durable.files import write_json
 from rl_actors.errors import BadInputError
 
 
@@ -57,33 +57,3 @@ def test_runs_are_listed_oldest_first(tmp_path: Path):
         os.utime(spec.parent, (1000 + age, 1000 + age))
     (tmp_path / "runs" / "unstarted").mkdir()
     assert list_runs(tmp_path) == ["b", "a"]
-
-
-def test_a_file_is_written_whole_and_replaced(tmp_path: Path):
-    path = tmp_path / "below" / "x.json"
-    write_json(path, {"b": "ü", "a": [1]})
-    assert json.loads(path.read_text()) == {"b": "ü", "a": [1]}
-    assert path.read_text().index('"b"') < path.read_text().index('"a"')
-    write_atomic(path, b"new")
-    assert path.read_bytes() == b"new"
-    assert [item.name for item in path.parent.iterdir()] == ["x.json"]
-
-
-def test_a_failed_write_keeps_the_old_file_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    path = tmp_path / "x"
-    write_atomic(path, b"old")
-
-    def no_space(_descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [item.name for item in tmp_path.iterdir()] == ["x"]
-
-
-def test_json_that_is_none_is_refused_before_anything_is_written(tmp_path: Path):
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "x", {"a": float("nan")})
-    assert list(tmp_path.iterdir()) == []

@@ -22,9 +22,8 @@ import pytest
 from cluster import service as service_module
 from cluster import service_gateway, service_processes
 from cluster.cli_service import show_status
-from cluster.codec import encode
 from cluster.journal import lock_run
-from cluster.paths import RunFolder, list_runs, write_json
+from cluster.paths import RunFolder, list_runs
 from cluster.registry import Registry
 from cluster.registry_entries import Lineage
 from cluster.registry_store import store_of
@@ -55,6 +54,8 @@ from cluster.spec import load_spec
 from rl_actors.agent.loop import AgentLimits
 from rl_actors.agent.workflow import WorkflowRef
 from rl_actors.contracts import PolicyVersion
+from rl_actors.durable.codec import encode
+from rl_actors.durable.files import write_json
 from rl_actors.errors import BadInputError, InfrastructureError, TamperedError
 from rl_actors.ports import free_port
 from serving.served import GatewayConfig

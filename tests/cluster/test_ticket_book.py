@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,74 +31,46 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "release" / "tickets.jsonl"
 
 
-Opener = Callable[[Path], TicketBook]
-
-
-@pytest.fixture
-def opened() -> Iterator[Opener]:
-    """Open books that are closed after the test, as a killed process's are."""
-    books: list[TicketBook] = []
-
-    def open_book(path: Path) -> TicketBook:
-        books.append(TicketBook(path))
-        return books[-1]
-
-    yield open_book
-    for book in books:
-        book.close()
-
-
 @pytest.fixture
 def tasks() -> list[Task]:
     return WORKFLOW.build_tasks("live", 4, 3)
 
 
-def test_a_fresh_book_creates_nothing(opened: Opener, path: Path, tasks: list[Task]):
-    book = opened(path)
+def test_a_fresh_book_creates_nothing(path: Path, tasks: list[Task]):
+    book = TicketBook(path)
     assert (book.ended, book.waiting(tasks)) == ((), tasks)
-    book.close()
     assert not path.parent.exists()
 
 
 @pytest.mark.parametrize("ended", [result("a"), result("a", None), result("a", None, "http_503")])
-def test_what_ended_comes_back_as_it_was(opened: Opener, path: Path, ended: TicketResult):
-    book = opened(path)
+def test_what_ended_comes_back_as_it_was(path: Path, ended: TicketResult):
+    book = TicketBook(path)
     book.send("a")
     book.end(ended)
     assert TicketBook(path).ended == (ended,)
 
 
-def test_tickets_in_flight_come_first_and_ended_ones_not_at_all(opened: Opener, path: Path, tasks: list[Task]):
+def test_tickets_in_flight_come_first_and_ended_ones_not_at_all(path: Path, tasks: list[Task]):
     first, second, third, fourth = tasks
-    book = opened(path)
+    book = TicketBook(path)
     for task in (first, second, fourth):
         book.send(task.task_id)
     book.end(result(first.task_id))
     assert book.waiting(tasks) == TicketBook(path).waiting(tasks) == [second, fourth, third]
 
 
-def test_every_byte_of_the_last_line_may_be_missing(opened: Opener, path: Path, tasks: list[Task]):
-    book = opened(path)
+def test_every_byte_of_the_last_line_may_be_missing(path: Path, tasks: list[Task]):
+    book = TicketBook(path)
     book.send(tasks[0].task_id)
     whole = path.stat().st_size
     book.end(result(tasks[0].task_id))
-    book.close()
     data = path.read_bytes()
     for size in range(whole, len(data)):
         path.write_bytes(data[:size])
-        torn = opened(path)
+        torn = TicketBook(path)
         assert torn.ended == ()
         torn.end(result(tasks[0].task_id))
-        torn.close()
         assert path.read_bytes() == data
-
-
-def test_a_closed_book_opens_again(opened: Opener, path: Path):
-    book = opened(path)
-    book.send("a")
-    book.close()
-    book.send("b")
-    assert len(path.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("line", ["{}", '{"ended": {}}', "[]", '{"ended": 3}'])
@@ -110,8 +81,8 @@ def test_a_line_that_is_no_ticket_is_refused_by_file(path: Path, line: str):
         TicketBook(path)
 
 
-def test_a_book_that_cannot_be_written_is_named(opened: Opener, path: Path):
+def test_a_book_that_cannot_be_written_is_named(path: Path):
     path.parent.write_text("a file where a folder should be")
-    book = opened(path.parent / "deeper" / "tickets.jsonl")
+    book = TicketBook(path.parent / "deeper" / "tickets.jsonl")
     with pytest.raises(InfrastructureError, match=r"tickets\.jsonl"):
         book.send("a")

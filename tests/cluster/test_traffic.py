@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,9 +113,9 @@ def drive(
 ) -> TrafficProgress:
     client = httpx.AsyncClient(transport=httpx.MockTransport(gateway), base_url="http://gateway")
     values = {"url": "http://gateway", "live_world": gateway.live_world, "run_name": "r1", "concurrency": 3}
-    with closing(TicketBook(Path(gateway.live_world["database"]).with_name("tickets.jsonl"))) as book:
-        driver = TrafficDriver(WORKFLOW, TrafficConfig(**(values | changes)), book, client=client)
-        return run_traffic(driver, tasks, is_over=is_over, on_progress=on_progress)
+    book = TicketBook(Path(gateway.live_world["database"]).with_name("tickets.jsonl"))
+    driver = TrafficDriver(WORKFLOW, TrafficConfig(**(values | changes)), book, client=client)
+    return run_traffic(driver, tasks, is_over=is_over, on_progress=on_progress)
 
 
 def test_right_answers_are_labelled_and_nobody_complains(gateway: ExpertGateway, tasks: list[Task]) -> None:
@@ -231,10 +230,10 @@ def test_the_environments_proxy_is_for_the_outside_world(monkeypatch: pytest.Mon
     """Ours is on this machine: a proxy would answer in its place, or not at all."""
 
     async def proxies() -> int:
-        with closing(TicketBook(tmp_path / "tickets.jsonl")) as book:
-            config = TrafficConfig(url="http://127.0.0.1:1", live_world={}, run_name="r1")
-            async with TrafficDriver(WORKFLOW, config, book)._open() as desk:
-                return len(desk._client._mounts)
+        book = TicketBook(tmp_path / "tickets.jsonl")
+        config = TrafficConfig(url="http://127.0.0.1:1", live_world={}, run_name="r1")
+        async with TrafficDriver(WORKFLOW, config, book)._open() as desk:
+            return len(desk._client._mounts)
 
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.delenv("NO_PROXY", raising=False)
@@ -283,9 +282,9 @@ def test_an_outage_of_our_own_is_no_verdict(
     outage: Any = Outage(gateway, 4, 1_000, error)
     with pytest.raises(InfrastructureError, match=f"5 tickets in a row .*http://gateway .*{error.__name__}.*--resume"):
         drive(outage, tasks, concurrency=1)
-    with closing(book_of(gateway)) as book:
-        assert [result.failure for result in book.ended] == ["", "", ""]
-        assert [task.task_id for task in book.waiting(tasks)] == [task.task_id for task in tasks[3:]]
+    book = book_of(gateway)
+    assert [result.failure for result in book.ended] == ["", "", ""]
+    assert [task.task_id for task in book.waiting(tasks)] == [task.task_id for task in tasks[3:]]
     progress = drive(gateway, tasks)
     assert (progress.num_answered, progress.num_failed) == (NUM_TASKS, 0)
 
@@ -299,8 +298,8 @@ def test_a_short_outage_is_counted_as_what_users_saw(
     progress = drive(outage, tasks, concurrency=1)
     assert (progress.num_failed, progress.num_answered) == (length, NUM_TASKS - length)
     assert dict(progress.failures) == {"ConnectError": length}
-    with closing(book_of(gateway)) as book:
-        assert len(book.ended) == NUM_TASKS
+    book = book_of(gateway)
+    assert len(book.ended) == NUM_TASKS
 
 
 def test_an_outage_at_the_very_end_is_counted_too(gateway: ExpertGateway, tasks: list[Task], quick: None) -> None:

@@ -13,8 +13,8 @@ from unittest import mock
 import numpy as np
 
 from rl_actors.contracts import EvalReport, Interval, SuiteResult
+from rl_actors.durable.chained_log import ChainedLog
 from rl_actors.errors import EngineError
-from serving import decision_log as decision_log_module
 from serving import split as split_module
 from serving.contracts import (
     Canary,
@@ -173,9 +173,8 @@ def killed_at(nth: int, rig: Harness) -> Iterator[list[str]]:
         return wrapper
 
     places: Sequence[tuple[object, str]] = (
-        (decision_log_module, "append_chained"),
-        (split_module, "append_chained"),
-        (split_module, "replace_durably"),
+        (ChainedLog, "append"),
+        (split_module, "write_atomic"),
         (rig.platform, "set_split"),
         (rig.platform, "acknowledged_epoch"),
         (rig.aliases, "move"),

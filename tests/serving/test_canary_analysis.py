@@ -24,7 +24,6 @@ from serving.canary_analysis import (
     p95_ratio,
     quantile,
     rate_below_e_value,
-    rate_interval,
     rate_upper_bound,
     reliability_score,
     sample_ratio_check,
@@ -366,14 +365,6 @@ class TestRates:
 
     def test_no_trials_bound_nothing(self):
         assert rate_upper_bound(0, 0, 0.05) == 1.0
-        assert rate_interval(0, 0) == (0.0, 1.0)
-
-    @settings(max_examples=50, deadline=None)
-    @given(st.integers(1, 500), st.data())
-    def test_the_interval_holds_its_estimate(self, trials: int, data: st.DataObject):
-        events = data.draw(st.integers(0, trials))
-        low, high = rate_interval(events, trials)
-        assert 0.0 <= low <= events / trials <= high <= 1.0
 
 
 class TestLooks:

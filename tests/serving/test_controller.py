@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.files import file_lock
 from rl_actors.errors import BadInputError, EngineError, InfrastructureError, StageRefusedError
 from serving.contracts import (
     Canary,
@@ -31,7 +33,6 @@ from serving.contracts import (
 )
 from serving.controller import LedgerEvidence, ReleaseController
 from serving.decision_log import DecisionLog
-from serving.durable_files import file_lock, read_chained
 from serving.gates import LiveEvidence, evaluate_live
 from serving.ledger import RunLedger
 from serving.split import SplitStore, route, slot_position
@@ -67,7 +68,7 @@ def unsafe(state: Canary) -> LiveEvidence:
 
 
 def rows(rig: Harness) -> list[dict]:
-    return read_chained(rig.directory / "release" / "decisions.jsonl")
+    return ChainedLog(rig.directory / "release" / "decisions.jsonl").rows()
 
 
 def ticks(rig: Harness, count: int) -> ReleaseState:
@@ -313,7 +314,7 @@ class TestRecovery:
         ticks(rig, 2)
         with killed_at(10**9, rig) as acts:
             rig.controller().run()
-        assert acts.index("replace_durably") < acts.index("set_split") < acts.index("acknowledged_epoch")
+        assert acts.index("write_atomic") < acts.index("set_split") < acts.index("acknowledged_epoch")
         assert acts.index("acknowledged_epoch") < acts.index("move") < acts.index("clear")
 
     def test_traffic_is_safe_before_anything_is_recorded(self, tmp_path: Path):
@@ -622,12 +623,16 @@ class TestLog:
         rig = harness(tmp_path, make=lambda state: bad)
         rig.controller().run()
         text = (tmp_path / "release" / "decisions.jsonl").read_text(encoding="utf-8")
-        assert "Infinity" not in text
         found = [
             entry for row in rows(rig) for entry in row["evidence"] if entry["gate"] == "cost_per_success_not_worse"
         ]
-        assert found[0]["evidence"]["ratio"] == "inf"
-        json.loads(text.splitlines()[-1])
+        assert found[0]["evidence"]["ratio"] == "Infinity"
+
+        def refuse(constant: str) -> None:
+            raise AssertionError(f"{constant} is not JSON")
+
+        for line in text.splitlines():
+            json.loads(line, parse_constant=refuse)
 
     def test_another_release_s_log_is_refused(self, tmp_path: Path):
         rig = harness(tmp_path)

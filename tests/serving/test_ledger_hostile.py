@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rl_actors.durable.files import file_lock
 from rl_actors.errors import BadInputError, InfrastructureError
 from serving.contracts import EventKind, RunEvent, TrafficWindow
-from serving.durable_files import file_lock
 from serving.ledger import RunLedger
 from tests.serving.fakes import RELEASE, START, make_completion, make_record, record_run
 

@@ -1,4 +1,4 @@
-"""A policy replica on a fake engine: warm-up, stamp, probe, health. And the critic on a real, untrained model."""
+"""A policy replica on a fake engine: warm-up, probe, health. And the critic on a real, untrained model."""
 
 from __future__ import annotations
 
@@ -63,9 +63,6 @@ class TestPolicyServer:
         completion = asyncio.run(server(engine).generate((1, 2, 3), sampling))
         assert engine.asked == [((1, 2, 3), sampling)]
         assert completion.token_ids == (5,)
-
-    def test_stamp(self) -> None:
-        assert asyncio.run(server(FakeEngine()).stamp()) == make_policy()
 
     def test_first_health_check_warms_up(self) -> None:
         engine = FakeEngine()

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rl_actors.durable.files import read_rows
 from serving.contracts import Canary, Drill, RampStep, RunSample, Success
 from serving.controller import ReleaseController
-from serving.durable_files import read_rows
 from serving.gates import ArmEvent, LiveEvidence, evaluate_live, traffic_result
 from serving.release_state_machine import decide
 from serving.split import SplitStore, route

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.files import append_row, file_lock, read_rows, write_atomic
 from rl_actors.errors import BadInputError, InfrastructureError, StageRefusedError, TamperedError
-from serving import split as split_module
 from serving.contracts import SplitRecord
-from serving.durable_files import append_durably, file_lock, read_rows, replace_durably
 from serving.split import BLOCK, SplitStore, route, slot_position
 from tests.serving.fakes import START, Killed
 
@@ -190,7 +190,7 @@ class TestStore:
 
     def test_a_kill_after_the_switch_loses_no_history(self, store: SplitStore):
         store.compare_and_set(first_record())
-        with mock.patch.object(split_module, "append_chained", side_effect=Killed), pytest.raises(Killed):
+        with mock.patch.object(ChainedLog, "append", side_effect=Killed), pytest.raises(Killed):
             store.compare_and_set(replace(CANARY, epoch=2))
         assert set(store.history()) == {1, 2}
         store.compare_and_set(replace(CANARY, epoch=3, share=0.25))
@@ -240,15 +240,15 @@ def try_epochs(directory: str, candidate: str) -> int:
 class TestDurableFiles:
     def test_replace_leaves_no_temporary_file(self, tmp_path: Path):
         path = tmp_path / "a" / "file.json"
-        replace_durably(path, "one")
-        replace_durably(path, "two")
+        write_atomic(path, "one")
+        write_atomic(path, "two")
         assert path.read_text(encoding="utf-8") == "two"
         assert [entry.name for entry in path.parent.iterdir()] == ["file.json"]
 
     def test_rows_come_back_in_order(self, tmp_path: Path):
         path = tmp_path / "log.jsonl"
         for number in range(3):
-            append_durably(path, {"number": number, "text": "é\n"})
+            append_row(path, {"number": number, "text": "é\n"})
         assert [row["number"] for row in read_rows(path)] == [0, 1, 2]
 
     def test_no_file_is_no_row(self, tmp_path: Path):
@@ -257,11 +257,11 @@ class TestDurableFiles:
     @pytest.mark.parametrize("cut", range(1, 12))
     def test_a_torn_line_is_cut_off_and_never_glued_to_the_next(self, tmp_path: Path, cut: int):
         path = tmp_path / "log.jsonl"
-        append_durably(path, {"n": 1})
-        append_durably(path, {"n": 2})
+        append_row(path, {"n": 1})
+        append_row(path, {"n": 2})
         path.write_bytes(path.read_bytes()[:-cut])
         survivors = [row["n"] for row in read_rows(path)]
-        append_durably(path, {"n": 3})
+        append_row(path, {"n": 3})
         assert [row["n"] for row in read_rows(path)] == [*survivors, 3]
 
     def test_a_broken_line_in_the_middle_is_tampering(self, tmp_path: Path):
@@ -272,12 +272,12 @@ class TestDurableFiles:
 
     def test_no_number_outside_json_gets_in(self, tmp_path: Path):
         with pytest.raises(ValueError, match="JSON"):
-            append_durably(tmp_path / "log.jsonl", {"n": float("nan")})
+            append_row(tmp_path / "log.jsonl", {"n": float("nan")})
 
     def test_an_unwritable_place_is_named(self, tmp_path: Path):
         (tmp_path / "file").write_text("in the way", encoding="utf-8")
         with pytest.raises(InfrastructureError, match=r"file/log\.jsonl"):
-            append_durably(tmp_path / "file" / "log.jsonl", {})
+            append_row(tmp_path / "file" / "log.jsonl", {})
         with pytest.raises(InfrastructureError, match="permissions"), file_lock(tmp_path / "file" / "lock"):
             pass
 

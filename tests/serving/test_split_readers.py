@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.files import append_row, file_lock, read_rows, write_atomic
 from rl_actors.errors import InfrastructureError, StageRefusedError, TamperedError
-from serving import split as split_module
 from serving.contracts import SplitRecord
-from serving.durable_files import append_chained, append_durably, file_lock, read_rows, replace_durably
 from serving.split import SplitStore, route, slot_position
 from serving.split_watch import SplitWatcher, acknowledged_epoch, is_live, read_acks
 from tests.serving.fakes import START, FakeClock, Killed
@@ -121,7 +121,7 @@ class TestHistory:
     def test_each_epoch_is_logged_once_whatever_was_killed(self, store: SplitStore):
         """Killed twice after the switch; the next writer makes up for its predecessor, and only for it."""
         for epoch in (2, 3):
-            with mock.patch.object(split_module, "append_chained", side_effect=Killed), pytest.raises(Killed):
+            with mock.patch.object(ChainedLog, "append", side_effect=Killed), pytest.raises(Killed):
                 store.compare_and_set(replace(RECORD, epoch=epoch, share=epoch / 10))
         assert store.history().keys() == {1, 3}
         store.compare_and_set(replace(RECORD, epoch=4))
@@ -141,7 +141,7 @@ class TestHistory:
         "row", [{"epoch": 2}, {**asdict(RECORD), "share": 7.0}, {**asdict(RECORD), "colour": "red"}]
     )
     def test_a_line_that_is_no_record_is_named(self, store: SplitStore, row: dict[str, object]):
-        append_chained(store.path.parent / "split_history.jsonl", row)
+        ChainedLog(store.path.parent / "split_history.jsonl").append(row)
         with pytest.raises(TamperedError, match=r"split_history\.jsonl"):
             store.history()
 
@@ -169,7 +169,7 @@ class TestDurability:
     ):
         """Renamed first, a power cut leaves an empty record in force; without the directory, the old one."""
         path, acts = tmp_path / "file.json", []
-        replace_durably(path, "old")
+        write_atomic(path, "old")
         replace_file = Path.replace
 
         def sync(fd: int) -> None:
@@ -182,19 +182,12 @@ class TestDurability:
 
         monkeypatch.setattr(os, "fsync", sync)
         monkeypatch.setattr(Path, "replace", rename)
-        replace_durably(path, "new")
+        write_atomic(path, "new")
         assert acts == ["sync 'new'", "rename 'new'", "sync the directory"]
-
-    def test_a_row_is_synced_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        path, seen = tmp_path / "deep" / "er" / "log.jsonl", []
-        monkeypatch.setattr(os, "fsync", lambda fd: seen.append(path.read_text(encoding="utf-8")))
-        append_durably(path, {"n": 1})
-        append_durably(path, {"n": 2})
-        assert seen == ['{"n": 1}\n', '{"n": 1}\n{"n": 2}\n']
 
     def test_a_disk_that_fails_leaks_no_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         path = tmp_path / "file.json"
-        replace_durably(path, "old")
+        write_atomic(path, "old")
         before = len(os.listdir("/proc/self/fd"))
 
         def fail(fd: int) -> None:
@@ -203,9 +196,9 @@ class TestDurability:
         monkeypatch.setattr(os, "fsync", fail)
         for _ in range(3):
             with pytest.raises(InfrastructureError, match="Input/output"):
-                replace_durably(path, "new")
+                write_atomic(path, "new")
             with pytest.raises(InfrastructureError, match="Input/output"):
-                append_durably(tmp_path / "log.jsonl", {})
+                ChainedLog(tmp_path / "log.jsonl").append({})
         assert len(os.listdir("/proc/self/fd")) == before
         assert path.read_text() == "old"
 
@@ -219,14 +212,14 @@ class TestDurability:
 
         monkeypatch.setattr(os, "fsync", fail_on_directories)
         with pytest.raises(InfrastructureError, match="Input/output"):
-            replace_durably(path, "new")
+            write_atomic(path, "new")
         assert len(os.listdir("/proc/self/fd")) == before
         assert path.read_text() == "new"
 
     def test_a_reader_meets_a_line_that_is_just_being_mended(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """One look at the file decides: a torn line must not be cut at the end that a later look would find."""
         path = tmp_path / "log.jsonl"
-        append_durably(path, {"n": 1})
+        append_row(path, {"n": 1})
         torn = path.read_bytes() + b'{"n": 2, "te'
         looks = iter([torn, path.read_bytes() + b'{"n": 2, "text": "whole"}\n'])
         monkeypatch.setattr(Path, "read_bytes", lambda self: next(looks))

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Ask = Literal["status", "tracking", "payment", "policy", "refund", "cancel", "address", "invoice", "damage"]
-Rows = Mapping[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bundle import MEMBERS, Bundle, build_bundle, component_of
-from cluster.codec import encode
 from cluster.journal import Journal
-from cluster.paths import write_json
 from rl_actors.contracts import Calibration, EvalReport, Interval, RewardModelVersion, SuiteResult
-from rl_actors.training.metrics_log import MetricsLog
+from rl_actors.durable.codec import encode
+from rl_actors.durable.files import write_json
+from rl_actors.durable.metrics_log import MetricsLog
 from serving.contracts import (
     Advance,
     Canary,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cluster.reports.release_rows import ReleaseLog, canary_curve, live_gates, release_row, triggers_of
+from rl_actors.durable.chained_log import ChainedLog
 from serving.contracts import Canary, Drilling
-from serving.durable_files import read_chained
 from serving.gates import LiveEvidence
 from tests.serving.fakes import RELEASE, Harness, arm_events, good_evidence, harness, make_evidence
 
@@ -169,7 +169,7 @@ def test_infinite_and_zero_evidence_survive_json(tmp_path: Path):
     rig = harness(tmp_path)
     rig.controller().run()
     path = rig.directory / "release" / "decisions.jsonl"
-    rows = read_chained(path)
+    rows = ChainedLog(path).rows()
     for row in rows:
         for result in row["evidence"]:
             if result["gate"] == "task_success_not_worse":

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.codec import encode
-from cluster.paths import write_json
 from cluster.reports.brief import BriefInput, main_suite
 from cluster.reports.rows import _named, collect_brief_input, find_report
+from rl_actors.durable.codec import encode
+from rl_actors.durable.files import write_json
 from rl_actors.errors import BadInputError, TamperedError
 from tests.cluster.reports.run_folders import (
     CANDIDATE,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.hashing import sha256_directory
 from cluster.stages.context import NUM_THREADS, Run, left_at_path
 from rl_actors.contracts import PolicyVersion
+from rl_actors.durable.hashing import sha256_directory
+from rl_actors.durable.metrics_log import MetricsLog
 from rl_actors.errors import StageRefusedError, TamperedError
-from rl_actors.training.metrics_log import MetricsLog
 from tests.cluster.stages.fakes import make_policy, make_result, make_run, watch_of
 
 

@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cluster.hashing import sha256_directory
 from cluster.stages.context import Run
 from cluster.stages.data import NUM_RELEASES, build_base, freeze_snapshot, read_demonstrations, read_tasks
 from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.contracts import DataSnapshot, Demonstration, PolicyVersion, Split, Task
+from rl_actors.durable.hashing import sha256_directory
 from rl_actors.errors import BadDataError, TamperedError
 from rl_actors.models.tokenizer import HARMONY_TOKENS
 from tests.cluster.stages.fakes import NUM_TASKS, FaultyDesk, make_run

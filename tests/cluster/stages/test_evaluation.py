@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster.codec import decode
 from cluster.stages import evaluation
 from cluster.stages.context import Run
 from cluster.stages.data import freeze_snapshot, read_tasks
@@ -16,6 +15,7 @@ from cluster.stages.evaluation import SUITE_SPLITS, evaluate, evaluate_together,
 from cluster.stages.release import release_plan
 from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.contracts import DataSnapshot, EvalReport, Outcome
+from rl_actors.durable.codec import decode
 from rl_actors.errors import InfrastructureError, StageRefusedError, TamperedError
 from serving.contracts import ReleasePlan
 from serving.gates import evaluate_offline

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from cluster.hashing import sha256_directory
 from cluster.pins import NO_PINS, Pins
 from cluster.registry import Registry
 from cluster.registry_entries import Lineage, ModelEntry
@@ -19,6 +18,7 @@ from cluster.stages import pinned, training
 from cluster.stages.context import Run
 from cluster.stages.pinned import baseline_of, resolve, reward_model_of
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyKind, PolicyVersion, RewardModelVersion
+from rl_actors.durable.hashing import sha256_directory
 from rl_actors.errors import BadInputError, InfrastructureError, StageRefusedError, TamperedError
 from tests.cluster.stages.fakes import CALIBRATION, make_run, watch_of
 

@@ -26,8 +26,8 @@ from cluster.stages.preferences import (
 )
 from rl_actors.agent.workflow import RubricCriterion, RunView
 from rl_actors.contracts import DataSnapshot, Outcome, PolicyVersion, Rollout, RolloutStatus, Task
+from rl_actors.durable.metrics_log import read_metrics
 from rl_actors.errors import BadDataError, InfrastructureError, StageRefusedError, TamperedError
-from rl_actors.training.metrics_log import read_metrics
 from tests.cluster.stages.fakes import FaultyDesk, Places, PoolRecorder, desk_rollout, make_policy, make_run, watch_of
 
 GOOD = Outcome(success=True, violations=(), reasons=())

@@ -36,9 +36,9 @@ from cluster.stages.training import tell_trips
 from cluster.watch import ChainHead, RunPaths, RunSummary, StageLine
 from cluster.workflows.support_desk import WORKFLOW
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion
+from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.metrics_log import MetricsLog
 from rl_actors.errors import BadInputError, InfrastructureError, InstabilityError, TamperedError
-from rl_actors.training.metrics_log import MetricsLog
-from serving.durable_files import read_chained, read_chains
 from serving.ledger import RunLedger
 from serving.served import ReleaseFiles
 from serving.trace_log import LiveTrace, TraceLog
@@ -320,11 +320,11 @@ def test_a_stopped_run_leaves_its_curves_its_tripwires_and_the_reason(run: Run, 
 def test_tripwires_are_chained_and_shown(run: Run):
     tripped = tell_trips(run)
     tripped(3, ["kl_too_high: kl = 0.9, limit 0.5", "entropy_collapse: entropy = 0.1, limit 0.2"])
-    rows = read_chained(run.folder.tripwires)
+    rows = ChainedLog(run.folder.tripwires).rows()
     assert [(row["stage"], row["step"], row["trip"].partition(":")[0]) for row in rows] == [
         ("ppo", 3, "kl_too_high"), ("ppo", 3, "entropy_collapse"),
     ]  # fmt: skip
-    assert all(read_chains(run.folder.tripwires))
+    assert all(ChainedLog(run.folder.tripwires).chains())
     assert watch_of(run).notes[0] == "ppo step 3: tripwire kl_too_high: kl = 0.9, limit 0.5"
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from cluster.console import metrics_line
-from cluster.hashing import sha256_directory
 from cluster.registry_entries import metric_points
 from cluster.reports.rows import _learning
 from cluster.snapshot import write_snapshot
@@ -35,13 +34,15 @@ from cluster.stages.training import (
 from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources
 from rl_actors.agent.harmony import HarmonyRenderer
 from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion
+from rl_actors.durable.hashing import sha256_directory
+from rl_actors.durable.metrics_log import read_metrics
 from rl_actors.errors import InstabilityError, StageRefusedError, TamperedError
 from rl_actors.models.tokenizer import HARMONY_TOKENS
-from rl_actors.training.metrics_log import read_metrics
 from rl_actors.training.ppo import LoopState, PpoPlan, PpoPorts
 from rl_actors.training.ppo_learner import PpoSettings
 from rl_actors.training.recipe import RECIPES, RESAMPLE_ROUNDS
 from rl_actors.training.sft import Example
+from rl_actors.working_sizes import MICROBATCH_TOKENS
 from tests.cluster.stages.fakes import CALIBRATION, NUM_TASKS, Places, make_reward_model, make_run, watch_of
 
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
@@ -277,7 +278,7 @@ def test_every_ppo_setting_comes_from_the_spec(home: Path):
     assert {name: found[name] for name in given} == given
     assert (found["clip_low"], found["clip_high"], found["num_minibatches"]) == (0.1, 0.1, 3)
     assert (found["gamma"], found["seed"]) == (1.0, 7)
-    assert found["microbatch_tokens"] == training.MICROBATCH_TOKENS
+    assert found["microbatch_tokens"] == MICROBATCH_TOKENS
 
 
 def test_no_ppo_setting_of_the_spec_is_forgotten(run: Run):

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from rl_actors.actors import train_jobs
 from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources, run_reward_job, run_sft_job
 from rl_actors.contracts import Calibration
+from rl_actors.durable.metrics_log import read_metrics
 from rl_actors.errors import BadInputError, InfrastructureError, InstabilityError, SeatrialError
-from rl_actors.models.reward_model import RewardModel, read_temperature
-from rl_actors.training.metrics_log import read_metrics
+from rl_actors.models.reward_model import RewardModel
 from rl_actors.training.reward import PreferencePair, RewardSettings
 from rl_actors.training.sft import Example, SftSettings
 
@@ -111,7 +111,7 @@ def test_a_reward_worker_writes_model_and_calibration(
     calibration = Calibration(**json.loads((tmp_path / "reward" / "calibration.json").read_text()))
     assert calibration.num_pairs == 6
     assert set(calibration.criterion_mae) == {"correct"}
-    assert read_temperature(job.output) == calibration.temperature == RewardModel.load(job.output).temperature
+    assert calibration.temperature == RewardModel.load(job.output).temperature
     assert [row["step"] for row in read_metrics(job.metrics, "reward_model")] == [1, 2, 3, 4]
 
 

@@ -16,12 +16,11 @@ from rl_actors.algorithms.batching import (
     collate,
     filler_batch,
     plan_microbatches,
-    shard_microbatches,
-    token_logprobs,
 )
 from rl_actors.algorithms.losses import policy_loss
 from rl_actors.contracts import Routes, TrainingSample
 from rl_actors.errors import BadDataError, BadInputError
+from rl_actors.models.scoring_head import token_logprobs_and_entropy
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=40)
@@ -88,7 +87,7 @@ def test_an_empty_batch_is_refused() -> None:
 def test_a_filler_trains_nothing() -> None:
     batch = filler_batch(pad_token_id=3)
     logits = torch.randn(1, 2, 5, requires_grad=True)
-    logprobs = token_logprobs(logits, batch.token_ids_BT)
+    logprobs, _ = token_logprobs_and_entropy(logits, batch.token_ids_BT, 1.0)
     output = policy_loss(
         logprobs, logprobs, torch.ones(1, 2), batch.loss_mask_BT, clip_low=0.2, clip_high=0.2, num_loss_tokens=9
     )
@@ -154,23 +153,6 @@ def test_a_sample_over_the_budget_is_refused_with_its_length() -> None:
         plan_microbatches([3, 9], token_budget=8)
 
 
-@quick
-@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), ranks=st.integers(1, 4))
-def test_ranks_get_every_group_once_and_equally_many(lengths: list[int], ranks: int) -> None:
-    plan = plan_microbatches(lengths, token_budget=100)
-    shards = shard_microbatches(plan.groups, lengths, num_ranks=ranks)
-    assert len({len(shard) for shard in shards}) == 1
-    assert sorted(group for shard in shards for group in shard if group) == sorted(plan.groups)
-    assert sum(1 for shard in shards for group in shard if not group) < ranks
-
-
-def test_shards_are_balanced_by_tokens() -> None:
-    lengths = [8, 7, 6, 5]
-    shards = shard_microbatches([(0,), (1,), (2,), (3,)], lengths, num_ranks=2)
-    assert shards == (((0,), (3,)), ((1,), (2,)))
-    assert [sum(lengths[i] for group in shard for i in group) for shard in shards] == [13, 13]
-
-
 def head_inputs(seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -185,37 +167,6 @@ def full_head(hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float
     entropy = -(logps.exp() * logps).sum(-1)
     first = chosen.new_zeros(len(tokens), 1)
     return torch.cat([first, chosen], 1), torch.cat([first, entropy], 1)
-
-
-def test_token_logprobs_are_aligned_with_the_token_they_score() -> None:
-    logits = torch.zeros(1, 3, 4)
-    logits[0, 0, 2] = math.log(3.0)
-    tokens = torch.tensor([[1, 2, 0]])
-    expected = torch.tensor([[0.0, math.log(0.5), math.log(0.25)]])
-    torch.testing.assert_close(token_logprobs(logits, tokens), expected)
-
-
-def test_token_logprobs_are_a_distribution_over_the_next_token() -> None:
-    logits = torch.randn(1, 2, 5, dtype=torch.float64)
-    total = sum(token_logprobs(logits, torch.tensor([[0, token]]))[0, 1].exp() for token in range(5))
-    assert float(total) == pytest.approx(1.0)
-
-
-def test_control_the_last_logits_and_the_first_token_do_not_count() -> None:
-    logits, tokens = torch.randn(1, 3, 4), torch.tensor([[1, 2, 0]])
-    other = logits.clone()
-    other[:, -1] = math.nan
-    assert torch.equal(token_logprobs(logits, tokens), token_logprobs(other, torch.tensor([[3, 2, 0]])))
-    assert not torch.equal(token_logprobs(logits, tokens), token_logprobs(logits.flip(1), tokens))
-
-
-def test_token_logprobs_follow_the_sampling_temperature() -> None:
-    logits, tokens = torch.randn(2, 3, 4, dtype=torch.float64), torch.tensor([[1, 2, 0], [0, 0, 3]])
-    torch.testing.assert_close(token_logprobs(logits, tokens, temperature=0.5), token_logprobs(2 * logits, tokens))
-
-
-def test_token_logprobs_of_half_precision_are_float32() -> None:
-    assert token_logprobs(torch.zeros(1, 2, 3, dtype=torch.bfloat16), torch.zeros(1, 2).long()).dtype == torch.float32
 
 
 @quick
@@ -320,7 +271,7 @@ def test_entropy_of_an_excluded_token_is_finite() -> None:
 def test_chunked_head_in_bfloat16_agrees_with_the_full_one() -> None:
     hidden, weight, tokens = head_inputs(5, torch.bfloat16)
     logprobs, entropy = chunked_token_logprobs_and_entropy(hidden, weight, tokens, 2)
-    torch.testing.assert_close(logprobs, token_logprobs(hidden @ weight.T, tokens))
+    torch.testing.assert_close(logprobs, token_logprobs_and_entropy(hidden @ weight.T, tokens, 1.0)[0])
     gradients = torch.autograd.grad((logprobs + entropy).sum(), (hidden, weight))
     assert [gradient.dtype for gradient in gradients] == [torch.bfloat16, torch.bfloat16]
     wide_hidden, wide_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
@@ -354,7 +305,7 @@ def test_only_a_chunk_of_logits_ever_exists(head: str, *, is_small: bool) -> Non
         if head == "chunked":
             logprobs, _ = chunked_token_logprobs_and_entropy(hidden, weight, tokens, 8)
         else:
-            logprobs = token_logprobs(hidden @ weight.T, tokens)
+            logprobs, _ = token_logprobs_and_entropy(hidden @ weight.T, tokens, 1.0)
         logprobs.sum().backward()
     assert (largest.num_elements <= 8 * 500) == is_small
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rl_actors.algorithms.losses import (
     aggregate,
-    entropy_metric,
     merge_metrics,
     policy_loss,
     value_loss,
@@ -270,13 +269,6 @@ def test_value_clip_must_be_positive() -> None:
     x = torch.zeros(1, 1)
     with pytest.raises(BadInputError, match="null for no clipping"):
         value_loss(x, x, x, x.bool(), clip=0.0)
-
-
-def test_entropy_metric_is_additive() -> None:
-    entropy, mask = torch.tensor([[1.0, math.nan, 3.0]]), torch.tensor([[True, False, True]])
-    assert entropy_metric(entropy, mask) == {"entropy": 2.0}
-    parts = [entropy_metric(entropy[:, :1], mask[:, :1], 2), entropy_metric(entropy[:, 1:], mask[:, 1:], 2)]
-    assert merge_metrics(parts) == {"entropy": 2.0}
 
 
 def test_merge_metrics_adds_takes_the_maximum_and_keeps_nan() -> None:

@@ -18,7 +18,6 @@ from rl_actors.algorithms.batching import (
     collate,
     filler_batch,
     plan_microbatches,
-    shard_microbatches,
 )
 from rl_actors.algorithms.kl import kl_loss
 from rl_actors.algorithms.losses import policy_loss
@@ -89,6 +88,19 @@ def loss_and_gradient(seed: int, terms: Callable[[tuple[Tensor, Tensor]], Tensor
     return float(loss.detach()), torch.stack(torch.autograd.grad(loss, model))
 
 
+def dealt(groups: Sequence[tuple[int, ...]], lengths: Sequence[int], num_ranks: int) -> list[list[tuple[int, ...]]]:
+    """Give each next microbatch to the rank with the fewest, then with the fewest tokens; fill up with empty ones."""
+    ranks: list[list[tuple[int, ...]]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    cost = {group: sum(lengths[index] for index in group) for group in groups}
+    for group in sorted(groups, key=lambda group: -cost[group]):
+        rank = min(range(num_ranks), key=lambda rank: (len(ranks[rank]), loads[rank]))
+        ranks[rank].append(group)
+        loads[rank] += cost[group]
+    depth = max(map(len, ranks))
+    return [rank + [()] * (depth - len(rank)) for rank in ranks]
+
+
 def planned(
     samples: list[TrainingSample], *, budget: int, num_ranks: int, multiple: int, pad_token_id: int
 ) -> list[list[TrainingBatch]]:
@@ -101,7 +113,7 @@ def planned(
             collate([samples[i] for i in group], **padding) if group else filler_batch(pad_token_id=pad_token_id)
             for group in groups
         ]
-        for groups in shard_microbatches(plan.groups, lengths, num_ranks=num_ranks)
+        for groups in dealt(plan.groups, lengths, num_ranks)
     ]
 
 

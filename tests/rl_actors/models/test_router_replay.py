@@ -37,7 +37,6 @@ from rl_actors.models.loading import load_causal_lm
 from rl_actors.models.router_replay import (
     ROUTES_DTYPE,
     RecordedRoutes,
-    expert_path_bytes,
     record_routes,
     replay_routes,
     route_agreement,
@@ -723,6 +722,30 @@ class Peak(TorchDispatchMode):
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
         self.bytes = max(self.bytes, sum(size for _, size in self.alive.values()))
         return out
+
+
+def expert_path_bytes(
+    num_tokens: int, hidden: int, intermediate: int, top_k: int, num_experts: int, bytes_per_value: int
+) -> int:
+    """Return an upper bound, in bytes, on what one layer's router and `sorted_experts` hold at once in a pass.
+
+    Parameters and the layer's input do not count. With P = N * K (token, expert) pairs, H hidden, I intermediate:
+
+    * kept for backward, values: gathered tokens P*H, gate and up before the clamp 2*P*I, clamped gate, its sigmoid,
+      up + 1, their gated product's factor and the product 5*P*I, expert outputs P*H, gates 2*P: P * (2H + 7I + 2);
+    * alive beside them at the worst moment: weighted and unsorted outputs 2*P*H, the sum N*H, and one
+      intermediate of the expert at work N*I: no expert takes a token twice;
+    * router: logits N*E and the selected K values per token;
+    * int64: chosen experts, their order, the tokens gathered, the way back and a sort's scratch, 6*P, and counts 2*E.
+
+    It grows with K; E enters through the logits alone. A path that runs all experts on all tokens has E in the place
+    of K: its hidden states alone are E*N*H (GPT-OSS-20b at a million tokens in bfloat16: 180 GiB a layer).
+    """
+    pairs = num_tokens * top_k
+    kept = pairs * (2 * hidden + 7 * intermediate + 2)
+    passing = pairs * 2 * hidden + num_tokens * (hidden + intermediate)
+    router = num_tokens * (num_experts + top_k)
+    return bytes_per_value * (kept + passing + router) + 8 * (6 * pairs + 2 * num_experts)
 
 
 @settings(max_examples=25, deadline=None)

@@ -37,7 +37,7 @@ def pair(tiny_dir: Path) -> tuple[Any, Any]:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows at a time, so that every case crosses a border between chunks."""
-    monkeypatch.setattr(scoring_head, "CHUNK_VALUES", {"cpu": 2 * 512})
+    monkeypatch.setattr(scoring_head, "LOGIT_CHUNK_VALUES", {"cpu": 2 * 512})
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["all", "masked"])
@@ -152,7 +152,7 @@ def head_errors(scorer: Scorer, seed: int, *, temperature: float, chunk: int = 2
     mix = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring_head, "CHUNK_VALUES", {"cpu": 7 * chunk})
+        patch.setattr(scoring_head, "LOGIT_CHUNK_VALUES", {"cpu": 7 * chunk})
         for one in (scorer, full):
             logprobs, entropy = one(head, hidden, ids, temperature=temperature, mask=mask)
             grads = torch.autograd.grad((mix[0] * logprobs + mix[1] * entropy).sum(), (hidden, head.weight))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rl_actors.training.metrics_log import MetricsLog, read_metrics
+from rl_actors.durable.metrics_log import MetricsLog, read_metrics
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_stages_share_a_file_and_are_read_apart(file: Path):
     assert read_metrics(file, "eval") == []
 
 
-@pytest.mark.parametrize(("value", "text"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf")])
+@pytest.mark.parametrize(("value", "text"), [(math.nan, "NaN"), (math.inf, "Infinity"), (-math.inf, "-Infinity")])
 def test_a_non_finite_number_is_kept_and_the_line_stays_json(file: Path, value: float, text: str):
     """A NaN loss is the very row one looks for; `NaN` itself is no JSON and breaks other readers."""
     log(file).write(1, {"loss": value})

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rl_actors.durable import files
+from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.files import append_row, open_rows, read_rows
 from rl_actors.errors import InfrastructureError, TamperedError
-from serving import durable_files
-from serving.durable_files import append_chained, append_durably, open_rows, read_chained, read_chains, read_rows
 from tests.serving.fakes import Killed
 
 ROWS = [{"n": 1, "text": "é\n"}, {"n": 2, "deep": {"b": [1.5, None], "a": True}}, {"n": 3}, {"n": 4}]
@@ -32,7 +33,7 @@ def path(tmp_path: Path) -> Path:
     """Four chained rows."""
     found = tmp_path / "log.jsonl"
     for row in ROWS:
-        append_chained(found, row)
+        ChainedLog(found).append(row)
     return found
 
 
@@ -46,13 +47,13 @@ def rewrite(path: Path, found: list[bytes]) -> None:
 
 class TestChain:
     def test_rows_come_back_as_they_were_given(self, path: Path):
-        assert read_chained(path) == ROWS
+        assert ChainedLog(path).rows() == ROWS
         assert [row["n"] for row in read_rows(path)] == [1, 2, 3, 4], "a plain reader sees them too"
 
     def test_each_chain_is_the_hash_of_the_row_and_of_the_chain_before(self, path: Path):
         """The rule in a few lines of its own, as an auditor would write it."""
         before = ""
-        for chain, row in zip(read_chains(path), ROWS, strict=True):
+        for chain, row in zip(ChainedLog(path).chains(), ROWS, strict=True):
             text = json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
             before = hashlib.sha256((before + text).encode()).hexdigest()
             assert chain == before
@@ -61,8 +62,8 @@ class TestChain:
         assert list(json.loads(lines(path)[1])) == ["n", "deep", "chain"]
 
     def test_no_file_is_no_row(self, tmp_path: Path):
-        assert read_chained(tmp_path / "none.jsonl") == []
-        assert read_chains(tmp_path / "none.jsonl") == []
+        assert ChainedLog(tmp_path / "none.jsonl").rows() == []
+        assert ChainedLog(tmp_path / "none.jsonl").chains() == []
         assert list(tmp_path.iterdir()) == []
 
     @settings(max_examples=60, deadline=None)
@@ -71,26 +72,26 @@ class TestChain:
         found = tmp_path_factory.mktemp("rows") / "log.jsonl"
         with mock.patch.object(os, "fsync"):
             for row in rows:
-                append_chained(found, row)
-        assert read_chained(found) == rows
+                ChainedLog(found).append(row)
+        assert ChainedLog(found).rows() == rows
 
     def test_a_key_that_json_spells_otherwise_still_fits(self, tmp_path: Path):
         """Numbers sort otherwise than the texts they become: the hash is over what is read back."""
-        append_chained(tmp_path / "log.jsonl", {"counts": {10: 1, 9: 2}, "pair": (1, 2)})
-        assert read_chained(tmp_path / "log.jsonl") == [{"counts": {"10": 1, "9": 2}, "pair": [1, 2]}]
+        ChainedLog(tmp_path / "log.jsonl").append({"counts": {10: 1, 9: 2}, "pair": (1, 2)})
+        assert ChainedLog(tmp_path / "log.jsonl").rows() == [{"counts": {"10": 1, "9": 2}, "pair": [1, 2]}]
 
     def test_half_a_character_is_kept(self, tmp_path: Path):
-        append_chained(tmp_path / "log.jsonl", {"text": "\ud800"})
-        assert read_chained(tmp_path / "log.jsonl") == [{"text": "\ud800"}]
+        ChainedLog(tmp_path / "log.jsonl").append({"text": "\ud800"})
+        assert ChainedLog(tmp_path / "log.jsonl").rows() == [{"text": "\ud800"}]
 
     def test_a_row_with_a_chain_of_its_own_is_refused(self, tmp_path: Path):
         with pytest.raises(ValueError, match="must not be called 'chain'"):
-            append_chained(tmp_path / "log.jsonl", {"chain": "x"})
+            ChainedLog(tmp_path / "log.jsonl").append({"chain": "x"})
         assert not (tmp_path / "log.jsonl").exists()
 
     def test_no_number_outside_json_gets_in(self, tmp_path: Path):
         with pytest.raises(ValueError, match="JSON"):
-            append_chained(tmp_path / "log.jsonl", {"n": float("nan")})
+            ChainedLog(tmp_path / "log.jsonl").append({"n": float("nan")})
         assert not (tmp_path / "log.jsonl").exists()
 
 
@@ -122,26 +123,26 @@ class TestTampering:
     def test_it_is_seen_with_file_and_line(self, path: Path, name: str):
         change, number = TAMPERINGS[name]
         rewrite(path, change(lines(path)))
-        for read in (read_chained, read_chains):
+        for read in (ChainedLog.rows, ChainedLog.chains):
             with pytest.raises(TamperedError, match=rf"log\.jsonl, line {number}: .*restore the file from a copy"):
-                read(path)
+                read(ChainedLog(path))
 
     def test_a_cut_off_end_is_not_seen_by_the_chain_alone(self, path: Path):
         """Why the audit holds a file to a head that is kept elsewhere."""
         rewrite(path, lines(path)[:2])
-        assert read_chained(path) == ROWS[:2]
+        assert ChainedLog(path).rows() == ROWS[:2]
 
     def test_a_row_appended_to_a_changed_file_does_not_make_it_good(self, path: Path):
         rewrite(path, [line.replace(b'"n": 2', b'"n": 7') for line in lines(path)])
-        append_chained(path, {"n": 5})
+        ChainedLog(path).append({"n": 5})
         with pytest.raises(TamperedError, match="line 2"):
-            read_chained(path)
+            ChainedLog(path).rows()
 
     def test_nothing_is_appended_behind_a_last_line_that_cannot_be_read(self, path: Path):
         path.write_bytes(path.read_bytes() + b"rubbish\n")
         before = path.read_bytes()
         with pytest.raises(TamperedError, match="the last line: is not JSON"):
-            append_chained(path, {"n": 5})
+            ChainedLog(path).append({"n": 5})
         assert path.read_bytes() == before
 
 
@@ -150,56 +151,56 @@ class TestOlderFiles:
     def older(self, tmp_path: Path) -> Path:
         found = tmp_path / "older.jsonl"
         for row in ROWS[:2]:
-            append_durably(found, row)
+            append_row(found, row)
         return found
 
     def test_rows_without_a_chain_are_read_and_told_apart(self, older: Path):
-        assert read_chained(older) == ROWS[:2]
-        assert read_chains(older) == ["", ""]
+        assert ChainedLog(older).rows() == ROWS[:2]
+        assert ChainedLog(older).chains() == ["", ""]
 
     def test_new_rows_are_chained_from_where_they_begin(self, older: Path):
         for row in ROWS[2:]:
-            append_chained(older, row)
-        assert read_chained(older) == ROWS
-        assert [bool(chain) for chain in read_chains(older)] == [False, False, True, True]
+            ChainedLog(older).append(row)
+        assert ChainedLog(older).rows() == ROWS
+        assert [bool(chain) for chain in ChainedLog(older).chains()] == [False, False, True, True]
         found = lines(older)
         rewrite(older, [*found[:2], found[3]])
         with pytest.raises(TamperedError, match="line 3"):
-            read_chained(older)
+            ChainedLog(older).rows()
 
 
 class TestTornLines:
     @pytest.mark.parametrize("cut", [1, 2, 10, 60, 70])
     def test_a_torn_last_line_is_no_tampering(self, path: Path, cut: int):
         path.write_bytes(path.read_bytes()[:-cut])
-        assert read_chained(path) == ROWS[:3]
-        append_chained(path, {"n": 5})
-        assert read_chained(path) == [*ROWS[:3], {"n": 5}]
+        assert ChainedLog(path).rows() == ROWS[:3]
+        ChainedLog(path).append({"n": 5})
+        assert ChainedLog(path).rows() == [*ROWS[:3], {"n": 5}]
 
     def test_a_file_that_is_one_torn_line_starts_anew(self, tmp_path: Path):
         found = tmp_path / "log.jsonl"
         found.write_bytes(b'{"n": 1, "ch')
-        assert read_chained(found) == []
-        append_chained(found, {"n": 2})
-        assert read_chained(found) == [{"n": 2}]
+        assert ChainedLog(found).rows() == []
+        ChainedLog(found).append({"n": 2})
+        assert ChainedLog(found).rows() == [{"n": 2}]
 
     def test_a_kill_before_the_sync_leaves_a_file_that_goes_on(self, path: Path):
         with mock.patch.object(os, "fsync", side_effect=Killed), pytest.raises(Killed):
-            append_chained(path, {"n": 5})
-        append_chained(path, {"n": 6})
-        assert read_chained(path)[-1] == {"n": 6}
+            ChainedLog(path).append({"n": 5})
+        ChainedLog(path).append({"n": 6})
+        assert ChainedLog(path).rows()[-1] == {"n": 6}
 
     def test_a_row_is_synced_whole(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         found, seen = tmp_path / "deep" / "log.jsonl", []
-        monkeypatch.setattr(os, "fsync", lambda _: seen.append(len(read_chained(found))))
-        append_chained(found, {"n": 1})
-        append_chained(found, {"n": 2})
-        assert seen == [1, 2]
+        monkeypatch.setattr(os, "fsync", lambda _: seen.append(len(ChainedLog(found).rows())))
+        ChainedLog(found).append({"n": 1})
+        ChainedLog(found).append({"n": 2})
+        assert seen == [1, 1, 2], "the new file is in its directory too"
 
     def test_a_full_disk_names_the_file_and_the_remedy(self, path: Path):
         full = OSError(28, "No space left on device")
         with mock.patch.object(os, "fsync", side_effect=full), pytest.raises(InfrastructureError, match=r"log\.jsonl"):
-            append_chained(path, {"n": 5})
+            ChainedLog(path).append({"n": 5})
 
 
 class TestLastLine:
@@ -220,10 +221,10 @@ class TestLastLine:
     def test_it_is_found_whatever_the_block(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, end: int, line: bytes, block: int
     ):
-        monkeypatch.setattr(durable_files, "_BLOCK", block)
+        monkeypatch.setattr(files, "_BLOCK", block)
         (tmp_path / "log.jsonl").write_bytes(data)
         with (tmp_path / "log.jsonl").open("rb") as file:
-            assert durable_files._last_line(file) == (end, line)
+            assert files.last_line(file) == (end, line)
 
     def test_an_append_reads_the_end_of_a_long_file_only(self, tmp_path: Path):
         """A thousand decisions must not cost the thousandth a thousand reads."""
@@ -235,5 +236,5 @@ class TestLastLine:
             reads: list[int] = []
             spy = mock.Mock(wraps=file)
             spy.read.side_effect = lambda size: reads.append(size) or file.read(size)
-            durable_files._last_line(spy)
+            files.last_line(spy)
         assert sum(reads) <= 16384
