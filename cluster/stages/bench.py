@@ -116,7 +116,7 @@ class ReleaseBench:
         over = threading.Event()
         tasks, book = live_tasks(self._snapshot, index), TicketBook(directory / "tickets.jsonl")
         with closing(RunLedger(self.ledger_path, owner="controller")) as ledger:
-            traffic = TrafficThread(self._driver(index, book), tasks, over, self._run, index)
+            traffic = TrafficThread(self._driver(index, book), tasks, over, self._run.watch.progress, index)
             controller = self._controller(release, plan, ledger, directory)
             traffic.start()
             try:

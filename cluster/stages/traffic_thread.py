@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from cluster.stages.context import Run
 from cluster.traffic import TrafficDriver, TrafficProgress, run_traffic
 from rl_actors.contracts import Task
 from rl_actors.errors import InfrastructureError, SeatrialError
 
+Report = Callable[[str, int, int, Mapping[str, float]], None]
 _STAGES = ("canary", "failback_drill")
 
 
@@ -17,10 +17,10 @@ class TrafficThread(threading.Thread):
     """Users: tickets over HTTP until the release is over."""
 
     def __init__(
-        self, driver: TrafficDriver, tasks: Sequence[Task], over: threading.Event, run: Run, index: int
+        self, driver: TrafficDriver, tasks: Sequence[Task], over: threading.Event, report: Report, index: int
     ) -> None:
         super().__init__(name="traffic", daemon=True)
-        self._driver, self._tasks, self._over, self._run, self._index = driver, tasks, over, run, index
+        self._driver, self._tasks, self._over, self._report, self._index = driver, tasks, over, report, index
         self._failure: BaseException | None = None
         self.is_finished = False
 
@@ -53,4 +53,4 @@ class TrafficThread(threading.Thread):
             "canary_success": progress.success_rate("canary"),
             "failed": float(progress.num_failed),
         }
-        self._run.watch.progress(_STAGES[self._index], progress.num_sent, len(self._tasks), metrics)
+        self._report(_STAGES[self._index], progress.num_sent, len(self._tasks), metrics)
