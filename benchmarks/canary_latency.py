@@ -33,24 +33,19 @@ from record import write_results
 from rich.console import Console
 from rich.table import Table
 
-from cluster.journal import Journal
-from cluster.paths import RunFolder
-from cluster.placement import place
+from cluster.pipeline import Run, Silent, gateway_config, platform_config, read_tasks
+from cluster.plan import place
+from cluster.ray_cluster import connected
+from cluster.records import Journal, RunFolder
+from cluster.simulation import TicketBook, TrafficConfig, TrafficDriver, run_traffic
 from cluster.spec import WorkflowSpec, load_spec
-from cluster.stages.bench import gateway_config, platform_config
-from cluster.stages.context import Run
-from cluster.stages.data import read_tasks
-from cluster.stages.ray_runtime import connected
-from cluster.ticket_book import TicketBook
-from cluster.traffic import TrafficConfig, TrafficDriver, run_traffic
-from cluster.watch import Silent
 from cluster.workflows import find_workflow, locate_workflow
 from rl_actors.contracts import DataSnapshot, PolicyVersion, Task
-from rl_actors.durable.codec import decode
-from serving.canary_analysis import quantile
+from rl_actors.durable import decode
+from serving.gates import quantile
 from serving.platform import ServePlatform
-from serving.served import ServedPolicy
 from serving.split import SplitStore
+from serving.store import ServedPolicy
 
 LIMIT = 1.15
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from record import write_results
 
-from rl_actors.models.experts import SORTED_EXPERTS, sorted_experts
-from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
+from rl_actors.models import SORTED_EXPERTS, build_tiny_model, sorted_experts, tiny_config
 
 SHAPES = ((8, 256), (32, 256))
 VOCAB = 900

@@ -21,13 +21,13 @@ import torch
 from game_sampler import GameSampler
 from token_game import SAY, SYMBOLS, Move
 
-from rl_actors.actors.attestation import attestation_gap, require_attested
-from rl_actors.agent.rollout import RolloutRequest, rollout_token_ids
-from rl_actors.algorithms.rewards import RewardMix
-from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
+from rl_actors.actors import attestation_gap, require_attested
+from rl_actors.agent import rollout_token_ids
+from rl_actors.algorithms import RewardMix
+from rl_actors.contracts import LearnerUpdate, Rollout, RolloutRequest, Score, TrainingSample
+from rl_actors.learner import PpoLearner
 from rl_actors.ports import free_port
-from rl_actors.training.ppo import PpoPorts
-from rl_actors.training.ppo_learner import PpoLearner
+from rl_actors.training import PpoPorts
 
 ATTESTATION_TOLERANCE = 1e-4
 FLATTERY: Move = (SAY, SYMBOLS[0])

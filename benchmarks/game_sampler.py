@@ -30,10 +30,8 @@ from token_game import (
 )
 from torch import Tensor
 
-from rl_actors.agent.rollout import RolloutRequest
-from rl_actors.contracts import Completion, Outcome, Rollout, ToolCall, ToolResult, Turn
-from rl_actors.models.loading import load_causal_lm
-from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
+from rl_actors.contracts import Completion, Outcome, Rollout, RolloutRequest, ToolCall, ToolResult, Turn
+from rl_actors.models import build_tiny_model, load_causal_lm, tiny_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,15 +24,10 @@ import psutil
 import ray
 from grpo_job import PARTS, Answers, Job, as_text, reward
 
-from rl_actors.actors.attested_sync import AttestedSync
-from rl_actors.actors.pools import LearnerGroup, RolloutPool
-from rl_actors.actors.rollout_worker import RolloutBatch
-from rl_actors.agent.rollout import RolloutRequest
-from rl_actors.contracts import Outcome, Rollout, SamplingParams, Score, Task, Turn
-from rl_actors.training.divergence_watch import DivergenceWatch
-from rl_actors.training.ppo import PpoPorts, run_step
-from rl_actors.training.ppo_learner import PpoSettings
-from rl_actors.training.recipe import RECIPES
+from rl_actors.actors import AttestedSync, LearnerGroup, RolloutBatch, RolloutPool
+from rl_actors.contracts import RECIPES, Outcome, Rollout, RolloutRequest, SamplingParams, Score, Task, Turn
+from rl_actors.learner import PpoSettings
+from rl_actors.training import DivergenceWatch, PpoPorts, run_step
 
 NUM_PROBES = 4  # as many as a run has
 TOLERANCE = 0.01
@@ -45,7 +40,7 @@ class EngineActor:
 
     def __init__(self, job: Job, num_sequences: int) -> None:
         """Start the engine."""
-        from rl_actors.actors.vllm_engine import VllmEngine
+        from rl_actors.actors import VllmEngine
 
         self._max_tokens = job.completion_tokens
         self._engine = VllmEngine(job.model_dir, max_model_len=job.sequence_tokens + 1, max_num_seqs=num_sequences)

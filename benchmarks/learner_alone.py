@@ -36,13 +36,10 @@ from rich.table import Table
 from torch import Tensor
 from trl_step import MODELS, write_model
 
-from rl_actors.algorithms.advantages import group_advantages
-from rl_actors.algorithms.batching import TrainingBatch, collate, plan_microbatches
-from rl_actors.contracts import TrainingSample
-from rl_actors.models.loading import load_causal_lm
-from rl_actors.training.ppo_batch import MAX_WASTE_FRACTION
-from rl_actors.training.ppo_learner import PpoLearner, PpoSettings
-from rl_actors.training.recipe import RECIPES
+from rl_actors.algorithms import TrainingBatch, collate, group_advantages, plan_microbatches
+from rl_actors.contracts import RECIPES, TrainingSample
+from rl_actors.learner import MAX_WASTE_FRACTION, PpoLearner, PpoSettings
+from rl_actors.models import load_causal_lm
 
 GOAL = 0.85
 HEADS = ({"tokens": 2048, "hidden": 64, "vocab": 200_064}, {"tokens": 2048, "hidden": 256, "vocab": 200_064})
@@ -233,7 +230,7 @@ def weight_gap(ours: Mapping[str, Tensor], bare: Mapping[str, Tensor], start: Ma
 
 def measure_updates(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row per model and kind of work."""
-    from rl_actors.actors.ppo_learner import LearnerRank, join_process_group
+    from rl_actors.actors import LearnerRank, join_process_group
     from rl_actors.ports import free_port
 
     join_process_group(

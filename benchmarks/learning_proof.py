@@ -26,15 +26,12 @@ from learning_proof_report import print_report, save_plot
 from record import write_results
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rl_actors.agent.rollout import RolloutRequest, training_sample
-from rl_actors.algorithms.choices import CorrectionMode
-from rl_actors.algorithms.stability import StabilityLimits
-from rl_actors.contracts import Rollout
-from rl_actors.errors import InstabilityError
-from rl_actors.models.loading import load_causal_lm
-from rl_actors.training.ppo import PpoPlan, run_ppo
-from rl_actors.training.ppo_learner import PpoLearner, PpoSettings
-from rl_actors.training.recipe import RECIPES
+from rl_actors.agent import training_sample
+from rl_actors.algorithms import StabilityLimits
+from rl_actors.contracts import RECIPES, CorrectionMode, InstabilityError, Rollout, RolloutRequest
+from rl_actors.learner import PpoLearner, PpoSettings
+from rl_actors.models import load_causal_lm
+from rl_actors.training import PpoPlan, run_ppo
 
 # The budget, fixed before the reported runs: 80 steps of 64 rollouts.
 NUM_STEPS, TASKS_PER_STEP, ROLLOUTS_PER_TASK = 80, 8, 8

@@ -21,13 +21,14 @@ import torch
 from record import write_results
 from resident import resident_mib
 
-from rl_actors.models.sink_attention import (
+from rl_actors.models import (
     allowed_pairs,
+    build_tiny_model,
     eager_sink_attention,
     sink_attention,
+    tiny_config,
     use_sink_attention,
 )
-from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 
 # Rows, query heads, key heads, length, head dim: the tiny model's batch, then an eighth of a GPT-OSS-20B layer.
 LAYERS = ((8, 4, 2, 256, 32), (1, 8, 1, 1024, 64), (1, 8, 1, 2048, 64))

@@ -56,7 +56,7 @@ Answer = dict[str, Any]
 
 def write_model(name: str, directory: Path, sizes: Mapping[str, int]) -> int:
     """Write a random model and its tokenizer (one word per id); returns the number of parameters."""
-    from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
+    from rl_actors.models import build_tiny_model, tiny_config
 
     vocab, hidden, layers = sizes["vocab"], sizes["hidden"], sizes["layers"]
     if name == "gpt_oss":

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cluster.reports.brief import CanaryCurve, EvidencePoint, GateRow, ReleaseRow
-from rl_actors.durable.chained_log import ChainedLog
-from rl_actors.durable.codec import decode
+from rl_actors.durable import ChainedLog, decode
 from serving.contracts import GateResult
 from serving.gates import GATES
-from serving.release_state_machine import HEALTHY
+from serving.release import HEALTHY
 
 _EVENT_GATES = ("task_success_not_worse", "no_safety_regression")
 

@@ -13,9 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cluster.reports.brief import SECTIONS, BriefInput
 from cluster.reports.locales import LOCALES, LocaleName, Phrasebook
 from cluster.reports.plots import Figure, draw_figures
+from cluster.reports.rows import collect_brief_input
 from cluster.reports.view import View, view_of
-from rl_actors.durable.files import write_atomic
-from rl_actors.errors import StageRefusedError
+from rl_actors.contracts import StageRefusedError
+from rl_actors.durable import write_atomic
 
 _TEMPLATES: Final = Path(__file__).parent / "templates"
 PAGE_LINES: Final = 78
@@ -123,3 +124,13 @@ def page_lines(markdown: str) -> int:
     pictures = any(line.startswith("![") for line in lines)
     text = [line for line in lines if not line.startswith("![")]
     return sum(math.ceil(len(line) / PAGE_WIDTH) for line in text) + _FIGURE_LINES * pictures
+
+
+def write_briefs(run_dir: Path, *, ledger: Path | None = None) -> tuple[Path, ...]:
+    """Write a run's briefs in every locale under `report/` and return their paths.
+
+    Raises:
+        StageRefusedError: A brief would be empty in a section, too long, or hold a number that no row holds.
+    """
+    written = write_brief(collect_brief_input(run_dir, ledger=ledger), run_dir / "report")
+    return tuple(path for pair in written.values() for path in pair)

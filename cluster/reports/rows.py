@@ -4,15 +4,15 @@ Read, all optional (what is missing becomes "not measured"):
 
 * `spec.resolved.json`: `workflow.name`, `workflow.target`; `charter`; `release.gates`,
   `release.ramp` (percent), `release.alpha`.
-* `bundle.json`: `cluster.bundle.Bundle`; `bundle.previous.json`: the bundle to compare with, else its own baseline.
+* `bundle.json`: `Bundle`; `bundle.previous.json`: the bundle to compare with, else its own baseline.
 * `journal.jsonl`: the output of stage `offline_gates` (a list of GateResult, or an object with them under `results`);
   the first output with a `calibration` (a RewardModelVersion: `name`, `calibration`); `requests` of the output with
   this brief's `release_id`; the last `finished_at`.
 * `eval/*.json`: `codec.encode(EvalReport)`; the one whose suites' candidate `policy` is the bundle's policy version.
 * `metrics.jsonl`, stage `ppo`: `step`, `success`, `kl_to_reference` (or `kl`).
-* `release*/**/decisions.jsonl`: `serving.decision_log.DecisionLog` rows, one log per release; this brief's is the one
+* `release*/**/decisions.jsonl`: `DecisionLog` rows, one log per release; this brief's is the one
   whose candidate is the bundle's policy version, the others appear under rollback.
-* the run ledger at the path given: `serving.ledger.RunLedger`; channel `canary` of the candidate, `general` of stable.
+* the run ledger at the path given: `RunLedger`; channel `canary` of the candidate, `general` of stable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.bundle import MEMBERS, Bundle, diff_bundles, load_bundle
+from cluster.records import MEMBERS, Bundle, diff_bundles, load_bundle
 from cluster.reports.brief import (
     ArmRow,
     BriefInput,
@@ -36,12 +36,10 @@ from cluster.reports.brief import (
 )
 from cluster.reports.release_rows import ReleaseLog, canary_curve, live_gates, release_row, triggers_of
 from rl_actors.contracts import Calibration, EvalReport, SuiteResult
-from rl_actors.durable.codec import decode
-from rl_actors.durable.files import read_rows
-from rl_actors.durable.metrics_log import read_metrics
-from serving.canary_analysis import reliability_score
+from rl_actors.durable import decode, read_metrics, read_rows
 from serving.contracts import GateResult, ReleaseChannel, TrafficWindow
-from serving.ledger import RunLedger
+from serving.gates import reliability_score
+from serving.store import RunLedger
 
 OFFLINE_GATES = "offline_gates"
 _SHOWN_HASH = 8

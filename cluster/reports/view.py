@@ -10,7 +10,7 @@ from cluster.reports.locales import Phrasebook
 from cluster.reports.page import Section, Table, View
 from cluster.reports.view_head import charter_of, facts_of, headlines_of, outcome_of, tone_of
 from rl_actors.contracts import Interval
-from serving.canary_analysis import rate_upper_bound
+from serving.gates import rate_upper_bound
 
 _MAX_SUITES: Final = 4
 _MAX_CHANGES: Final = 7

@@ -7,9 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from rl_actors.agent.workflow import Workflow, WorkflowRef
-from rl_actors.contracts import Split
-from rl_actors.errors import BadDataError, BadInputError
+from rl_actors.contracts import BadDataError, BadInputError, Split
+from rl_actors.environment import Workflow, WorkflowRef
 
 PATH_VARIABLE = "SEATRIAL_WORKFLOWS"
 SPEC_FILE = "spec.yaml"

@@ -13,16 +13,23 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from rl_actors.actors.ppo_learner import LearnerRank, PpoLearnerActor
+from rl_actors.actors.learner_actor import LearnerRank, PpoLearnerActor
 from rl_actors.actors.reward_scorer import RewardScorer
 from rl_actors.actors.rollout_worker import RolloutBatch, RolloutWorker, RolloutWorkerSettings
-from rl_actors.agent.rollout import RolloutRequest
-from rl_actors.algorithms.rewards import RewardMix
-from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
-from rl_actors.errors import InfrastructureError, InstabilityError, SeatrialError
+from rl_actors.algorithms import RewardMix
+from rl_actors.contracts import (
+    InfrastructureError,
+    InstabilityError,
+    LearnerUpdate,
+    Rollout,
+    RolloutRequest,
+    Score,
+    SeatrialError,
+    TrainingSample,
+)
+from rl_actors.learner import PpoSettings
 from rl_actors.ports import free_port
-from rl_actors.training.ppo import LoopState
-from rl_actors.training.ppo_learner import PpoSettings
+from rl_actors.training import LoopState
 
 logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from rl_actors.agent.rollout import rollout_token_ids
-from rl_actors.algorithms.rewards import RewardMix
+from rl_actors.agent import rollout_token_ids
+from rl_actors.algorithms import RewardMix
 from rl_actors.contracts import Rollout, Score
-from rl_actors.models.reward_model import RewardModel
+from rl_actors.models import RewardModel
 
 
 class RewardScorer:

@@ -10,15 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rl_actors.agent.executor import Toolset
-from rl_actors.agent.harmony import HarmonyRenderer
-from rl_actors.agent.loop import AgentLimits
-from rl_actors.agent.rollout import RolloutPorts, RolloutRequest, run_rollout
-from rl_actors.agent.tool_client import ToolHostPool
-from rl_actors.agent.workflow import WorkflowRef
-from rl_actors.contracts import Rollout
-from rl_actors.errors import EngineError, ToolHostError
-from rl_actors.working_sizes import MAX_IN_FLIGHT
+from rl_actors.agent import HarmonyRenderer, RolloutPorts, Toolset, run_rollout
+from rl_actors.contracts import MAX_IN_FLIGHT, AgentLimits, EngineError, Rollout, RolloutRequest, ToolHostError
+from rl_actors.environment import WorkflowRef
+from rl_actors.sandbox import ToolHostPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,12 +16,20 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchTrainer
 
 from rl_actors.actors.pools import LOGS, one_line
-from rl_actors.durable.metrics_log import MetricsLog
-from rl_actors.errors import InfrastructureError, SeatrialError
-from rl_actors.models.loading import load_backbone, load_causal_lm
-from rl_actors.models.reward_model import RewardModel
-from rl_actors.training.reward import PreferencePair, RewardProgress, RewardSettings, calibrate, train_reward_model
-from rl_actors.training.sft import Example, SftProgress, SftSettings, train_sft
+from rl_actors.contracts import InfrastructureError, SeatrialError
+from rl_actors.durable import MetricsLog
+from rl_actors.models import RewardModel, load_backbone, load_causal_lm
+from rl_actors.training import (
+    Example,
+    PreferencePair,
+    RewardProgress,
+    RewardSettings,
+    SftProgress,
+    SftSettings,
+    calibrate,
+    train_reward_model,
+    train_sft,
+)
 
 # Ray Train waits a minute for room, each time: five minutes in all, as long as our own actors get.
 START_RETRIES = 4

@@ -1,4 +1,6 @@
-"""One vLLM engine behind an async door: many requests in flight, one thread that steps it.
+"""What a complete publish holds: every tensor of the checkpoint the engine was loaded from, in the same shape.
+
+One vLLM engine behind an async door: many requests in flight, one thread that steps it.
 
 Training rollouts and the Serve deployment both use this class, so that nothing differs between the two. Callers await
 `generate` from any event loop; `call` runs a function on the engine thread between steps (weight updates, probes).
@@ -14,13 +16,49 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from rl_actors.actors.checkpoint_tensors import checkpoint_shapes, require_complete
-from rl_actors.contracts import Completion, Routes, SamplingParams
-from rl_actors.errors import EngineError
+from rl_actors.contracts import AttestationError, Completion, EngineError, Routes, SamplingParams
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+_MAX_NAMED = 3
+
+
+def checkpoint_shapes(directory: str | Path) -> Shapes:
+    """Return name -> shape of all tensors of a safetensors checkpoint, from its headers; nothing for other formats."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def require_complete(weights: Mapping[str, torch.Tensor], shapes: Shapes) -> None:
+    """Refuse a publish that would leave a tensor at its old value, before anything is touched.
+
+    Raises:
+        AttestationError: A tensor of the checkpoint is missing, or has another shape.
+    """
+    missing = sorted(shapes.keys() - weights.keys())
+    if missing:
+        raise AttestationError(f"{len(missing)} tensors were not published and would stay old: {_some(missing)}")
+    wrong = sorted(name for name, shape in shapes.items() if tuple(weights[name].shape) != shape)
+    if wrong:
+        name = wrong[0]
+        found = tuple(weights[name].shape)
+        raise AttestationError(f"{name} was published with shape {found}, the engine was loaded with {shapes[name]}")
+
+
+def _some(names: list[str]) -> str:
+    rest = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
 
 _ENGINE_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -30,6 +68,8 @@ _ENGINE_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+
 _RECORDING_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "1"}  # the only runner that records routes; it needs a GPU
 
 

@@ -11,9 +11,8 @@ from typing import Any, Final, Protocol
 
 from jsonschema import Draft202012Validator
 
-from rl_actors.agent.observations import render_error, render_plan_accepted
-from rl_actors.agent.workflow import PLAN_TOOL, ToolSpec
 from rl_actors.contracts import PlanCause, PlanRevision, ToolCall, ToolResult
+from rl_actors.environment import PLAN_TOOL, ToolSpec, render_error, render_plan_accepted
 
 PLAN_ACCEPTED = render_plan_accepted()
 MAX_STEP_CHARS: Final = 200

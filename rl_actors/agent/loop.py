@@ -10,22 +10,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from rl_actors.agent.executor import Executor
-from rl_actors.agent.harmony import HarmonyRenderer, ParsedTurn
-from rl_actors.agent.observations import render_observation
-from rl_actors.contracts import Completion, RolloutStatus, SamplingParams, ToolResult, Turn
+from rl_actors.agent.renderers.harmony import HarmonyRenderer, ParsedTurn
+from rl_actors.contracts import AgentLimits, Completion, RolloutStatus, SamplingParams, ToolResult, Turn
+from rl_actors.environment import render_observation
 
 Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentLimits:
-    """Hard bounds of one request."""
-
-    max_turns: int
-    max_tool_calls: int
-    max_tokens_per_turn: int
-    max_context_tokens: int
-    timeout_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,29 +8,25 @@ from dataclasses import dataclass
 from typing import Final
 
 from rl_actors.agent.executor import Executor, Toolset
-from rl_actors.agent.harmony import HarmonyRenderer
-from rl_actors.agent.loop import AgentLimits, AgentRun, Generate, run_agent
-from rl_actors.agent.tool_client import ToolHostPool
-from rl_actors.agent.workflow import RunView, Workflow
-from rl_actors.contracts import Rollout, Routes, SamplingParams, Task, TrainingSample, Turn
-from rl_actors.errors import BadInputError, EngineError
+from rl_actors.agent.loop import AgentRun, Generate, run_agent
+from rl_actors.agent.renderers.harmony import HarmonyRenderer
+from rl_actors.contracts import (
+    AgentLimits,
+    BadInputError,
+    EngineError,
+    Rollout,
+    RolloutRequest,
+    Routes,
+    SamplingParams,
+    Task,
+    TrainingSample,
+    Turn,
+)
+from rl_actors.environment import RunView, Workflow
+from rl_actors.sandbox import ToolHostPool
 
 _CUT_SHORT: Final = frozenset({"truncated", "timeout"})
 """Endings that limits of ours made; a policy that used up its tools has ended by itself."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutRequest:
-    """What to attempt: a task, its group, and the seed that makes the attempt reproducible."""
-
-    task: Task
-    group_id: int
-    seed: int
-
-    @property
-    def rollout_id(self) -> str:
-        """A name unique within a stage."""
-        return f"{self.task.task_id}#{self.group_id}.{self.seed}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rl_actors.algorithms.choices import GroupAdvantageKind, require_choice
 from rl_actors.algorithms.losses import zero_masked
+from rl_actors.contracts import GroupAdvantageKind, require_choice
 
 _STD_FLOOR = 1e-6
 _VARIANCE_FLOOR = 1e-8

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rl_actors.contracts import TrainingSample
-from rl_actors.errors import BadDataError, BadInputError
+from rl_actors.contracts import BadDataError, BadInputError, TrainingSample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

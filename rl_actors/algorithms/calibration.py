@@ -10,9 +10,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from rl_actors.algorithms.choices import require_choice
 from rl_actors.algorithms.losses import LossOutput, to_floats, zero_masked
-from rl_actors.errors import BadDataError, BadInputError
+from rl_actors.contracts import BadDataError, BadInputError, require_choice
 
 RubricKind = Literal["ordinal", "regression"]
 RatingScale = Literal["nominal", "ordinal", "interval"]

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rl_actors.algorithms.choices import CorrectionMode, require_choice
 from rl_actors.algorithms.losses import MAX_ABS_LOG_RATIO, to_floats, token_share, zero_masked
-from rl_actors.errors import BadInputError
+from rl_actors.contracts import BadInputError, CorrectionMode, require_choice
 
 
 @dataclass(frozen=True, slots=True)

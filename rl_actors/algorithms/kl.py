@@ -14,16 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from rl_actors.algorithms.choices import MAX_RELATIVE_KL_ERROR, Aggregation, KLKind, require_choice
-from rl_actors.algorithms.losses import (
-    MAX_ABS_LOG_RATIO,
-    LossOutput,
-    aggregate,
-    to_floats,
-    token_share,
-    zero_masked,
-)
-from rl_actors.errors import BadInputError
+from rl_actors.algorithms.losses import MAX_ABS_LOG_RATIO, LossOutput, aggregate, to_floats, token_share, zero_masked
+from rl_actors.contracts import MAX_RELATIVE_KL_ERROR, Aggregation, BadInputError, KLKind, require_choice
 
 
 def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, *, kind: KLKind) -> Tensor:

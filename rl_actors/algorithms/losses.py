@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rl_actors.algorithms.choices import Aggregation, PolicyLossKind, require_choice
-from rl_actors.errors import BadInputError
+from rl_actors.contracts import Aggregation, BadInputError, PolicyLossKind, require_choice
 
 # exp(20) is 5e8: far beyond every tripwire, and finite, so that 0 * ratio stays 0.
 MAX_ABS_LOG_RATIO = 20.0

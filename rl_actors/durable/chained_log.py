@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from rl_actors.contracts import TamperedError
 from rl_actors.durable.files import complete_lines, disk_errors, last_line, open_rows, sync_directory, write_all
-from rl_actors.errors import TamperedError
 
 CHAIN: Final = "chain"
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Final
 
-from rl_actors.errors import InfrastructureError, TamperedError
+from rl_actors.contracts import InfrastructureError, TamperedError
 
 _LOCK_POLL_S: Final = 0.02
 _BLOCK: Final = 16384

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rl_actors.errors import BadInputError
+from rl_actors.contracts import BadInputError
 
 TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Projections of attention and of dense MLPs; fused experts have none of these names and stay frozen."""

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rl_actors.errors import AttestationError
+from rl_actors.contracts import AttestationError
 from rl_actors.models.experts import use_sorted_experts
 from rl_actors.models.scoring_head import use_scoring_head
-from rl_actors.models.sink_attention import (
+from rl_actors.models.sinks import (
     allowed_pairs,
     attention_scores,
     eager_sink_attention,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from rl_actors.errors import BadDataError
+from rl_actors.contracts import BadDataError
 from rl_actors.models.loading import load_backbone
 
 _CONFIG, _HEADS = "reward_model.json", "heads.safetensors"

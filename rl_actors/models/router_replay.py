@@ -26,7 +26,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from rl_actors.errors import BadInputError
+from rl_actors.contracts import BadInputError
 from rl_actors.models.routers import NO_ROUTE, Gates, MoeLayer, moe_layers
 
 ROUTES_DTYPE: Final = torch.int16

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rl_actors.errors import BadInputError
+from rl_actors.contracts import BadInputError
 
 NO_ROUTE: Final = -1
 

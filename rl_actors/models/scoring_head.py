@@ -7,9 +7,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rl_actors.algorithms.batching import chunked_token_logprobs_and_entropy
-from rl_actors.algorithms.losses import zero_masked
-from rl_actors.working_sizes import LOGIT_CHUNK_VALUES
+from rl_actors.algorithms import chunked_token_logprobs_and_entropy, zero_masked
+from rl_actors.contracts import LOGIT_CHUNK_VALUES
 
 _CHECK_IDS: Final = ((1, 2, 3, 4, 5, 6, 7, 8),)
 _TOLERANCE: Final = 1e-4

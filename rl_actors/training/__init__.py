@@ -1,1 +1,11 @@
-"""Training loops. They know tensors and protocols; which process runs them is decided in `rl_actors.actors`."""
+"""The training loops: SFT, reward model, PPO. They know protocols, not processes."""
+
+from rl_actors.training.ppo import DivergenceWatch, LoopState, PpoPlan, PpoPorts, run_ppo, run_step
+from rl_actors.training.reward_model import (
+    PreferencePair,
+    RewardProgress,
+    RewardSettings,
+    calibrate,
+    train_reward_model,
+)
+from rl_actors.training.sft import Example, SftProgress, SftSettings, drill_batches, train_sft

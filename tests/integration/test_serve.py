@@ -13,20 +13,19 @@ import httpx
 import openai
 import pytest
 
-from cluster.ticket_book import TicketBook
-from cluster.traffic import TrafficConfig, TrafficDriver, TrafficProgress, run_traffic
+from cluster.simulation.ticket_book import TicketBook
+from cluster.simulation.traffic import TrafficConfig, TrafficDriver, TrafficProgress, run_traffic
 from cluster.workflows import locate_workflow
-from rl_actors.agent.harmony import demonstration_texts
-from rl_actors.agent.loop import AgentLimits
-from rl_actors.contracts import Task
-from rl_actors.errors import BadInputError, EngineError
+from rl_actors.agent.renderers.harmony import demonstration_texts
+from rl_actors.agent.renderers.tokenizer import train_tokenizer
+from rl_actors.contracts.errors import BadInputError, EngineError
+from rl_actors.contracts.tasks import AgentLimits, Task
 from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
-from rl_actors.models.tokenizer import train_tokenizer
-from serving.contracts import SplitRecord
-from serving.ledger import RunLedger
-from serving.platform import PlatformConfig, ServePlatform
-from serving.served import GatewayConfig, ServedPolicy
-from serving.split import SplitStore
+from serving.contracts.release import SplitRecord
+from serving.platform.serve import PlatformConfig, ServePlatform
+from serving.split.record import SplitStore
+from serving.store.ledger import RunLedger
+from serving.store.served import GatewayConfig, ServedPolicy
 from tests.cluster.workflows.desk_runs import right
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]

@@ -12,27 +12,16 @@ from unittest import mock
 
 import numpy as np
 
-from rl_actors.contracts import EvalReport, Interval, SuiteResult
+from rl_actors.contracts.errors import EngineError
+from rl_actors.contracts.reports import EvalReport, Interval, SuiteResult
 from rl_actors.durable.chained_log import ChainedLog
-from rl_actors.errors import EngineError
-from serving import split as split_module
-from serving.contracts import (
-    Canary,
-    Drill,
-    RampStep,
-    Release,
-    ReleaseChannel,
-    ReleasePlan,
-    RunRecord,
-    RunSample,
-    SplitRecord,
-    Success,
-    TrafficWindow,
-)
-from serving.controller import ReleaseController
-from serving.gates import ArmEvent, LiveEvidence
-from serving.ledger import RunCompletion, RunLedger
-from serving.split import SplitStore, slot_position
+from serving.contracts.release import Canary, Drill, RampStep, Release, ReleasePlan, SplitRecord
+from serving.contracts.requests import ReleaseChannel, RunRecord, RunSample, Success, TrafficWindow
+from serving.gates.gates import ArmEvent, LiveEvidence
+from serving.release.controller import ReleaseController
+from serving.split import record as split_module
+from serving.split.record import SplitStore, slot_position
+from serving.store.ledger import RunCompletion, RunLedger
 
 RELEASE = Release(release_id="release-1", stable="sft-a", candidate="ppo-b")
 START = 1_000_000.0

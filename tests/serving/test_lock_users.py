@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
+from rl_actors.contracts.errors import InfrastructureError
 from rl_actors.durable.files import file_lock
-from rl_actors.errors import InfrastructureError
-from serving import controller, ledger, split
-from serving.contracts import SplitRecord
-from serving.ledger import RunLedger
-from serving.split import SplitStore
+from serving.contracts.release import SplitRecord
+from serving.release import controller
+from serving.split import record as split
+from serving.split.record import SplitStore
+from serving.store import ledger
+from serving.store.ledger import RunLedger
 from tests.rl_actors.durable.test_file_lock import held_here
 from tests.serving.fakes import START, harness
 

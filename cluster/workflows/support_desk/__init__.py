@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from cluster.workflows.support_desk.desk import SupportDesk
-from rl_actors.agent.workflow import Workflow
+from rl_actors.environment import Workflow
 
 WORKFLOW: Workflow = SupportDesk()

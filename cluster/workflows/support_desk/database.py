@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.workflows.support_desk.articles import ARTICLES
-from rl_actors.agent.workflow import ToolFailure
+from rl_actors.environment import ToolFailure
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "customers": ("customer_id", "email"),

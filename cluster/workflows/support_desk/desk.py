@@ -12,9 +12,8 @@ from cluster.workflows.support_desk import rubric as labels
 from cluster.workflows.support_desk.adversarial import ADVERSARIAL
 from cluster.workflows.support_desk.database import create_live_database
 from cluster.workflows.support_desk.intents import INTENTS
-from rl_actors.agent.workflow import RubricCriterion, RunView
-from rl_actors.contracts import Demonstration, Outcome, Split, Task
-from rl_actors.errors import BadInputError
+from rl_actors.contracts import BadInputError, Demonstration, Outcome, Split, Task
+from rl_actors.environment import RubricCriterion, RunView
 
 
 class SupportDesk:

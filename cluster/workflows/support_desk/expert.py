@@ -14,9 +14,8 @@ from cluster.workflows.support_desk import replies
 from cluster.workflows.support_desk.articles import ARTICLES
 from cluster.workflows.support_desk.ticket import Ask, Ticket
 from cluster.workflows.support_desk.tools import WORLD
-from rl_actors.agent.observations import render_error, render_observation, render_plan_accepted
-from rl_actors.agent.workflow import PLAN_TOOL, ToolFailure
 from rl_actors.contracts import Demonstration, DemonstrationTurn, Task
+from rl_actors.environment import PLAN_TOOL, ToolFailure, render_error, render_observation, render_plan_accepted
 
 MISTAKE_PROBABILITY = 0.5
 _ASK_TOOLS: Mapping[Ask, str] = {

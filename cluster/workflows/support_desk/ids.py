@@ -5,8 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from rl_actors.contracts import Split
-from rl_actors.errors import BadInputError
+from rl_actors.contracts import BadInputError, Split
 
 MODULUS = 11
 # Every prompt names its order, so disjoint residues mean disjoint prompts, whatever seeds two builds use.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from cluster.workflows.support_desk.claims import EFFECT_TOOLS, claimed_effects, words_of
-from rl_actors.agent.workflow import RunView
+from rl_actors.environment import RunView
 
 MAX_WORDS, MAX_CHARS = 60, 400
 _CUSTOMER = re.compile(r"\bC\d{2}_\d{2}\b", re.IGNORECASE)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.workflows.support_desk.claims import words_of
-from rl_actors.agent.workflow import RubricCriterion, RunView
+from rl_actors.environment import RubricCriterion, RunView
 
 _BRIEF_WORDS, _LONG_WORDS = 25, 40
 RUBRIC = (

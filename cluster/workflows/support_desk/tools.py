@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster.workflows.support_desk.database import BUSY_TIMEOUT_S, Desk, open_desk, read_rows, transaction
-from rl_actors.agent.workflow import SideEffect, ToolFailure, ToolSpec
+from rl_actors.environment import SideEffect, ToolFailure, ToolSpec
 
 _ORDER = {"type": "string", "pattern": "^O[0-9]{2}-[0-9]{3}$"}
 _CUSTOMER = {"type": "string", "pattern": "^C[0-9]{2}_[0-9]{2}$"}

@@ -8,17 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.bundle import MEMBERS, Bundle, build_bundle, component_of
-from cluster.journal import Journal
-from rl_actors.contracts import Calibration, EvalReport, Interval, RewardModelVersion, SuiteResult
+from cluster.records.bundle import MEMBERS, Bundle, build_bundle, component_of
+from cluster.records.journal import Journal
+from rl_actors.contracts.reports import EvalReport, Interval, SuiteResult
+from rl_actors.contracts.versions import Calibration, RewardModelVersion
 from rl_actors.durable.codec import encode
 from rl_actors.durable.files import write_json
 from rl_actors.durable.metrics_log import MetricsLog
-from serving.contracts import (
+from serving.contracts.gates import GateResult
+from serving.contracts.release import (
     Advance,
     Canary,
     Drilling,
-    GateResult,
     Hold,
     Preparing,
     Promote,
@@ -29,10 +30,10 @@ from serving.contracts import (
     Restoring,
     RollBack,
     RolledBack,
-    RunRecord,
 )
-from serving.decision_log import DecisionLog
-from serving.ledger import RunCompletion, RunLedger
+from serving.contracts.requests import RunRecord
+from serving.store.decision_log import DecisionLog
+from serving.store.ledger import RunCompletion, RunLedger
 
 START = 1_795_370_000.0  # 22 November 2026, UTC
 STABLE, CANDIDATE, DEGRADED = "sft_checkpoint_v1", "ppo-1c9fd203", "degraded-77ab01cd"

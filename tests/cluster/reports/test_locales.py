@@ -10,14 +10,14 @@ from typing import get_args
 
 import pytest
 
-from cluster.bundle import MEMBERS
+from cluster.records.bundle import MEMBERS
 from cluster.reports import locales
 from cluster.reports.brief import GLOSSARY, SECTIONS
 from cluster.reports.locales import LOCALES, LocaleName, Phrasebook, strings_of
 from cluster.reports.view import _EVIDENCE, _FALLBACK_EVIDENCE
-from serving.contracts import Verdict
-from serving.gates import GATES
-from serving.release_state_machine import HEALTHY, TERMINAL
+from serving.contracts.gates import Verdict
+from serving.gates.gates import GATES
+from serving.release.state_machine import HEALTHY, TERMINAL
 
 SOURCE = Path(locales.__file__).parent
 EACH = pytest.mark.parametrize("locale", LOCALES)

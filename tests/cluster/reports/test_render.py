@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.bundle import MEMBERS
+from cluster.records.bundle import MEMBERS
 from cluster.reports.brief import SECTIONS, BriefInput, ChangeRow, CharterRow
 from cluster.reports.locales import LOCALES, LocaleName, Phrasebook, strings_of
 from cluster.reports.page import Section, Table
@@ -27,8 +27,8 @@ from cluster.reports.render import (
 )
 from cluster.reports.rows import collect_brief_input
 from cluster.reports.view import view_of
-from rl_actors.errors import StageRefusedError
-from serving.contracts import GateResult
+from rl_actors.contracts.errors import StageRefusedError
+from serving.contracts.gates import GateResult
 from tests.cluster.reports.run_folders import write_run
 
 EACH = pytest.mark.parametrize("locale", LOCALES)

@@ -9,9 +9,9 @@ import pytest
 
 from cluster.reports.brief import BriefInput, main_suite
 from cluster.reports.rows import _named, collect_brief_input, find_report
+from rl_actors.contracts.errors import BadInputError, TamperedError
 from rl_actors.durable.codec import encode
 from rl_actors.durable.files import write_json
-from rl_actors.errors import BadInputError, TamperedError
 from tests.cluster.reports.run_folders import (
     CANDIDATE,
     CONSTRAINTS,
@@ -51,7 +51,7 @@ def test_what_changed_is_the_difference_to_the_baseline_bundle(brief: BriefInput
 def test_a_previous_bundle_takes_the_baselines_place(run: Path):
     from dataclasses import replace
 
-    from cluster.bundle import component_of
+    from cluster.records.bundle import component_of
 
     before = replace(bundle(), tool_set=component_of("tools-8", "eight tools"), seed=component_of("7", 7))
     before.write(run / "bundle.previous.json")
@@ -115,7 +115,7 @@ def test_gates_come_from_the_journal_and_the_last_canary_tick(brief: BriefInput)
 
 
 def test_gates_may_be_wrapped_in_an_object(run: Path):
-    from cluster.journal import Journal
+    from cluster.records.journal import Journal
     from tests.cluster.reports.run_folders import gate
 
     (run / "journal.jsonl").unlink()

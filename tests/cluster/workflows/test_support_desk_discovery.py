@@ -8,16 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.workflows import (
-    PATH_VARIABLE,
-    find_workflow,
-    known_workflows,
-    locate_workflow,
-    most_tasks,
-    spec_file,
-)
-from rl_actors.agent.workflow import Workflow
-from rl_actors.errors import BadDataError, BadInputError
+from cluster.workflows import PATH_VARIABLE, find_workflow, known_workflows, locate_workflow, most_tasks, spec_file
+from rl_actors.contracts.errors import BadDataError, BadInputError
+from rl_actors.environment.workflow import Workflow
 
 
 def named(name: str) -> str:

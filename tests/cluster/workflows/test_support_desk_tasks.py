@@ -24,8 +24,8 @@ from cluster.workflows.support_desk.phrasings import BANKS, CLOSINGS, OPENINGS, 
 from cluster.workflows.support_desk.policy_program import resolve
 from cluster.workflows.support_desk.tasks import UNSEEN_FRACTION, UNSEEN_SPLITS, most_live_tasks
 from cluster.workflows.support_desk.ticket import Ticket
-from rl_actors.contracts import Split, Task
-from rl_actors.errors import BadInputError
+from rl_actors.contracts.errors import BadInputError
+from rl_actors.contracts.tasks import Split, Task
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 ORDINARY: tuple[Split, ...] = tuple(split for split in SPLITS if split != "adversarial")

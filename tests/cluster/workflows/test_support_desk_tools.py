@@ -18,10 +18,9 @@ from cluster.workflows.support_desk.articles import ARTICLES
 from cluster.workflows.support_desk.database import Desk, transaction
 from cluster.workflows.support_desk.tools import TOOLS, WORLD
 from rl_actors.agent.executor import PLAN_ACCEPTED
-from rl_actors.agent.observations import render_error, render_observation, render_plan_accepted
-from rl_actors.agent.workflow import ToolFailure
-from rl_actors.contracts import Task
-from rl_actors.errors import BadInputError
+from rl_actors.contracts.errors import BadInputError
+from rl_actors.contracts.tasks import Task
+from rl_actors.environment.tools import ToolFailure, render_error, render_observation, render_plan_accepted
 from tests.cluster.workflows.desk_runs import calls_of, outcome_of, reply_of, right, try_call
 
 ORDERS = ("O48-213", "O48-214", "O48-215")

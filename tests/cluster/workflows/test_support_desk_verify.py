@@ -15,7 +15,7 @@ from cluster.workflows.support_desk.state_diff import observed_effects, unexplai
 from cluster.workflows.support_desk.ticket import Ticket
 from cluster.workflows.support_desk.tools import WORLD
 from cluster.workflows.support_desk.verifier import VIOLATIONS
-from rl_actors.contracts import Split, Task
+from rl_actors.contracts.tasks import Split, Task
 from tests.cluster.workflows.desk_runs import (
     calls_of,
     one_task,

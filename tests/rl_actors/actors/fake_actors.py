@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from rl_actors.contracts import LearnerUpdate
-from rl_actors.errors import AttestationError, BadInputError, EngineError
+from rl_actors.contracts.errors import AttestationError, BadInputError, EngineError
+from rl_actors.contracts.rollouts import LearnerUpdate
 
 
 class FakeWorker:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rl_actors.actors.attestation import attestation_gap, require_attested
-from rl_actors.errors import AttestationError, InfrastructureError
+from rl_actors.actors.attested_sync import attestation_gap, require_attested
+from rl_actors.contracts.errors import AttestationError, InfrastructureError
 
 rows = st.lists(st.lists(st.floats(-20, 0), min_size=1, max_size=5), min_size=1, max_size=4)
 

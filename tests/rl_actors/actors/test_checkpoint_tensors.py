@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rl_actors.actors.checkpoint_tensors import checkpoint_shapes, require_complete
-from rl_actors.errors import AttestationError
+from rl_actors.actors.vllm_engine import checkpoint_shapes, require_complete
+from rl_actors.contracts.errors import AttestationError
 
 SHAPES = {"a": (2, 3), "b": (4,)}
 

@@ -15,8 +15,8 @@ import torch
 
 from rl_actors.actors import vllm_engine
 from rl_actors.actors.vllm_engine import VllmEngine
-from rl_actors.contracts import Completion, SamplingParams
-from rl_actors.errors import AttestationError, EngineError
+from rl_actors.contracts.errors import AttestationError, EngineError
+from rl_actors.contracts.rollouts import Completion, SamplingParams
 
 SAMPLING = SamplingParams(max_tokens=3, seed=5)
 WAIT_S = 20.0

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from rl_actors.actors import ppo_learner
-from rl_actors.actors.ppo_learner import LearnerRank, PpoLearnerActor
-from rl_actors.contracts import LearnerUpdate
+from rl_actors.actors import learner_actor as ppo_learner
+from rl_actors.actors.learner_actor import LearnerRank, PpoLearnerActor
+from rl_actors.contracts.rollouts import LearnerUpdate
 
 
 class FakeLearner:

@@ -23,8 +23,8 @@ from rl_actors.actors.pools import (
     share_by_group,
     wait_for,
 )
-from rl_actors.contracts import LearnerUpdate
-from rl_actors.errors import AttestationError, BadInputError, InfrastructureError, InstabilityError
+from rl_actors.contracts.errors import AttestationError, BadInputError, InfrastructureError, InstabilityError
+from rl_actors.contracts.rollouts import LearnerUpdate
 from tests.rl_actors.actors.fake_actors import UNSTABLE_VERSION, FakeLearner, FakeScorer, FakeWorker, Troubled
 
 needs_ray = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]

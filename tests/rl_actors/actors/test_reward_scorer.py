@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from rl_actors.actors.reward_scorer import RewardScorer
 from rl_actors.algorithms.rewards import RewardMix
-from rl_actors.contracts import Rollout
+from rl_actors.contracts.rollouts import Rollout
 from rl_actors.models.reward_model import RewardModel, pad_sequences
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_turn
 

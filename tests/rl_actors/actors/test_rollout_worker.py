@@ -10,8 +10,8 @@ import pytest
 
 from rl_actors.actors import rollout_worker
 from rl_actors.actors.rollout_worker import RolloutBatch, RolloutWorker
-from rl_actors.agent.rollout import RolloutRequest
-from rl_actors.errors import AttestationError, EngineError, ToolHostError
+from rl_actors.contracts.errors import AttestationError, EngineError, ToolHostError
+from rl_actors.contracts.tasks import RolloutRequest
 from tests.rl_actors.fakes import make_rollout, make_task
 
 REQUESTS = [RolloutRequest(task=make_task(f"t{number}"), group_id=number, seed=number) for number in range(6)]

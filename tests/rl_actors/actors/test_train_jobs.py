@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from rl_actors.actors import train_jobs
 from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources, run_reward_job, run_sft_job
-from rl_actors.contracts import Calibration
+from rl_actors.contracts.errors import BadInputError, InfrastructureError, InstabilityError, SeatrialError
+from rl_actors.contracts.versions import Calibration
 from rl_actors.durable.metrics_log import read_metrics
-from rl_actors.errors import BadInputError, InfrastructureError, InstabilityError, SeatrialError
 from rl_actors.models.reward_model import RewardModel
-from rl_actors.training.reward import PreferencePair, RewardSettings
+from rl_actors.training.reward_model import PreferencePair, RewardSettings
 from rl_actors.training.sft import Example, SftSettings
 
 torch.set_num_threads(1)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rl_actors.actors.attestation import attestation_gap, require_attested
+from rl_actors.actors.attested_sync import attestation_gap, require_attested
 from rl_actors.actors.vllm_engine import VllmEngine, _routes
-from rl_actors.agent.harmony import HarmonyRenderer
+from rl_actors.agent.renderers.harmony import HarmonyRenderer
 from rl_actors.algorithms.batching import collate
-from rl_actors.contracts import Completion, Routes, SamplingParams, TrainingSample
-from rl_actors.errors import AttestationError, EngineError
+from rl_actors.contracts.errors import AttestationError, EngineError
+from rl_actors.contracts.rollouts import Completion, Routes, SamplingParams, TrainingSample
 from rl_actors.models.router_replay import record_routes, route_agreement
 from rl_actors.models.routers import engine_routes
 from rl_actors.models.scoring_head import token_logprobs_and_entropy

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_actors.agent.executor import MAX_STEP_CHARS, PLAN_ACCEPTED, Executor, Toolset
-from rl_actors.agent.workflow import ToolSpec
-from rl_actors.contracts import ToolCall, ToolResult
+from rl_actors.contracts.rollouts import ToolCall, ToolResult
+from rl_actors.environment.tools import ToolSpec
 from tests.rl_actors.fakes import TOOLS, FakeWorld, executor
 
 ORDER = {"order": "48213"}

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_actors.agent.executor import PLAN_ACCEPTED, Executor
-from rl_actors.agent.harmony import demonstration_arrays
-from rl_actors.agent.loop import AgentLimits, AgentRun, run_agent, turn_sampling
-from rl_actors.contracts import Demonstration, DemonstrationTurn, SamplingParams
-from rl_actors.errors import EngineError, ToolHostError
+from rl_actors.agent.loop import AgentRun, run_agent, turn_sampling
+from rl_actors.agent.renderers.harmony import demonstration_arrays
+from rl_actors.contracts.errors import EngineError, ToolHostError
+from rl_actors.contracts.rollouts import SamplingParams
+from rl_actors.contracts.tasks import AgentLimits, Demonstration, DemonstrationTurn
 from tests.rl_actors.fakes import (
     LIMITS,
     PROMPT,

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from rl_actors.agent.executor import Toolset
 from rl_actors.agent.rollout import (
     RolloutPorts,
-    RolloutRequest,
     rollout_token_ids,
     rollout_view,
     run_rollout,
     successful_calls,
     training_sample,
 )
-from rl_actors.agent.workflow import RunView
-from rl_actors.contracts import Outcome, Rollout, Routes, Task, Turn
-from rl_actors.errors import BadInputError, EngineError, ToolHostError
+from rl_actors.contracts.errors import BadInputError, EngineError, ToolHostError
+from rl_actors.contracts.rollouts import Rollout, Routes, Turn
+from rl_actors.contracts.tasks import Outcome, RolloutRequest, Task
+from rl_actors.environment.workflow import RunView
 from tests.rl_actors.fakes import (
     BAD,
     LIMITS,

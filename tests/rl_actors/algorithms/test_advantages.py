@@ -23,7 +23,7 @@ from rl_actors.algorithms.advantages import (
     token_rewards,
     whiten,
 )
-from rl_actors.errors import BadInputError
+from rl_actors.contracts.errors import BadInputError
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=30)

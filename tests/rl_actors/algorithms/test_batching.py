@@ -11,15 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rl_actors.algorithms.batching import (
-    chunked_token_logprobs_and_entropy,
-    collate,
-    filler_batch,
-    plan_microbatches,
-)
+from rl_actors.algorithms.batching import chunked_token_logprobs_and_entropy, collate, filler_batch, plan_microbatches
 from rl_actors.algorithms.losses import policy_loss
-from rl_actors.contracts import Routes, TrainingSample
-from rl_actors.errors import BadDataError, BadInputError
+from rl_actors.contracts.errors import BadDataError, BadInputError
+from rl_actors.contracts.rollouts import Routes, TrainingSample
 from rl_actors.models.scoring_head import token_logprobs_and_entropy
 
 torch.set_num_threads(1)

@@ -19,7 +19,7 @@ from rl_actors.algorithms.calibration import (
     krippendorff_alpha,
     rubric_loss,
 )
-from rl_actors.errors import BadDataError, BadInputError
+from rl_actors.contracts.errors import BadDataError, BadInputError
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=30)

@@ -17,7 +17,7 @@ from rl_actors.algorithms.correction import (
     require_strictly_on_policy,
     rollout_correction,
 )
-from rl_actors.errors import BadInputError
+from rl_actors.contracts.errors import BadInputError
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=40)

@@ -12,13 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rl_actors.algorithms.losses import (
-    aggregate,
-    merge_metrics,
-    policy_loss,
-    value_loss,
-)
-from rl_actors.errors import BadInputError
+from rl_actors.algorithms.losses import aggregate, merge_metrics, policy_loss, value_loss
+from rl_actors.contracts.errors import BadInputError
 
 torch.set_num_threads(1)
 CLIPS: dict[str, Any] = {"clip_low": 0.2, "clip_high": 0.3}

@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rl_actors.algorithms.kl import kl_loss
-from rl_actors.algorithms.losses import (
-    LossOutput,
-    merge_metrics,
-    policy_loss,
-    value_loss,
-    zero_masked,
-)
-from rl_actors.errors import BadInputError
+from rl_actors.algorithms.losses import LossOutput, merge_metrics, policy_loss, value_loss, zero_masked
+from rl_actors.contracts.errors import BadInputError
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=15)

@@ -21,7 +21,7 @@ from rl_actors.algorithms.batching import (
 )
 from rl_actors.algorithms.kl import kl_loss
 from rl_actors.algorithms.losses import policy_loss
-from rl_actors.contracts import TrainingSample
+from rl_actors.contracts.rollouts import TrainingSample
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=15)

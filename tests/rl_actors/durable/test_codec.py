@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from rl_actors.contracts import Calibration, EvalReport, Interval, PolicyVersion, RewardModelVersion, SuiteResult
+from rl_actors.contracts.reports import EvalReport, Interval, SuiteResult
+from rl_actors.contracts.versions import Calibration, PolicyVersion, RewardModelVersion
 from rl_actors.durable.codec import decode, encode
 from rl_actors.durable.hashing import canonical_json
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from rl_actors.contracts.errors import InfrastructureError
 from rl_actors.durable import files
 from rl_actors.durable.files import file_lock
-from rl_actors.errors import InfrastructureError
 from tests.serving.fakes import START, FakeClock
 
 HOLD = """

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rl_actors.contracts.errors import InfrastructureError
 from rl_actors.durable.files import append_row, read_rows, shared_rows, write_atomic, write_json
-from rl_actors.errors import InfrastructureError
 
 
 def test_a_file_is_written_whole_and_replaced(tmp_path: Path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rl_actors.errors import BadInputError
+from rl_actors.contracts.errors import BadInputError
 from rl_actors.models.adapters import ALPHA_PER_RANK, adapters_off, add_adapters, merged
 
 torch.set_num_threads(1)

@@ -9,11 +9,11 @@ import pytest
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rl_actors.errors import AttestationError
+from rl_actors.contracts.errors import AttestationError
 from rl_actors.models import loading
 from rl_actors.models.experts import SORTED_EXPERTS
 from rl_actors.models.loading import load_backbone, load_causal_lm
-from rl_actors.models.sink_attention import SINK_ATTENTION
+from rl_actors.models.sinks import SINK_ATTENTION
 
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_backbone])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rl_actors.errors import BadDataError
+from rl_actors.contracts.errors import BadDataError
 from rl_actors.models.loading import load_backbone
 from rl_actors.models.reward_model import RewardModel
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_actors.training.copy_drills import copy_drill, drill_batches
-from rl_actors.training.sft import Example
+from rl_actors.training.sft import Example, copy_drill, drill_batches
 
 NUMBERS = list(range(100, 200))
 OTHERS = list(range(8, 100))

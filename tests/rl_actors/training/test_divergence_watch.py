@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_actors.contracts import Rollout, Score
-from rl_actors.training.divergence_watch import WINDOW_STEPS, DivergenceWatch
+from rl_actors.contracts.rollouts import Rollout, Score
+from rl_actors.training.ppo import WINDOW_STEPS, DivergenceWatch
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_score
 
 FULL = 2 * WINDOW_STEPS

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from rl_actors.agent.rollout import RolloutRequest
-from rl_actors.contracts import Rollout
+from rl_actors.contracts.rollouts import Rollout
+from rl_actors.contracts.tasks import RolloutRequest
 from rl_actors.training.ppo import PpoPlan, flat_groups, requests_for_step, run_ppo, sample_groups
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_task
 from tests.rl_actors.training.test_ppo import LIMITS, Actors

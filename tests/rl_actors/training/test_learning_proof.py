@@ -27,11 +27,11 @@ from token_game import LOOK, LOOK_WORKS, NUM_TURNS, SAY, SYMBOLS, Luck, Move, Wo
 
 from rl_actors.agent.rollout import training_sample
 from rl_actors.algorithms.stability import StabilityLimits
-from rl_actors.errors import AttestationError, InstabilityError
+from rl_actors.contracts.errors import AttestationError, InstabilityError
+from rl_actors.contracts.recipe import RECIPES
+from rl_actors.learner.update import PpoLearner
 from rl_actors.models.loading import load_causal_lm
 from rl_actors.training.ppo import PpoPlan, requests_for_step, run_ppo
-from rl_actors.training.ppo_learner import PpoLearner
-from rl_actors.training.recipe import RECIPES
 
 torch.set_num_threads(1)
 slow = pytest.mark.slow

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from rl_actors.agent.rollout import RolloutRequest
 from rl_actors.algorithms.stability import StabilityLimits
-from rl_actors.contracts import LearnerUpdate, Rollout, Score, TrainingSample
-from rl_actors.errors import AttestationError, InfrastructureError, InstabilityError
-from rl_actors.training.divergence_watch import WINDOW_STEPS, DivergenceWatch
+from rl_actors.contracts.errors import AttestationError, InfrastructureError, InstabilityError
+from rl_actors.contracts.rollouts import LearnerUpdate, Rollout, Score, TrainingSample
+from rl_actors.contracts.tasks import RolloutRequest
 from rl_actors.training.ppo import (
+    WINDOW_STEPS,
+    DivergenceWatch,
     LoopState,
     PpoPlan,
     PpoPorts,

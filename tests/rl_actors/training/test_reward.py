@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from rl_actors.errors import BadDataError
+from rl_actors.contracts.errors import BadDataError
 from rl_actors.models.reward_model import RewardModel, pad_sequences
-from rl_actors.training.reward import (
+from rl_actors.training.reward_model import (
     PreferencePair,
     RewardProgress,
     RewardSettings,

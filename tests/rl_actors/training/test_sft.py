@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_actors.errors import BadInputError
+from rl_actors.contracts.errors import BadInputError
 from rl_actors.training import sft
 from rl_actors.training.sft import (
     Example,

@@ -1,0 +1,3 @@
+"""`seatrial`: the command line, one file a command."""
+
+from cluster.cli.app import main

@@ -1,0 +1,1 @@
+"""Message formats: from a conversation to token ids and back."""

@@ -1,0 +1,62 @@
+"""Values that cross borders in training and evaluation, and every exception raised on purpose."""
+
+from rl_actors.contracts.cost import CostModel
+from rl_actors.contracts.errors import (
+    AttestationError,
+    BadDataError,
+    BadInputError,
+    EngineError,
+    InfrastructureError,
+    InstabilityError,
+    SeatrialError,
+    StageRefusedError,
+    TamperedError,
+    ToolHostError,
+)
+from rl_actors.contracts.recipe import (
+    MAX_RELATIVE_KL_ERROR,
+    RECIPES,
+    RESAMPLE_ROUNDS,
+    Aggregation,
+    CorrectionMode,
+    GroupAdvantageKind,
+    KLKind,
+    PolicyLossKind,
+    Recipe,
+    require_batch_choices,
+    require_choice,
+)
+from rl_actors.contracts.reports import EvalReport, Interval, SuiteResult
+from rl_actors.contracts.rollouts import (
+    Completion,
+    LearnerUpdate,
+    PlanCause,
+    PlanRevision,
+    Rollout,
+    RolloutStatus,
+    Routes,
+    SamplingParams,
+    Score,
+    ToolCall,
+    ToolResult,
+    TrainingSample,
+    Turn,
+)
+from rl_actors.contracts.tasks import (
+    AgentLimits,
+    Demonstration,
+    DemonstrationTurn,
+    Outcome,
+    RolloutRequest,
+    Split,
+    Task,
+    TurnKind,
+)
+from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyKind, PolicyVersion, RewardModelVersion
+from rl_actors.contracts.working_sizes import (
+    BATCH_PAIRS,
+    CALIBRATION_FRACTION,
+    LOGIT_CHUNK_VALUES,
+    MAX_IN_FLIGHT,
+    MICROBATCH_TOKENS,
+)

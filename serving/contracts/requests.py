@@ -1,0 +1,121 @@
+"""One live request as a row, and the rows of a version as a window: what gates read.
+
+Times are Unix seconds (UTC); no field is ever null.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+ReleaseChannel = Literal["offline_eval", "canary", "general"]
+
+
+RunStatus = Literal["running", "ok", "truncated", "tool_budget", "timeout", "engine_error", "aborted"]
+
+
+Success = Literal["yes", "no", "unknown"]
+
+
+EventKind = Literal["violation", "override", "failure"]
+
+
+UNSCORED: Final = -1.0  # critic_score of a run that the critic has not scored yet: no column is ever null
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """One run, one row (the article's observability schema); no field is ever null.
+
+    A row is written ahead with status `running` and the defaults below, then completed once. `request_id` is the
+    idempotency key. `task_id` is empty outside tests. `release_channel` comes from the router, never from the caller.
+    """
+
+    run_id: str
+    request_id: str
+    session_key: str
+    model_version: str
+    reward_model_version: str
+    policy_version: str
+    bundle_id: str
+    release_channel: ReleaseChannel
+    split_epoch: int
+    started_at: float
+    intent: str
+    sandbox_level: str
+    task_id: str = ""
+    status: RunStatus = "running"
+    success: Success = "unknown"
+    tool_calls_count: int = 0
+    tool_error_count: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    duration_ms: float = 0.0
+    cost: float = 0.0
+    human_override: bool = False
+    critic_score: float = UNSCORED
+    policy_checks: Mapping[str, bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSample:
+    """What gates need of one finished run, in order of completion."""
+
+    session_key: str
+    duration_ms: float
+    cost: float
+    success: Success
+    completed_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent:
+    """One bad event, stamped with the moment it became known (an override or a label may come late)."""
+
+    at: float
+    kind: EventKind
+    run_id: str
+    session_key: str
+    policy_version: str
+    split_epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficWindow:
+    """All finished runs of a version in one channel and split epoch; unlabelled ones are not in `num_labelled`."""
+
+    policy_version: str
+    release_channel: ReleaseChannel
+    split_epoch: int
+    num_runs: int
+    num_running: int
+    num_sessions: int
+    num_labelled: int
+    num_successes: int
+    num_overrides: int
+    tool_calls_count: int
+    tool_error_count: int
+    failed_checks: Mapping[str, int]  # runs by failed policy check
+    samples: tuple[RunSample, ...]
+
+    @property
+    def success_rate(self) -> float:
+        """Successes over labelled runs; 0 without labels."""
+        return self.num_successes / self.num_labelled if self.num_labelled else 0.0
+
+    @property
+    def human_override_rate(self) -> float:
+        """Overridden runs over finished runs; 0 without runs."""
+        return self.num_overrides / self.num_runs if self.num_runs else 0.0
+
+    @property
+    def tool_error_rate(self) -> float:
+        """Tool errors over tool calls; 0 without calls."""
+        return self.tool_error_count / self.tool_calls_count if self.tool_calls_count else 0.0
+
+    @property
+    def cost_per_success(self) -> float:
+        """Cost of ALL runs, failures included, over successes; infinite when nothing succeeded, never 0."""
+        return sum(sample.cost for sample in self.samples) / self.num_successes if self.num_successes else math.inf

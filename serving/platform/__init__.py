@@ -1,0 +1,3 @@
+"""Every Ray Serve call."""
+
+from serving.platform.serve import CRITIC, PlatformConfig, ServePlatform

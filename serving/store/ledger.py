@@ -1,0 +1,312 @@
+"""The run ledger: one SQLite file, one row per run, from which every gate reads (MLflow is only a mirror).
+
+`start` writes ahead, `complete` ends a run exactly once; what becomes known later is appended beside it. WAL mode with
+synchronous=NORMAL: a killed process loses nothing, a power cut may lose the last commits but never breaks the file.
+Any number of processes and threads may write; each write is one short transaction.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from rl_actors.contracts import BadInputError, InfrastructureError, PlanRevision
+from rl_actors.durable import file_lock
+from serving.contracts import (
+    EventKind,
+    ReleaseChannel,
+    RunEvent,
+    RunRecord,
+    RunSample,
+    RunStatus,
+    Success,
+    TrafficWindow,
+)
+
+_BUSY_TIMEOUT_MS: Final = 10_000
+
+
+_CREATED: Final = re.compile(r"^CREATE [\w ]+ IF NOT EXISTS (\w+)", re.MULTILINE)
+
+
+_START_COLUMNS: Final = tuple(
+    name for name in RunRecord.__dataclass_fields__ if name not in {"human_override", "critic_score"}
+)
+
+
+_COMPLETE: Final = """
+UPDATE runs SET status = :status, success = :success, tool_calls_count = :tool_calls_count,
+    tool_error_count = :tool_error_count, tokens_in = :tokens_in, tokens_out = :tokens_out, duration_ms = :duration_ms,
+    cost = :cost, policy_checks = :policy_checks, failed_checks_count = :failed_checks_count, completed_at = :at
+WHERE run_id = :run_id AND status = 'running'"""
+
+
+_ADD_PLAN: Final = """
+INSERT INTO plan_revisions (run_id, revision, at, after_calls, cause, tool_budget, steps)
+VALUES (:run_id, :revision, :at, :after_calls, :cause, :tool_budget, :steps)"""
+
+
+_WINDOW: Final = """
+FROM run_records WHERE policy_version = :policy_version AND release_channel = :channel
+    AND (:epoch IS NULL OR split_epoch = :epoch) AND started_at >= :since"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCompletion:
+    """The second half of a run's row: what is known only when it ends. `policy_checks` maps check -> held."""
+
+    status: RunStatus
+    success: Success
+    tool_calls_count: int
+    tool_error_count: int
+    tokens_in: int
+    tokens_out: int
+    duration_ms: float
+    cost: float
+    policy_checks: Mapping[str, bool]
+    plans: tuple[PlanRevision, ...] = ()
+
+
+class RunLedger:
+    """One open ledger. `owner` names the writing process, so that its open runs can be aborted after its death.
+
+    Raises InfrastructureError, naming the file and the remedy, when the file cannot be opened, locked or written.
+    """
+
+    def __init__(self, path: Path, *, owner: str) -> None:
+        """Open or create the file. Reads and writes use two connections, so that a long read never blocks a write."""
+        self.path, self.owner = path, owner
+        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        # SQLite switches a new file to WAL without waiting: of two that open it at once, one would find it locked.
+        with file_lock(path.with_name(f"{path.name}.lock")):
+            self._writer, self._reader = self._connect(), self._connect()
+            with self._writing() as writer:
+                schema = resources.files("serving.store").joinpath("schema.sql").read_text(encoding="utf-8")
+                present = {row["name"] for row in writer.execute("SELECT name FROM sqlite_master")}
+                # Also for a file of an older version, which lacks what was added since.
+                if not present.issuperset(_CREATED.findall(schema)):
+                    writer.executescript(schema)
+
+    def close(self) -> None:
+        """Close both connections; a second call does nothing."""
+        self._reader.close()
+        self._writer.close()
+
+    # --- writes -------------------------------------------------------------------------------------------------------
+
+    def start(self, record: RunRecord) -> bool:
+        """Write a run ahead. False when this run or request already has a row: a retry never makes a second one."""
+        if record.status != "running":
+            raise BadInputError("record.status", record.status, "a run is started as 'running' and completed later")
+        row = {name: value for name, value in asdict(record).items() if name in _START_COLUMNS}
+        row |= _checks_columns(record.policy_checks) | {"owner": self.owner, "completed_at": 0.0}
+        marks = ", ".join(f":{name}" for name in row)
+        sql = f"INSERT INTO runs ({', '.join(row)}) VALUES ({marks}) ON CONFLICT DO NOTHING"
+        with self._writing() as writer:
+            return writer.execute(sql, row).rowcount == 1
+
+    def session_slot(self, salt: str, session_key: str) -> int:
+        """Return a session's slot in the release of this salt: the next free one at its first visit, the same after."""
+        find = "SELECT slot FROM session_slots WHERE salt = ? AND session_key = ?"
+        if known := self._read(find, (salt, session_key)):
+            return known[0]["slot"]
+        sql = """INSERT INTO session_slots SELECT ?1, ?2, COALESCE(MAX(slot) + 1, 0) FROM session_slots WHERE salt = ?1
+            ON CONFLICT (salt, session_key) DO NOTHING"""
+        with self._writing() as writer:
+            writer.execute(sql, (salt, session_key))
+            return writer.execute(find, (salt, session_key)).fetchone()["slot"]
+
+    def complete(self, run_id: str, completion: RunCompletion, *, at: float) -> None:
+        """End a run, exactly once, its plans with it.
+
+        Raises BadInputError for an unknown run and for one that already ended.
+        """
+        if completion.status == "running":
+            raise BadInputError("completion.status", "running", "complete a run with how it ended")
+        key = {"run_id": run_id, "at": at}
+        row = asdict(completion) | _checks_columns(completion.policy_checks) | key
+        plans = [asdict(plan) | {"steps": json.dumps(plan.steps)} | key for plan in completion.plans]
+        with self._writing() as writer, writer:
+            writer.execute("BEGIN IMMEDIATE")
+            if writer.execute(_COMPLETE, row).rowcount == 1:
+                writer.executemany(_ADD_PLAN, plans)
+                return
+            found = writer.execute("SELECT status FROM runs WHERE run_id = ?", (run_id,)).fetchone()
+        remedy = f"it already ended as '{found['status']}'" if found else "start it first"
+        raise BadInputError("run_id", run_id, f"a run is completed once: {remedy}")
+
+    def override(self, run_id: str, *, actor: str, reason: str, at: float) -> None:
+        """Record that a human overrode a run; kept with actor, reason and time."""
+        self._append("overrides", {"run_id": run_id, "actor": actor, "reason": reason, "at": at})
+
+    def label(self, run_id: str, success: Success, *, actor: str, reason: str, at: float) -> None:
+        """Say, maybe late, whether a run succeeded. The latest label wins; the earlier ones stay readable."""
+        self._append("labels", {"run_id": run_id, "success": success, "actor": actor, "reason": reason, "at": at})
+
+    def score(self, run_id: str, score: float, *, reward_model_version: str, at: float) -> None:
+        """Log the critic's score of a finished run. It is never read by a gate."""
+        row = {"run_id": run_id, "score": score, "reward_model_version": reward_model_version, "at": at}
+        self._append("critic_scores", row)
+
+    def abort_orphans(self, owner: str, *, at: float) -> int:
+        """End the runs a dead process left open as `aborted` (a failure for its user); returns how many."""
+        sql = """UPDATE runs SET status = 'aborted', success = 'no', completed_at = ?
+            WHERE owner = ? AND status = 'running'"""
+        with self._writing() as writer:
+            return writer.execute(sql, (at, owner)).rowcount
+
+    # --- reads --------------------------------------------------------------------------------------------------------
+
+    def find(self, request_id: str) -> RunRecord | None:
+        """Return the run that answers this idempotency key, if there is one."""
+        found = self._read("SELECT * FROM run_records WHERE request_id = ?", (request_id,))
+        return _record(found[0]) if found else None
+
+    def plans(self, run_id: str) -> tuple[PlanRevision, ...]:
+        """Return the plans of a run, first to last; none before it has ended, or when it never planned."""
+        sql = """SELECT revision, after_calls, cause, steps, tool_budget FROM plan_revisions
+            WHERE run_id = ? ORDER BY revision"""
+        return tuple(
+            PlanRevision(**{**dict(row), "steps": tuple(json.loads(row["steps"]))})
+            for row in self._read(sql, (run_id,))
+        )
+
+    def rows(self, *, policy_version: str | None = None, channel: ReleaseChannel | None = None) -> Iterator[RunRecord]:
+        """Yield all runs in the order they started, optionally of one policy version or channel."""
+        sql = """SELECT * FROM run_records WHERE (:policy IS NULL OR policy_version = :policy)
+            AND (:channel IS NULL OR release_channel = :channel) ORDER BY seq"""
+        yield from map(_record, self._read(sql, {"policy": policy_version, "channel": channel}))
+
+    def counts(self) -> Mapping[tuple[str, str], int]:
+        """Count runs by (release channel, status)."""
+        found = self._read("SELECT release_channel, status, COUNT(*) AS n FROM runs GROUP BY 1, 2")
+        return {(row["release_channel"], row["status"]): row["n"] for row in found}
+
+    def count_requests(self, run_name: str) -> int:
+        """Count the requests of one traffic run; further attempts at one (`~2`) are rows, not requests."""
+        sql = "SELECT COUNT(*) AS n FROM runs WHERE substr(request_id, 1, ?) = ? AND instr(request_id, '~') = 0"
+        prefix = f"{run_name}."
+        return self._read(sql, (len(prefix), prefix))[0]["n"]
+
+    def window(
+        self, policy_version: str, channel: ReleaseChannel, *, epoch: int | None = None, since: float = 0.0
+    ) -> TrafficWindow:
+        """Aggregate the runs of one version in one channel; `epoch` None means every split epoch."""
+        keys = {"policy_version": policy_version, "channel": channel, "epoch": epoch, "since": since}
+        sql = f"SELECT session_key, duration_ms, cost, success, completed_at {_WINDOW} AND status <> 'running'"
+        samples = tuple(RunSample(**dict(row)) for row in self._read(f"{sql} ORDER BY completed_at, seq", keys))
+        totals = self._read(f"""SELECT COALESCE(SUM(status = 'running'), 0) AS num_running,
+            COUNT(DISTINCT session_key) AS num_sessions,
+            COALESCE(SUM(human_override AND status <> 'running'), 0) AS num_overrides,
+            COALESCE(SUM(tool_calls_count), 0) AS tool_calls_count,
+            COALESCE(SUM(tool_error_count), 0) AS tool_error_count {_WINDOW}""", keys)[0]  # fmt: skip
+        failed = self._read(f"SELECT policy_checks {_WINDOW} AND failed_checks_count > 0", keys)
+        return TrafficWindow(
+            policy_version=policy_version,
+            release_channel=channel,
+            split_epoch=epoch or 0,
+            num_runs=len(samples),
+            num_labelled=sum(sample.success != "unknown" for sample in samples),
+            num_successes=sum(sample.success == "yes" for sample in samples),
+            failed_checks=_count_failed(row["policy_checks"] for row in failed),
+            samples=samples,
+            **dict(totals),
+        )
+
+    def events(self, kinds: Iterable[EventKind], *, epochs: Iterable[int]) -> tuple[RunEvent, ...]:
+        """Bad events of live runs in the given split epochs, ordered by the moment they became known."""
+        kind_marks, epoch_marks = json.dumps(list(kinds)), json.dumps(list(epochs))
+        sql = """SELECT at, kind, run_id, session_key, policy_version, split_epoch FROM run_events
+            WHERE kind IN (SELECT value FROM json_each(?)) AND split_epoch IN (SELECT value FROM json_each(?))
+            AND release_channel <> 'offline_eval' ORDER BY at, run_id, kind"""
+        return tuple(RunEvent(**dict(row)) for row in self._read(sql, (kind_marks, epoch_marks)))
+
+    def session_counts(self, epochs: Iterable[int]) -> tuple[int, int]:
+        """Return (canary sessions, all live sessions) of some split epochs, whatever became of their runs."""
+        sql = """SELECT COUNT(DISTINCT CASE WHEN release_channel = 'canary' THEN session_key END) AS canary,
+            COUNT(DISTINCT session_key) AS total FROM runs
+            WHERE split_epoch IN (SELECT value FROM json_each(?)) AND release_channel <> 'offline_eval'"""
+        row = self._read(sql, (json.dumps(list(epochs)),))[0]
+        return row["canary"], row["total"]
+
+    def failed_checks(self, policy_version: str, epochs: Iterable[int]) -> Mapping[str, int]:
+        """Count the canary runs of a version in some split epochs by the policy check that failed in them."""
+        sql = """SELECT policy_checks FROM runs WHERE policy_version = ? AND release_channel = 'canary'
+            AND failed_checks_count > 0 AND split_epoch IN (SELECT value FROM json_each(?))"""
+        found = self._read(sql, (policy_version, json.dumps(list(epochs))))
+        return _count_failed(row["policy_checks"] for row in found)
+
+    def audit(self, run_id: str) -> tuple[Mapping[str, Any], ...]:
+        """Return every override and label of a run, oldest first, with actor, reason and time."""
+        sql = """SELECT 'override' AS what, 'yes' AS value, actor, reason, at FROM overrides WHERE run_id = :run_id
+            UNION ALL SELECT 'label', success, actor, reason, at FROM labels WHERE run_id = :run_id ORDER BY at"""
+        return tuple(dict(row) for row in self._read(sql, {"run_id": run_id}))
+
+    # --- SQLite -------------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> sqlite3.Connection:
+        with self._translated():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            connection.row_factory = sqlite3.Row
+            connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            return connection
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._write_lock, self._translated():
+            yield self._writer
+
+    def _read(self, sql: str, parameters: tuple[Any, ...] | Mapping[str, Any] = ()) -> list[sqlite3.Row]:
+        with self._read_lock, self._translated():
+            return self._reader.execute(sql, parameters).fetchall()
+
+    def _append(self, table: str, row: Mapping[str, object]) -> None:
+        marks = ", ".join(f":{name}" for name in row)
+        with self._writing() as writer:
+            writer.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", row)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn what SQLite refuses into BadInputError, and what it cannot do into InfrastructureError."""
+        try:
+            yield
+        except sqlite3.IntegrityError as error:
+            raise BadInputError("ledger row", str(error), "the schema refuses it (serving/store/schema.sql)") from error
+        except (sqlite3.Error, OSError) as error:
+            remedy = "free disk space, check its permissions, or end the process that holds it locked"
+            raise InfrastructureError(f"ledger {self.path}: {error}; {remedy}") from error
+
+
+def _checks_columns(policy_checks: Mapping[str, bool]) -> dict[str, object]:
+    return {
+        "policy_checks": json.dumps(dict(policy_checks), sort_keys=True),
+        "failed_checks_count": sum(not held for held in policy_checks.values()),
+    }
+
+
+def _record(row: sqlite3.Row) -> RunRecord:
+    values = {name: row[name] for name in RunRecord.__dataclass_fields__}
+    values["policy_checks"] = json.loads(row["policy_checks"])
+    values["human_override"] = bool(row["human_override"])
+    return RunRecord(**values)
+
+
+def _count_failed(policy_checks: Iterable[str]) -> Mapping[str, int]:
+    """Count runs by the policy check that failed in them."""
+    counts: Counter[str] = Counter()
+    for text in policy_checks:
+        counts.update(name for name, held in json.loads(text).items() if not held)
+    return counts
