@@ -22,7 +22,7 @@ test-serve: $(STAMP)  ## gateway and two engines on real Ray Serve, fail-back un
 	$(BIN)/python -m pytest -q -m idle
 	$(BIN)/python -m pytest -q tests/integration
 
-check: lint  ## lint, types, import contracts, fast tests
+check: lint  ## lint, types, import contracts, fast tests, the numbers of the house
 	$(BIN)/python -m pytest -q -m "not ray and not engine and not slow and not idle"
 
 lint: $(STAMP)  ## ruff, pyright, import contracts

@@ -31,7 +31,7 @@ from rl_actors.algorithms import StabilityLimits
 from rl_actors.contracts import RECIPES, CorrectionMode, InstabilityError, Rollout, RolloutRequest
 from rl_actors.learner import PpoLearner, PpoSettings
 from rl_actors.models import load_causal_lm
-from rl_actors.training import PpoPlan, run_ppo
+from rl_actors.training import PpoSchedule, run_ppo
 
 # The budget, fixed before the reported runs: 80 steps of 64 rollouts.
 NUM_STEPS, TASKS_PER_STEP, ROLLOUTS_PER_TASK = 80, 8, 8
@@ -119,7 +119,7 @@ def run_arm(arm: Arm, references: References, on_step: Callable[[], None]) -> Ru
     learned = references.path(arm.reference, arm.seed, has_sinks=arm.learner_has_sinks)
     recipe = replace(RECIPES[arm.recipe], correction=arm.correction)
     settings = replace(SETTINGS, kl_coef=arm.kl_coef, seed=arm.seed, recipe=recipe, limits=arm.limits)
-    plan = PpoPlan(
+    plan = PpoSchedule(
         num_steps=arm.num_steps,
         tasks_per_step=TASKS_PER_STEP,
         rollouts_per_task=ROLLOUTS_PER_TASK,

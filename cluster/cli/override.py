@@ -67,10 +67,10 @@ def _post(override: Override, url: str) -> None:
 def _write_to_ledger(override: Override, home: Path) -> str:
     """Find the ledger that holds the run, newest first."""
     # Imported here: with a gateway nobody needs it.
-    from serving.store import RunLedger
+    from serving.store import RequestLedger
 
     for path in _ledgers(home):
-        ledger = RunLedger(path, owner="seatrial-override")
+        ledger = RequestLedger(path, owner="seatrial-override")
         try:
             record = ledger.find(override.run_id.removeprefix("run-"))
             if record is not None:

@@ -24,7 +24,7 @@ from cluster.plan import (
     Change,
     Comparison,
     Explanation,
-    Plan,
+    RunPlan,
     Shift,
     Workload,
     compare,
@@ -77,7 +77,7 @@ _TRIFLE: Final = 1e-3  # a change below this share is not worth a line
 _MINUTES, _BYTES = "minutes", "memory_bytes"
 
 
-def render_plan(plan: Plan, comparison: Comparison | None = None) -> Group:
+def render_plan(plan: RunPlan, comparison: Comparison | None = None) -> Group:
     """Return the plan as tables, and what the changes do where there are any."""
     parts: list[RenderableType] = [_batch_table(plan), _stage_table(plan), _memory_table(plan), _release_line(plan)]
     if comparison and comparison.changes:
@@ -98,7 +98,7 @@ def render_charter(answers: Mapping[str, str], workload: Workload) -> Table:
     return table
 
 
-def _batch_table(plan: Plan) -> Table:
+def _batch_table(plan: RunPlan) -> Table:
     table = Table(title="One PPO step", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -108,7 +108,7 @@ def _batch_table(plan: Plan) -> Table:
     return table
 
 
-def _stage_table(plan: Plan) -> Table:
+def _stage_table(plan: RunPlan) -> Table:
     table = Table(title=f"{plan.params:,} parameters ({plan.active_params:,} active), {plan.device}; estimates")
     for column in ("stage", "tokens", "steps", "memory", "CPU", "GPU", "minutes"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -128,7 +128,7 @@ def _stage_table(plan: Plan) -> Table:
     return table
 
 
-def _memory_table(plan: Plan) -> Table:
+def _memory_table(plan: RunPlan) -> Table:
     """Parts by stage; a stage of one process alone has no column."""
     stages = [stage for stage in plan.stages if len(stage.memory_bytes) > 1]
     caption = "reward model: sampling its pairs or training on them, whichever takes more"
@@ -146,7 +146,7 @@ def _memory_table(plan: Plan) -> Table:
     return table
 
 
-def _release_line(plan: Plan) -> Text:
+def _release_line(plan: RunPlan) -> Text:
     line = f"The ramp needs at least {plan.tickets_needed:,} live tickets; data.num_live gives {plan.tickets_given:,}"
     if plan.tickets_given < plan.tickets_needed:
         return Text(f"{line}: no candidate can be promoted. Raise it, or lower min_canary_requests.", style="red")

@@ -19,7 +19,7 @@ from serving.contracts import Canary, Release, ReleasePlan, ReleaseState
 from serving.platform import CRITIC, PlatformConfig, ServePlatform
 from serving.release import TERMINAL, Aliases, LedgerEvidence, ReleaseController
 from serving.split import SplitStore
-from serving.store import GatewayConfig, RunLedger, ServedPolicy
+from serving.store import GatewayConfig, RequestLedger, ServedPolicy
 
 _OUTCOMES: dict[str, ReleaseOutcome] = {
     "Promoted": "promoted",
@@ -111,7 +111,7 @@ class ReleaseBench:
         )
         over = threading.Event()
         tasks, book = live_tasks(self._snapshot, index), TicketBook(directory / "tickets.jsonl")
-        with closing(RunLedger(self.ledger_path, owner="controller")) as ledger:
+        with closing(RequestLedger(self.ledger_path, owner="controller")) as ledger:
             traffic = TrafficThread(self._driver(index, book), tasks, over, self._run.watch.progress, index)
             controller = self._controller(release, plan, ledger, directory)
             traffic.start()
@@ -139,7 +139,9 @@ class ReleaseBench:
             state = controller.tick()
         return state
 
-    def _controller(self, release: Release, plan: ReleasePlan, ledger: RunLedger, directory: Path) -> ReleaseController:
+    def _controller(
+        self, release: Release, plan: ReleasePlan, ledger: RequestLedger, directory: Path
+    ) -> ReleaseController:
         splits = SplitStore(self._config.files.split)
         return ReleaseController(
             release,
@@ -158,7 +160,7 @@ class ReleaseBench:
         release: Release,
         controller: ReleaseController,
         state: ReleaseState,
-        ledger: RunLedger,
+        ledger: RequestLedger,
         progress: TrafficProgress,
         seconds: float,
     ) -> ReleaseResult:

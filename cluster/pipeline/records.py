@@ -40,7 +40,7 @@ from rl_actors.contracts import (
     SeatrialError,
 )
 from rl_actors.durable import read_metrics, sha256_file
-from serving.store import ReleaseFiles, RunLedger, read_traces
+from serving.store import ReleaseFiles, RequestLedger, read_traces
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +197,7 @@ def mirror_stopped(run: Run, registry: Registry, error: SeatrialError) -> None:
 
 def mirror_traces(run: Run, registry: Registry, files: ReleaseFiles) -> None:
     """Copy a few live runs to MLflow with what people said of them; losses are told, and stop nothing."""
-    with closing(RunLedger(files.ledger, owner="mirror")) as ledger:
+    with closing(RequestLedger(files.ledger, owner="mirror")) as ledger:
         report = registry.mirror(sampled_traces(read_traces(files.traces), ledger, NUM_MIRRORED_TRACES))
     if report.lost:
         run.watch.note(f"{report.lost} traces could not be copied to MLflow: {report.first_error}")

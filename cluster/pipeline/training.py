@@ -42,7 +42,7 @@ from rl_actors.contracts import (
 )
 from rl_actors.durable import ChainedLog, MetricsLog, sha256_directory
 from rl_actors.learner import PpoSettings
-from rl_actors.training import Example, PpoPlan, PpoPorts, RewardSettings, SftSettings, drill_batches, run_ppo
+from rl_actors.training import Example, PpoPorts, PpoSchedule, RewardSettings, SftSettings, drill_batches, run_ppo
 
 NUM_PROBES = 4
 
@@ -160,7 +160,7 @@ def train_policy(
         # A row of its own: the first rollouts are sampled by weights that were proved too.
         report(start, {"attestation_gap": sync.publish(start), "weights_version": float(start)})
         ports = PpoPorts(
-            source=pool, scorer=scorers, learner=learners, sync=sync, report=report, tripped=tell_trips(run)
+            source=pool, scorer=scorers, learner=learners, sync=sync, report=report, tripped=report_trips(run)
         )
         run_ppo(tasks, ppo_plan(run), ports, stability_limits(run), start=start, loop_state=loop_state)
         learners.save_policy(str(directory))
@@ -172,7 +172,7 @@ def train_policy(
     return run.policy("ppo_v1", "ppo", directory, baseline.sha256)
 
 
-def tell_trips(run: Run) -> Callable[[int, Sequence[str]], None]:
+def report_trips(run: Run) -> Callable[[int, Sequence[str]], None]:
     """Return what writes tripwires down, with metric, value and limit, and shows them; MLflow gets the file too."""
 
     def tripped(step: int, trips: Sequence[str]) -> None:
@@ -222,10 +222,10 @@ def _start_actors(
     return learners, scorers, pool
 
 
-def ppo_plan(run: Run) -> PpoPlan:
+def ppo_plan(run: Run) -> PpoSchedule:
     """Return the loop's plan from the spec."""
     ppo = run.spec.ppo
-    return PpoPlan(
+    return PpoSchedule(
         num_steps=ppo.num_steps,
         tasks_per_step=ppo.tasks_per_step,
         rollouts_per_task=ppo.rollouts_per_task,

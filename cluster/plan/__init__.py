@@ -1,7 +1,7 @@
 """What a run will need, before it starts: estimates, placement, preflight."""
 
 from cluster.plan.changes import Change, Comparison, Explanation, Shift, compare, explain
-from cluster.plan.estimate import BatchPlan, Plan, plan_run
+from cluster.plan.estimate import BatchPlan, RunPlan, plan_run
 from cluster.plan.memory import PARTS
 from cluster.plan.model_shape import shape_of, zero_stage
 from cluster.plan.placement import (

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from cluster.plan.estimate import Plan, plan_run
+from cluster.plan.estimate import RunPlan, plan_run
 from cluster.spec import MEANINGS, Knob, SpecSource, WorkflowSpec, knob_named, leaf_paths, override
 from rl_actors.contracts import BadInputError
 
@@ -67,7 +67,7 @@ class Explanation:
         return asdict(self.knob) | {"value": self.value, "trials": trials}
 
 
-def quantities(plan: Plan) -> dict[str, float]:
+def quantities(plan: RunPlan) -> dict[str, float]:
     """Return every number of a plan by name; `ppo.minutes` is one of a stage, `total_minutes` one of the run."""
     found: dict[str, float] = {"params": plan.params, "active_params": plan.active_params}
     found |= {name: n for name, n in asdict(plan.batch).items() if name != "optimizer_steps"}
@@ -85,7 +85,7 @@ def quantities(plan: Plan) -> dict[str, float]:
     return found | {"peak_memory_bytes": plan.peak_memory_bytes, "total_minutes": plan.total_minutes}
 
 
-def shifts(before: Plan, after: Plan) -> tuple[Shift, ...]:
+def shifts(before: RunPlan, after: RunPlan) -> tuple[Shift, ...]:
     """Return the quantities that differ, in the order of the plan; rounding of the last bits is no difference."""
     old, new = quantities(before), quantities(after)
     moved = [name for name in old if not math.isclose(old[name], new[name], rel_tol=1e-9)]
@@ -103,7 +103,7 @@ def compare(before: WorkflowSpec, after: WorkflowSpec, against: str) -> Comparis
     return Comparison(against=against, changes=changes, together=shifts(plan, plan_run(after)))
 
 
-def change_alone(spec: WorkflowSpec, plan: Plan, knob: str, value: Any) -> Change:
+def change_alone(spec: WorkflowSpec, plan: RunPlan, knob: str, value: Any) -> Change:
     """Plan a spec again with one knob at another value; one that is refused alone says why."""
     before = _values(spec)[knob]
     try:

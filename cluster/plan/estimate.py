@@ -68,7 +68,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class RunPlan:
     """Everything `seatrial plan` prints. `tickets_needed` is what the ramp cannot do with less of."""
 
     params: int
@@ -172,11 +172,11 @@ class _Costs:
         )
 
 
-def plan_run(spec: WorkflowSpec, shape: ModelShape | None = None) -> Plan:
+def plan_run(spec: WorkflowSpec, shape: ModelShape | None = None) -> RunPlan:
     """Return batch algebra, memory, placement and expected minutes of a run. Pure once `shape` is given."""
     costs = _Costs(spec=spec, shape=shape or shape_of(spec.model), placement=place(spec))
     stages = (_plan_snapshot(costs), _plan_sft(costs), _plan_reward(costs), _plan_ppo(costs))
-    return Plan(
+    return RunPlan(
         params=costs.shape.params,
         active_params=costs.shape.active_params,
         device=costs.memory.device,

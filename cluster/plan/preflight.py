@@ -22,7 +22,7 @@ from cluster.plan.workload import measure_workload, require_workload
 from cluster.spec import NUM_RELEASES, WorkflowSpec, unknown_name
 from cluster.workflows import find_workflow, most_tasks
 from rl_actors.contracts import BadInputError, InfrastructureError, Outcome
-from rl_actors.environment import RunView, Workflow
+from rl_actors.environment import RolloutView, Workflow
 from rl_actors.ports import listen_error
 
 GIB = 1024**3
@@ -186,7 +186,7 @@ def check_critical(workflow: Workflow) -> None:
         remedy = f"{workflow.name} must name its critical checks, () where it has none"
         raise BadInputError("critical_checks", named, remedy)
     (task,) = workflow.build_tasks("train", 1, 0)
-    empty = RunView(task=task, tool_calls=(), reply="", outcome=Outcome(success=False, violations=(), reasons=()))
+    empty = RolloutView(task=task, tool_calls=(), reply="", outcome=Outcome(success=False, violations=(), reasons=()))
     reported = workflow.check_reply("", empty)
     for name in named:
         if name not in reported:

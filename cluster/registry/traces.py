@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rl_actors.contracts import PlanRevision, Turn
-from serving.contracts import UNSCORED, RunRecord
-from serving.store import LiveTrace, RunLedger
+from serving.contracts import UNSCORED, RequestRecord
+from serving.store import LiveTrace, RequestLedger
 
 SpanKind = Literal["AGENT", "CHAIN", "TOOL", "LLM"]
 
@@ -33,7 +33,7 @@ class TraceSpan:
 class SampledTrace:
     """A ledger row with what happened inside it. Actor and reason of an override come from the ledger's audit."""
 
-    record: RunRecord
+    record: RequestRecord
     request: str
     response: str
     spans: tuple[TraceSpan, ...] = ()
@@ -80,7 +80,7 @@ def root_span(trace: SampledTrace) -> TraceSpan:
     )
 
 
-def trace_tags(record: RunRecord) -> dict[str, str]:
+def trace_tags(record: RequestRecord) -> dict[str, str]:
     """Return the version stamps and the outcome of a run, by which traces are searched."""
     names = ("run_id", "model_version", "reward_model_version", "policy_version", "bundle_id", "release_channel")
     names += ("split_epoch", "status", "success", "intent", "sandbox_level", "cost", "tool_calls_count")
@@ -109,7 +109,7 @@ def feedback_rows(trace: SampledTrace) -> tuple[FeedbackRow, ...]:
     return tuple(rows)
 
 
-def sampled_traces(traces: Iterable[LiveTrace], ledger: RunLedger, count: int) -> list[SampledTrace]:
+def sampled_traces(traces: Iterable[LiveTrace], ledger: RequestLedger, count: int) -> list[SampledTrace]:
     """Join kept traces with their ledger rows; at most `count`, newest first, up to half of them overridden ones."""
     rows = {record.run_id: record for record in ledger.rows()}
     known = [trace for trace in reversed(list(traces)) if trace.run_id in rows]
@@ -119,7 +119,7 @@ def sampled_traces(traces: Iterable[LiveTrace], ledger: RunLedger, count: int) -
     return [_joined(trace, rows[trace.run_id], ledger) for trace in chosen]
 
 
-def _joined(trace: LiveTrace, record: RunRecord, ledger: RunLedger) -> SampledTrace:
+def _joined(trace: LiveTrace, record: RequestRecord, ledger: RequestLedger) -> SampledTrace:
     said = [entry for entry in ledger.audit(record.run_id) if entry["what"] == "override"]
     return SampledTrace(
         record=record,

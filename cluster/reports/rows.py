@@ -12,7 +12,7 @@ Read, all optional (what is missing becomes "not measured"):
 * `metrics.jsonl`, stage `ppo`: `step`, `success`, `kl_to_reference` (or `kl`).
 * `release*/**/decisions.jsonl`: `DecisionLog` rows, one log per release; this brief's is the one
   whose candidate is the bundle's policy version, the others appear under rollback.
-* the run ledger at the path given: `RunLedger`; channel `canary` of the candidate, `general` of stable.
+* the run ledger at the path given: `RequestLedger`; channel `canary` of the candidate, `general` of stable.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rl_actors.contracts import Calibration, EvalReport, SuiteResult
 from rl_actors.durable import decode, read_metrics, read_rows
 from serving.contracts import GateResult, ReleaseChannel, TrafficWindow
 from serving.gates import reliability_score
-from serving.store import RunLedger
+from serving.store import RequestLedger
 
 OFFLINE_GATES = "offline_gates"
 _SHOWN_HASH = 8
@@ -219,7 +219,7 @@ def _arms(ledger_path: Path, log: ReleaseLog) -> tuple[ArmRow, ...]:
     """Aggregate both arms; the ledger is opened only if it exists, for opening creates it."""
     if not ledger_path.exists():
         return ()
-    ledger = RunLedger(ledger_path, owner="brief")
+    ledger = RequestLedger(ledger_path, owner="brief")
     try:
         arms: tuple[tuple[str, ReleaseChannel], ...] = ((log.stable, "general"), (log.candidate, "canary"))
         windows = [ledger.window(policy, channel) for policy, channel in arms]

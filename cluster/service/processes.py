@@ -114,9 +114,9 @@ def wait_until(
     deadline = clock() + timeout_s
     while not answers():
         if not process.is_alive:
-            raise InfrastructureError(f"{what} ended while starting: {last_words(log)}")
+            raise InfrastructureError(f"{what} ended while starting: {log_tail(log)}")
         if clock() > deadline:
-            raise InfrastructureError(f"{what} did not answer within {timeout_s:g} s: {last_words(log)}")
+            raise InfrastructureError(f"{what} did not answer within {timeout_s:g} s: {log_tail(log)}")
         sleep(0.25)
 
 
@@ -129,7 +129,7 @@ def http_ok(url: str) -> bool:
         return False
 
 
-def last_words(log: Path) -> str:
+def log_tail(log: Path) -> str:
     """Return the last error in a log, or else its last line, without credentials, and where the rest is."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -18,7 +18,7 @@ Generate = Callable[[Sequence[int], SamplingParams], Awaitable[Completion]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AgentRun:
+class AgentResult:
     """What the loop produced; expected failure is in `status`."""
 
     turns: tuple[Turn, ...]
@@ -34,7 +34,7 @@ async def run_agent(
     executor: Executor,
     sampling: SamplingParams,
     limits: AgentLimits,
-) -> AgentRun:
+) -> AgentResult:
     """Run one request to its end, within `limits`.
 
     Each turn samples with a seed of its own derived from `sampling.seed`, so a request is reproducible.
@@ -51,7 +51,7 @@ async def run_agent(
             )
     except TimeoutError:
         status, reply = "timeout", ""
-    return AgentRun(turns=tuple(turns), status=status, reply=reply)
+    return AgentResult(turns=tuple(turns), status=status, reply=reply)
 
 
 async def _turn_by_turn(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from rl_actors.agent.executor import Executor, Toolset
-from rl_actors.agent.loop import AgentRun, Generate, run_agent
+from rl_actors.agent.loop import AgentResult, Generate, run_agent
 from rl_actors.agent.renderers.harmony import HarmonyRenderer
 from rl_actors.contracts import (
     AgentLimits,
@@ -22,7 +22,7 @@ from rl_actors.contracts import (
     TrainingSample,
     Turn,
 )
-from rl_actors.environment import RunView, Workflow
+from rl_actors.environment import RolloutView, Workflow
 from rl_actors.sandbox import ToolHostPool
 
 _CUT_SHORT: Final = frozenset({"truncated", "timeout"})
@@ -69,7 +69,7 @@ async def run_rollout(request: RolloutRequest, ports: RolloutPorts, *, temperatu
     return _rollout(request, ports, run, executor, state, (ports.clock() - started) * 1000.0)
 
 
-def _require_turn(run: AgentRun, limits: AgentLimits, task: Task) -> None:
+def _require_turn(run: AgentResult, limits: AgentLimits, task: Task) -> None:
     """Refuse an attempt in which nothing was sampled: there is nothing to score or to train on."""
     if run.turns:
         return
@@ -80,10 +80,15 @@ def _require_turn(run: AgentRun, limits: AgentLimits, task: Task) -> None:
 
 
 def _rollout(
-    request: RolloutRequest, ports: RolloutPorts, run: AgentRun, executor: Executor, state: object, duration_ms: float
+    request: RolloutRequest,
+    ports: RolloutPorts,
+    run: AgentResult,
+    executor: Executor,
+    state: object,
+    duration_ms: float,
 ) -> Rollout:
     outcome = ports.workflow.verify(request.task, state, run.reply)  # pyright: ignore[reportArgumentType]
-    view = RunView(
+    view = RolloutView(
         task=request.task,
         tool_calls=successful_calls(executor),
         reply=run.reply,
@@ -111,7 +116,7 @@ def successful_calls(executor: Executor) -> tuple[tuple[str, dict[str, object]],
     return tuple((name, dict(arguments)) for name, arguments, error in executor.log if not error)
 
 
-def rollout_view(rollout: Rollout, task: Task) -> RunView:
+def rollout_view(rollout: Rollout, task: Task) -> RolloutView:
     """Return what an annotator sees of a finished rollout."""
     calls = [turn for turn in rollout.turns if turn.kind == "tool" and turn.tool_call and turn.tool_result]
     done = tuple(
@@ -119,7 +124,7 @@ def rollout_view(rollout: Rollout, task: Task) -> RunView:
         for turn in calls
         if turn.tool_call and turn.tool_result and not turn.tool_result.error
     )
-    return RunView(
+    return RolloutView(
         task=task, tool_calls=done, reply=rollout.reply, outcome=rollout.outcome, num_turns=len(rollout.turns)
     )
 

@@ -10,4 +10,4 @@ from rl_actors.environment.tools import (
     render_observation,
     render_plan_accepted,
 )
-from rl_actors.environment.workflow import RubricCriterion, RunView, Workflow, WorkflowRef
+from rl_actors.environment.workflow import RolloutView, RubricCriterion, Workflow, WorkflowRef

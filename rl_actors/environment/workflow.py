@@ -28,7 +28,7 @@ class RubricCriterion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunView:
+class RolloutView:
     """What an annotator or scorer sees of a finished run: no hidden goal, only what happened and was true after."""
 
     task: Task
@@ -65,15 +65,15 @@ class Workflow(Protocol):
         """Decide success and violations from the final state and the reply."""
         ...
 
-    def annotate(self, run: RunView, annotator: int, rng: random.Random) -> Mapping[str, int]:
+    def annotate(self, run: RolloutView, annotator: int, rng: random.Random) -> Mapping[str, int]:
         """Return one simulated annotator's label per rubric criterion."""
         ...
 
-    def prefer(self, first: RunView, second: RunView, annotator: int, rng: random.Random) -> int:
+    def prefer(self, first: RolloutView, second: RolloutView, annotator: int, rng: random.Random) -> int:
         """Return 1 when this annotator prefers the first run, else 0."""
         ...
 
-    def check_reply(self, reply: str, run: RunView) -> Mapping[str, bool]:
+    def check_reply(self, reply: str, run: RolloutView) -> Mapping[str, bool]:
         """Run the policy checks that must all hold before a reply is released. Uses no goal."""
         ...
 

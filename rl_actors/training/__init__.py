@@ -1,6 +1,6 @@
 """The training loops: SFT, reward model, PPO. They know protocols, not processes."""
 
-from rl_actors.training.ppo import DivergenceWatch, LoopState, PpoPlan, PpoPorts, run_ppo, run_step
+from rl_actors.training.ppo import DivergenceWatch, LoopState, PpoPorts, PpoSchedule, run_ppo, run_step
 from rl_actors.training.reward_model import (
     PreferencePair,
     RewardProgress,

@@ -104,7 +104,7 @@ class WeightSync(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PpoPlan:
+class PpoSchedule:
     """What the loop does; the update itself is the learner's business.
 
     `resample_rounds` is how often a step tries other tasks in place of groups without signal (dynamic sampling).
@@ -136,7 +136,9 @@ class PpoPorts:
     clock: Callable[[], float] = time.monotonic
 
 
-def requests_for_step(tasks: Sequence[Task], plan: PpoPlan, step: int, resample_round: int = 0) -> list[RolloutRequest]:
+def requests_for_step(
+    tasks: Sequence[Task], plan: PpoSchedule, step: int, resample_round: int = 0
+) -> list[RolloutRequest]:
     """Return the rollout requests of a step: tasks in order over the shuffled list, a group of attempts per task.
 
     Those of `resample_round` 1, 2, ... lie behind all first requests of the run, so that no step draws another's.
@@ -153,7 +155,7 @@ def requests_for_step(tasks: Sequence[Task], plan: PpoPlan, step: int, resample_
 
 def run_ppo(
     tasks: Sequence[Task],
-    plan: PpoPlan,
+    plan: PpoSchedule,
     ports: PpoPorts,
     limits: StabilityLimits,
     *,

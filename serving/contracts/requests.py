@@ -13,7 +13,7 @@ from typing import Final, Literal
 ReleaseChannel = Literal["offline_eval", "canary", "general"]
 
 
-RunStatus = Literal["running", "ok", "truncated", "tool_budget", "timeout", "engine_error", "aborted"]
+RequestStatus = Literal["running", "ok", "truncated", "tool_budget", "timeout", "engine_error", "aborted"]
 
 
 Success = Literal["yes", "no", "unknown"]
@@ -26,7 +26,7 @@ UNSCORED: Final = -1.0  # critic_score of a run that the critic has not scored y
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunRecord:
+class RequestRecord:
     """One run, one row (the article's observability schema); no field is ever null.
 
     A row is written ahead with status `running` and the defaults below, then completed once. `request_id` is the
@@ -46,7 +46,7 @@ class RunRecord:
     intent: str
     sandbox_level: str
     task_id: str = ""
-    status: RunStatus = "running"
+    status: RequestStatus = "running"
     success: Success = "unknown"
     tool_calls_count: int = 0
     tool_error_count: int = 0
@@ -60,7 +60,7 @@ class RunRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunSample:
+class RequestSample:
     """What gates need of one finished run, in order of completion."""
 
     session_key: str
@@ -71,7 +71,7 @@ class RunSample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunEvent:
+class RequestEvent:
     """One bad event, stamped with the moment it became known (an override or a label may come late)."""
 
     at: float
@@ -98,7 +98,7 @@ class TrafficWindow:
     tool_calls_count: int
     tool_error_count: int
     failed_checks: Mapping[str, int]  # runs by failed policy check
-    samples: tuple[RunSample, ...]
+    samples: tuple[RequestSample, ...]
 
     @property
     def success_rate(self) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 
 from rl_actors.contracts import BadInputError, EvalReport, SuiteResult
 from rl_actors.evaluation import mcnemar_p_value
-from serving.contracts import Drill, Evidence, GateResult, ReleasePlan, RunSample, TrafficWindow, Verdict
+from serving.contracts import Drill, Evidence, GateResult, ReleasePlan, RequestSample, TrafficWindow, Verdict
 from serving.gates.statistics import (
     EventEProcess,
     MatchedSamples,
@@ -201,7 +201,7 @@ def _live_cost(evidence: LiveEvidence, plan: ReleasePlan) -> GateResult:
     return _result(gate, "inconclusive", f"{reason}, not yet certain", numbers)
 
 
-def _labelled(samples: tuple[RunSample, ...]) -> int:
+def _labelled(samples: tuple[RequestSample, ...]) -> int:
     return sum(sample.success != "unknown" for sample in samples)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from serving.contracts import RunSample
+from serving.contracts import RequestSample
 
 _SERIES_TERMS: Final = 8192
 
@@ -198,8 +198,8 @@ def look_at(num_candidate: int, first: int) -> Look | None:
 class MatchedSamples:
     """Samples of both arms up to the same moment: that of the last planned look."""
 
-    stable: tuple[RunSample, ...]
-    candidate: tuple[RunSample, ...]
+    stable: tuple[RequestSample, ...]
+    candidate: tuple[RequestSample, ...]
     alpha_fraction: float
 
     @property
@@ -213,7 +213,7 @@ class MatchedSamples:
 
 
 def match_samples(
-    stable: Sequence[RunSample], candidate: Sequence[RunSample], min_samples: int
+    stable: Sequence[RequestSample], candidate: Sequence[RequestSample], min_samples: int
 ) -> MatchedSamples | None:
     """Return both arms as of the last planned look; None while either has fewer than `min_samples` runs."""
     look = look_at(len(candidate), min_samples)
@@ -281,8 +281,8 @@ def _log_normal_estimate(log_ratio: float, error: float, alpha: float, alpha_hig
 
 
 def cost_per_success_ratio(
-    stable: Sequence[RunSample],
-    candidate: Sequence[RunSample],
+    stable: Sequence[RequestSample],
+    candidate: Sequence[RequestSample],
     *,
     alpha: float,
     rng: np.random.Generator,
@@ -305,7 +305,7 @@ def cost_per_success_ratio(
     return RatioEstimate(ratio=float(points[0] / points[1]), low=float(low), high=float(high))
 
 
-def _session_totals(samples: Sequence[RunSample]) -> NDArray[np.float64]:
+def _session_totals(samples: Sequence[RequestSample]) -> NDArray[np.float64]:
     """[S, 4] per session: runs, cost, labelled runs, successes."""
     totals: dict[str, list[float]] = {}
     for sample in samples:
@@ -324,7 +324,7 @@ def _cost_per_success(totals: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.where(successes > 0, (cost / runs) * (labelled / successes), np.inf)
 
 
-def _cost_draws(samples: Sequence[RunSample], rng: np.random.Generator) -> NDArray[np.float64]:
+def _cost_draws(samples: Sequence[RequestSample], rng: np.random.Generator) -> NDArray[np.float64]:
     """Bootstrap cost per success over sessions; many sessions are first pooled into at most 256 units."""
     totals = _session_totals(samples)
     if len(totals) > _MAX_BOOTSTRAP_UNITS:

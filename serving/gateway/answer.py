@@ -12,16 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
-from rl_actors.agent import AgentRun, Executor, run_agent, successful_calls
+from rl_actors.agent import AgentResult, Executor, run_agent, successful_calls
 from rl_actors.contracts import InfrastructureError, Outcome, SamplingParams, SeatrialError, Task
-from rl_actors.environment import RunView
-from serving.contracts import RunRecord, RunStatus, Success
+from rl_actors.environment import RolloutView
+from serving.contracts import RequestRecord, RequestStatus, Success
 from serving.gateway.attempt import Meter, OnceWorld, RequestMemory
-from serving.gateway.critic_queue import FinishedRun
+from serving.gateway.critic_queue import FinishedRequest
 from serving.gateway.openai_api import ApiError, ChatAnswer, FinishReason, conflict, unavailable
 from serving.gateway.ports import BrokenPolicy, LivePolicy, LivePorts, LiveRequest
 from serving.split import Route
-from serving.store import LiveTrace, RunCompletion, ServedPolicy
+from serving.store import LiveTrace, RequestCompletion, ServedPolicy
 
 _MAX_ATTEMPTS: Final = 8
 
@@ -40,7 +40,7 @@ class _Attempt:
 
     request: LiveRequest
     policy: LivePolicy | BrokenPolicy
-    record: RunRecord
+    record: RequestRecord
     meter: Meter
     memory: RequestMemory
     started: float
@@ -93,7 +93,7 @@ class LiveRuns:
             run = await self._run(attempt, prompt)
             checks = await self._checks(attempt, run)
         except BaseException as error:
-            status: RunStatus = "engine_error" if isinstance(error, InfrastructureError) else "aborted"
+            status: RequestStatus = "engine_error" if isinstance(error, InfrastructureError) else "aborted"
             await asyncio.shield(self._complete(attempt, status, {}, "no"))
             raise
         return await self._release(attempt, run, checks)
@@ -124,7 +124,7 @@ class LiveRuns:
 
     async def _start(
         self, request: LiveRequest, stamps: ServedPolicy | None, route: Route, memory: RequestMemory
-    ) -> RunRecord:
+    ) -> RequestRecord:
         """Write the row ahead under the first free attempt number; a key that already ran is refused."""
         ledger = self._ports.ledger
         while memory.num_attempts < _MAX_ATTEMPTS:
@@ -139,9 +139,9 @@ class LiveRuns:
                 )
         raise conflict("too many attempts under this idempotency key", code="already_ran", may_retry=False)
 
-    def _record(self, request: LiveRequest, stamps: ServedPolicy | None, route: Route, number: int) -> RunRecord:
+    def _record(self, request: LiveRequest, stamps: ServedPolicy | None, route: Route, number: int) -> RequestRecord:
         request_id = request.request_id if number == 1 else f"{request.request_id}~{number}"
-        return RunRecord(
+        return RequestRecord(
             run_id=f"run-{request_id}",
             request_id=request_id,
             session_key=request.session_key,
@@ -159,7 +159,7 @@ class LiveRuns:
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
-    async def _run(self, attempt: _Attempt, prompt: list[int]) -> AgentRun:
+    async def _run(self, attempt: _Attempt, prompt: list[int]) -> AgentResult:
         """Run the agent loop on the live world; its audit session is the request."""
         ports, request, policy = self._ports, attempt.request, attempt.policy
         if isinstance(policy, BrokenPolicy):
@@ -183,7 +183,7 @@ class LiveRuns:
                 limits=limits,
             )
 
-    async def _checks(self, attempt: _Attempt, run: AgentRun) -> Mapping[str, bool]:
+    async def _checks(self, attempt: _Attempt, run: AgentResult) -> Mapping[str, bool]:
         """Return check -> held. Only a reply that could be released is checked; whatever goes wrong blocks it."""
         if run.status != "ok":
             return {}
@@ -197,13 +197,13 @@ class LiveRuns:
 
     # --- after --------------------------------------------------------------------------------------------------------
 
-    async def _release(self, attempt: _Attempt, run: AgentRun, checks: Mapping[str, bool]) -> ChatAnswer:
+    async def _release(self, attempt: _Attempt, run: AgentResult, checks: Mapping[str, bool]) -> ChatAnswer:
         """Complete the row, then hand the reply out: no row, no reply."""
         is_released = run.status == "ok" and all(checks.values())
         await self._complete(attempt, run.status, checks, "unknown" if is_released else "no")
         if run.turns:
             last = run.turns[-1]
-            finished = FinishedRun(
+            finished = FinishedRequest(
                 run_id=attempt.record.run_id,
                 token_ids=(*last.prompt_token_ids, *last.completion.token_ids),
                 reward_model_version=attempt.record.reward_model_version,
@@ -214,18 +214,18 @@ class LiveRuns:
         await self._trace(attempt, run, text)
         return self._answer(attempt, text, reason)
 
-    async def _trace(self, attempt: _Attempt, run: AgentRun, text: str) -> None:
+    async def _trace(self, attempt: _Attempt, run: AgentResult, text: str) -> None:
         run_id, traces = attempt.record.run_id, self._ports.traces
         if traces.wants(run_id):
             trace = LiveTrace(run_id=run_id, request=attempt.request.user_text, response=text, turns=run.turns)
             await asyncio.to_thread(traces.write, trace)
 
     async def _complete(
-        self, attempt: _Attempt, status: RunStatus, checks: Mapping[str, bool], success: Success
+        self, attempt: _Attempt, status: RequestStatus, checks: Mapping[str, bool], success: Success
     ) -> None:
         ports, meter, executor = self._ports, attempt.meter, attempt.executor
         num_calls = executor.tool_calls_count if executor else 0
-        completion = RunCompletion(
+        completion = RequestCompletion(
             status=status,
             success=success,
             tool_calls_count=num_calls,
@@ -260,7 +260,7 @@ class LiveRuns:
         )
 
 
-def _view(attempt: _Attempt, run: AgentRun, workflow: str) -> RunView:
+def _view(attempt: _Attempt, run: AgentResult, workflow: str) -> RolloutView:
     """Return the run as the checks see it: a live request has no goal, no world and no known outcome."""
     request = attempt.request
     task = Task(
@@ -275,4 +275,4 @@ def _view(attempt: _Attempt, run: AgentRun, workflow: str) -> RunView:
     )
     outcome = Outcome(success=False, violations=(), reasons=("unknown until labelled",))
     calls = successful_calls(attempt.executor) if attempt.executor else ()
-    return RunView(task=task, tool_calls=calls, reply=run.reply, outcome=outcome, num_turns=len(run.turns))
+    return RolloutView(task=task, tool_calls=calls, reply=run.reply, outcome=outcome, num_turns=len(run.turns))

@@ -14,12 +14,12 @@ from typing import Final
 from rl_actors.contracts import InfrastructureError
 from rl_actors.durable import disk_errors
 from serving.split import is_live, read_acks
-from serving.store import GatewayConfig, RunLedger
+from serving.store import GatewayConfig, RequestLedger
 
 _LOOKS_PER_STALE_TIME: Final = 6
 
 
-def end_orphans(ledger: RunLedger, config: GatewayConfig, clock: Callable[[], float]) -> int:
+def end_orphans(ledger: RequestLedger, config: GatewayConfig, clock: Callable[[], float]) -> int:
     """Abort the runs that dead gateways left open, and forget those gateways; returns how many runs.
 
     `ledger.owner` is never one of them: a gateway whose disk keeps it from acknowledging still answers its users.
@@ -34,7 +34,7 @@ def end_orphans(ledger: RunLedger, config: GatewayConfig, clock: Callable[[], fl
     return num_ended
 
 
-async def watch_orphans(ledger: RunLedger, config: GatewayConfig, clock: Callable[[], float]) -> None:
+async def watch_orphans(ledger: RequestLedger, config: GatewayConfig, clock: Callable[[], float]) -> None:
     """Look until cancelled, six times while a word goes stale: a look reads one small file per gateway."""
     while True:
         # A ledger that is locked or full now may be written at the next look.

@@ -12,7 +12,7 @@ from rl_actors.contracts import Completion, InfrastructureError, SamplingParams
 from rl_actors.environment import Workflow
 from serving.gateway.critic_queue import CriticQueue
 from serving.split import SplitWatcher
-from serving.store import GatewayConfig, RunLedger, ServedPolicy, TraceLog
+from serving.store import GatewayConfig, RequestLedger, ServedPolicy, TraceLog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class LivePorts:
     splits: SplitWatcher
     find_policy: FindPolicy
     find_stamps: FindStamps
-    ledger: RunLedger
+    ledger: RequestLedger
     critic: CriticQueue
     traces: TraceLog
     owner: str

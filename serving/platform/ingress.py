@@ -23,7 +23,7 @@ from rl_actors.contracts import Completion, EngineError, SamplingParams, Seatria
 from rl_actors.sandbox import SANDBOX_LEVEL, ToolHostPool
 from serving.gateway import Critic, CriticQueue, LivePolicy, LivePorts, build_app, end_orphans
 from serving.split import SplitStore, SplitWatcher
-from serving.store import GatewayConfig, RunLedger, ServedPolicies, TraceLog
+from serving.store import GatewayConfig, RequestLedger, ServedPolicies, TraceLog
 
 
 class ServePolicies:
@@ -96,7 +96,7 @@ def serve_ports(config: GatewayConfig) -> LivePorts:
     workflow = config.workflow.load()
     tools = importlib.import_module(workflow.tools_module).WORLD.tools
     gateway = f"gateway-{uuid.uuid4().hex[:12]}"
-    ledger = RunLedger(config.files.ledger, owner=gateway)
+    ledger = RequestLedger(config.files.ledger, owner=gateway)
     end_orphans(ledger, config, time.time)
     return LivePorts(
         config=config,

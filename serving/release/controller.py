@@ -30,15 +30,15 @@ from serving.contracts import (
     Release,
     ReleasePlan,
     ReleaseState,
+    RequestEvent,
     Restoring,
     RollBack,
-    RunEvent,
     SplitRecord,
 )
 from serving.gates import ArmEvent, LiveEvidence, check_gate_names, evaluate_live, traffic_result
 from serving.release.state_machine import ACKNOWLEDGED, HEALTHY, TERMINAL, decide, desired_split, next_state, woken
 from serving.split import SplitStore
-from serving.store import DecisionLog, RunLedger
+from serving.store import DecisionLog, RequestLedger
 
 _POLL_S: Final = 0.05
 
@@ -92,7 +92,7 @@ class EvidenceSource(Protocol):
 class LedgerEvidence:
     """Live evidence from the ledger and the split history: only runs of this release's epochs, never offline ones."""
 
-    def __init__(self, ledger: RunLedger, splits: SplitStore) -> None:
+    def __init__(self, ledger: RequestLedger, splits: SplitStore) -> None:
         """Read from `ledger`; `splits` tells the share of every epoch."""
         self._ledger, self._splits = ledger, splits
 
@@ -115,10 +115,10 @@ class LedgerEvidence:
 
 
 def _first_per_session(
-    events: tuple[RunEvent, ...], release: Release, shares: Mapping[int, float]
+    events: tuple[RequestEvent, ...], release: Release, shares: Mapping[int, float]
 ) -> tuple[ArmEvent, ...]:
     """Keep the first bad event of each session: later ones fall into the same arm and prove nothing new."""
-    first: dict[str, RunEvent] = {}
+    first: dict[str, RequestEvent] = {}
     for event in events:
         if event.policy_version in {release.stable, release.candidate}:
             first.setdefault(event.session_key, event)

@@ -1,6 +1,6 @@
 """The durable record of serving: ledger, decisions, traces, and what is served."""
 
 from serving.store.decision_log import DecisionLog
-from serving.store.ledger import RunCompletion, RunLedger
+from serving.store.ledger import RequestCompletion, RequestLedger
 from serving.store.served import ApiLimits, GatewayConfig, ReleaseFiles, ServedPolicies, ServedPolicy, application_of
 from serving.store.trace_log import LiveTrace, TraceLog, read_traces

@@ -24,10 +24,10 @@ from rl_actors.durable import file_lock
 from serving.contracts import (
     EventKind,
     ReleaseChannel,
-    RunEvent,
-    RunRecord,
-    RunSample,
-    RunStatus,
+    RequestEvent,
+    RequestRecord,
+    RequestSample,
+    RequestStatus,
     Success,
     TrafficWindow,
 )
@@ -39,7 +39,7 @@ _CREATED: Final = re.compile(r"^CREATE [\w ]+ IF NOT EXISTS (\w+)", re.MULTILINE
 
 
 _START_COLUMNS: Final = tuple(
-    name for name in RunRecord.__dataclass_fields__ if name not in {"human_override", "critic_score"}
+    name for name in RequestRecord.__dataclass_fields__ if name not in {"human_override", "critic_score"}
 )
 
 
@@ -61,10 +61,10 @@ FROM run_records WHERE policy_version = :policy_version AND release_channel = :c
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunCompletion:
+class RequestCompletion:
     """The second half of a run's row: what is known only when it ends. `policy_checks` maps check -> held."""
 
-    status: RunStatus
+    status: RequestStatus
     success: Success
     tool_calls_count: int
     tool_error_count: int
@@ -76,7 +76,7 @@ class RunCompletion:
     plans: tuple[PlanRevision, ...] = ()
 
 
-class RunLedger:
+class RequestLedger:
     """One open ledger. `owner` names the writing process, so that its open runs can be aborted after its death.
 
     Raises InfrastructureError, naming the file and the remedy, when the file cannot be opened, locked or written.
@@ -103,7 +103,7 @@ class RunLedger:
 
     # --- writes -------------------------------------------------------------------------------------------------------
 
-    def start(self, record: RunRecord) -> bool:
+    def start(self, record: RequestRecord) -> bool:
         """Write a run ahead. False when this run or request already has a row: a retry never makes a second one."""
         if record.status != "running":
             raise BadInputError("record.status", record.status, "a run is started as 'running' and completed later")
@@ -125,7 +125,7 @@ class RunLedger:
             writer.execute(sql, (salt, session_key))
             return writer.execute(find, (salt, session_key)).fetchone()["slot"]
 
-    def complete(self, run_id: str, completion: RunCompletion, *, at: float) -> None:
+    def complete(self, run_id: str, completion: RequestCompletion, *, at: float) -> None:
         """End a run, exactly once, its plans with it.
 
         Raises BadInputError for an unknown run and for one that already ended.
@@ -166,7 +166,7 @@ class RunLedger:
 
     # --- reads --------------------------------------------------------------------------------------------------------
 
-    def find(self, request_id: str) -> RunRecord | None:
+    def find(self, request_id: str) -> RequestRecord | None:
         """Return the run that answers this idempotency key, if there is one."""
         found = self._read("SELECT * FROM run_records WHERE request_id = ?", (request_id,))
         return _record(found[0]) if found else None
@@ -180,7 +180,9 @@ class RunLedger:
             for row in self._read(sql, (run_id,))
         )
 
-    def rows(self, *, policy_version: str | None = None, channel: ReleaseChannel | None = None) -> Iterator[RunRecord]:
+    def rows(
+        self, *, policy_version: str | None = None, channel: ReleaseChannel | None = None
+    ) -> Iterator[RequestRecord]:
         """Yield all runs in the order they started, optionally of one policy version or channel."""
         sql = """SELECT * FROM run_records WHERE (:policy IS NULL OR policy_version = :policy)
             AND (:channel IS NULL OR release_channel = :channel) ORDER BY seq"""
@@ -203,7 +205,7 @@ class RunLedger:
         """Aggregate the runs of one version in one channel; `epoch` None means every split epoch."""
         keys = {"policy_version": policy_version, "channel": channel, "epoch": epoch, "since": since}
         sql = f"SELECT session_key, duration_ms, cost, success, completed_at {_WINDOW} AND status <> 'running'"
-        samples = tuple(RunSample(**dict(row)) for row in self._read(f"{sql} ORDER BY completed_at, seq", keys))
+        samples = tuple(RequestSample(**dict(row)) for row in self._read(f"{sql} ORDER BY completed_at, seq", keys))
         totals = self._read(f"""SELECT COALESCE(SUM(status = 'running'), 0) AS num_running,
             COUNT(DISTINCT session_key) AS num_sessions,
             COALESCE(SUM(human_override AND status <> 'running'), 0) AS num_overrides,
@@ -222,13 +224,13 @@ class RunLedger:
             **dict(totals),
         )
 
-    def events(self, kinds: Iterable[EventKind], *, epochs: Iterable[int]) -> tuple[RunEvent, ...]:
+    def events(self, kinds: Iterable[EventKind], *, epochs: Iterable[int]) -> tuple[RequestEvent, ...]:
         """Bad events of live runs in the given split epochs, ordered by the moment they became known."""
         kind_marks, epoch_marks = json.dumps(list(kinds)), json.dumps(list(epochs))
         sql = """SELECT at, kind, run_id, session_key, policy_version, split_epoch FROM run_events
             WHERE kind IN (SELECT value FROM json_each(?)) AND split_epoch IN (SELECT value FROM json_each(?))
             AND release_channel <> 'offline_eval' ORDER BY at, run_id, kind"""
-        return tuple(RunEvent(**dict(row)) for row in self._read(sql, (kind_marks, epoch_marks)))
+        return tuple(RequestEvent(**dict(row)) for row in self._read(sql, (kind_marks, epoch_marks)))
 
     def session_counts(self, epochs: Iterable[int]) -> tuple[int, int]:
         """Return (canary sessions, all live sessions) of some split epochs, whatever became of their runs."""
@@ -297,11 +299,11 @@ def _checks_columns(policy_checks: Mapping[str, bool]) -> dict[str, object]:
     }
 
 
-def _record(row: sqlite3.Row) -> RunRecord:
-    values = {name: row[name] for name in RunRecord.__dataclass_fields__}
+def _record(row: sqlite3.Row) -> RequestRecord:
+    values = {name: row[name] for name in RequestRecord.__dataclass_fields__}
     values["policy_checks"] = json.loads(row["policy_checks"])
     values["human_override"] = bool(row["human_override"])
-    return RunRecord(**values)
+    return RequestRecord(**values)
 
 
 def _count_failed(policy_checks: Iterable[str]) -> Mapping[str, int]:

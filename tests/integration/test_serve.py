@@ -24,7 +24,7 @@ from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 from serving.contracts.release import SplitRecord
 from serving.platform.serve import PlatformConfig, ServePlatform
 from serving.split.record import SplitStore
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 from serving.store.served import GatewayConfig, ServedPolicy
 from tests.cluster.workflows.desk_runs import right
 
@@ -42,7 +42,7 @@ class Site:
     platform: ServePlatform
     config: GatewayConfig
     store: SplitStore
-    ledger: RunLedger
+    ledger: RequestLedger
     tickets: Iterator[Task]
     num_sent: int = 0
 
@@ -120,7 +120,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         first = policy(STABLE, save_model(home / STABLE, 1))
         platform.start(first, policy(CANDIDATE, save_model(home / CANDIDATE, 2)))
         platform.candidate = CANDIDATE
-        ledger = RunLedger(config.files.ledger, owner="test")
+        ledger = RequestLedger(config.files.ledger, owner="test")
         yield Site(platform, config, SplitStore(config.files.split), ledger, iter(tasks))
     finally:
         platform.shutdown()

@@ -16,12 +16,12 @@ from rl_actors.contracts.errors import EngineError
 from rl_actors.contracts.reports import EvalReport, Interval, SuiteResult
 from rl_actors.durable.chained_log import ChainedLog
 from serving.contracts.release import Canary, Drill, RampStep, Release, ReleasePlan, SplitRecord
-from serving.contracts.requests import ReleaseChannel, RunRecord, RunSample, Success, TrafficWindow
+from serving.contracts.requests import ReleaseChannel, RequestRecord, RequestSample, Success, TrafficWindow
 from serving.gates.gates import ArmEvent, LiveEvidence
 from serving.release.controller import ReleaseController
 from serving.split import record as split_module
 from serving.split.record import SplitStore, slot_position
-from serving.store.ledger import RunCompletion, RunLedger
+from serving.store.ledger import RequestCompletion, RequestLedger
 
 RELEASE = Release(release_id="release-1", stable="sft-a", candidate="ppo-b")
 START = 1_000_000.0
@@ -191,7 +191,7 @@ def make_plan(**changes: Any) -> ReleasePlan:
     return ReleasePlan(**(values | changes))
 
 
-def make_sample(index: int = 0, **changes: Any) -> RunSample:
+def make_sample(index: int = 0, **changes: Any) -> RequestSample:
     values: dict[str, Any] = {
         "session_key": f"session-{index}",
         "duration_ms": 100.0,
@@ -199,12 +199,12 @@ def make_sample(index: int = 0, **changes: Any) -> RunSample:
         "success": "yes",
         "completed_at": START + index,
     }
-    return RunSample(**(values | changes))
+    return RequestSample(**(values | changes))
 
 
 def make_samples(
     num_runs: int, *, success_rate: float = 1.0, duration_ms: float = 100.0, cost: float = 1.0, until: float = START
-) -> tuple[RunSample, ...]:
+) -> tuple[RequestSample, ...]:
     """Runs of distinct sessions, evenly spaced up to `until`, whose failures are evenly spread."""
     outcomes: list[Success] = [
         "yes" if int((i + 1) * success_rate) > int(i * success_rate) else "no" for i in range(num_runs)
@@ -215,7 +215,7 @@ def make_samples(
     )
 
 
-def noisy_durations(num_runs: int, rng: np.random.Generator, *, factor: float = 1.0) -> tuple[RunSample, ...]:
+def noisy_durations(num_runs: int, rng: np.random.Generator, *, factor: float = 1.0) -> tuple[RequestSample, ...]:
     """Log-normal durations around 100 ms (sigma 0.5), times `factor`."""
     durations = factor * 100.0 * np.exp(rng.normal(0.0, 0.5, num_runs))
     return tuple(
@@ -224,7 +224,7 @@ def noisy_durations(num_runs: int, rng: np.random.Generator, *, factor: float = 
 
 
 def make_window(
-    samples: Sequence[RunSample] = (), *, channel: ReleaseChannel = "canary", **changes: Any
+    samples: Sequence[RequestSample] = (), *, channel: ReleaseChannel = "canary", **changes: Any
 ) -> TrafficWindow:
     values: dict[str, Any] = {
         "policy_version": RELEASE.candidate if channel == "canary" else RELEASE.stable,
@@ -245,7 +245,11 @@ def make_window(
 
 
 def make_evidence(
-    stable: Sequence[RunSample] = (), candidate: Sequence[RunSample] = (), *, share: float = 0.05, **changes: Any
+    stable: Sequence[RequestSample] = (),
+    candidate: Sequence[RequestSample] = (),
+    *,
+    share: float = 0.05,
+    **changes: Any,
 ) -> LiveEvidence:
     canary = len({sample.session_key for sample in candidate})
     values: dict[str, Any] = {
@@ -276,7 +280,7 @@ def arm_events(num_canary: int, num_stable: int, share: float = 0.05) -> tuple[A
     ) * num_stable
 
 
-def make_record(index: int = 0, **changes: Any) -> RunRecord:
+def make_record(index: int = 0, **changes: Any) -> RequestRecord:
     values: dict[str, Any] = {
         "run_id": f"run-{index}",
         "request_id": f"request-{index}",
@@ -291,10 +295,10 @@ def make_record(index: int = 0, **changes: Any) -> RunRecord:
         "intent": "order_status",
         "sandbox_level": "bwrap+seccomp",
     }
-    return RunRecord(**(values | changes))
+    return RequestRecord(**(values | changes))
 
 
-def make_completion(**changes: Any) -> RunCompletion:
+def make_completion(**changes: Any) -> RequestCompletion:
     values: dict[str, Any] = {
         "status": "ok",
         "success": "yes",
@@ -306,12 +310,12 @@ def make_completion(**changes: Any) -> RunCompletion:
         "cost": 1.5,
         "policy_checks": {"no_secret_leak": True},
     }
-    return RunCompletion(**(values | changes))
+    return RequestCompletion(**(values | changes))
 
 
-def record_run(ledger: RunLedger, index: int, *, at: float | None = None, **changes: Any) -> str:
+def record_run(ledger: RequestLedger, index: int, *, at: float | None = None, **changes: Any) -> str:
     """Start and complete one run; `changes` go to whichever half knows the field."""
-    known = set(RunCompletion.__dataclass_fields__)
+    known = set(RequestCompletion.__dataclass_fields__)
     record = make_record(index, **{name: value for name, value in changes.items() if name not in known})
     completion = make_completion(**{name: value for name, value in changes.items() if name in known})
     assert ledger.start(record)

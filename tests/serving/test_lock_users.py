@@ -15,7 +15,7 @@ from serving.release import controller
 from serving.split import record as split
 from serving.split.record import SplitStore
 from serving.store import ledger
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 from tests.rl_actors.durable.test_file_lock import held_here
 from tests.serving.fakes import START, harness
 
@@ -40,8 +40,8 @@ class TestUsers:
     def test_the_ledger(self, tmp_path: Path):
         refused = pytest.raises(InfrastructureError, match=r"ledger\.sqlite\.lock: in use")
         with held_here(tmp_path / "ledger.sqlite.lock"), refused:
-            RunLedger(tmp_path / "ledger.sqlite", owner="a")
-        RunLedger(tmp_path / "ledger.sqlite", owner="a").close()
+            RequestLedger(tmp_path / "ledger.sqlite", owner="a")
+        RequestLedger(tmp_path / "ledger.sqlite", owner="a").close()
 
     @pytest.mark.parametrize("act", ["tick", "roll_back"])
     def test_the_controller(self, tmp_path: Path, act: str):

@@ -13,7 +13,7 @@ from cluster.workflows.support_desk.adversarial import ADVERSARIAL
 from cluster.workflows.support_desk.database import create_live_database
 from cluster.workflows.support_desk.intents import INTENTS
 from rl_actors.contracts import BadInputError, Demonstration, Outcome, Split, Task
-from rl_actors.environment import RubricCriterion, RunView
+from rl_actors.environment import RolloutView, RubricCriterion
 
 
 class SupportDesk:
@@ -48,15 +48,15 @@ class SupportDesk:
         """Decide success and violations from the final state and the reply."""
         return verifier.verify(task, state, reply)
 
-    def annotate(self, run: RunView, annotator: int, rng: random.Random) -> Mapping[str, int]:
+    def annotate(self, run: RolloutView, annotator: int, rng: random.Random) -> Mapping[str, int]:
         """Return one simulated annotator's labels."""
         return labels.annotate(run, annotator, rng)
 
-    def prefer(self, first: RunView, second: RunView, annotator: int, rng: random.Random) -> int:
+    def prefer(self, first: RolloutView, second: RolloutView, annotator: int, rng: random.Random) -> int:
         """Return 1 when this annotator prefers the first run, else 0."""
         return labels.prefer(first, second, annotator, rng)
 
-    def check_reply(self, reply: str, run: RunView) -> Mapping[str, bool]:
+    def check_reply(self, reply: str, run: RolloutView) -> Mapping[str, bool]:
         """Run the checks that must hold before a reply is released."""
         return release_checks.check_reply(reply, run)
 

@@ -6,14 +6,14 @@ import re
 from collections.abc import Mapping
 
 from cluster.workflows.support_desk.claims import EFFECT_TOOLS, claimed_effects, words_of
-from rl_actors.environment import RunView
+from rl_actors.environment import RolloutView
 
 MAX_WORDS, MAX_CHARS = 60, 400
 _CUSTOMER = re.compile(r"\bC\d{2}_\d{2}\b", re.IGNORECASE)
 _MARKUP = re.compile(r"<\||\|>|[{}]|\b[a-z]+_[a-z]+\b|</?\w+>")
 
 
-def check_reply(reply: str, run: RunView) -> Mapping[str, bool]:
+def check_reply(reply: str, run: RolloutView) -> Mapping[str, bool]:
     """Return name -> holds, for every check."""
     return {
         "non_empty": bool(words_of(reply)),
@@ -33,6 +33,6 @@ def _promised_tools(reply: str) -> set[str]:
     return {EFFECT_TOOLS[kind] for kind in claimed_effects(reply)}
 
 
-def _successful_tools(run: RunView) -> set[str]:
+def _successful_tools(run: RolloutView) -> set[str]:
     """Return the tools that took effect; the agent loop leaves refused calls out of `tool_calls`."""
     return {name for name, _ in run.tool_calls}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.workflows.support_desk.claims import words_of
-from rl_actors.environment import RubricCriterion, RunView
+from rl_actors.environment import RolloutView, RubricCriterion
 
 _BRIEF_WORDS, _LONG_WORDS = 25, 40
 RUBRIC = (
@@ -50,7 +50,7 @@ ANNOTATORS = (
 )
 
 
-def true_labels(run: RunView) -> dict[str, int]:
+def true_labels(run: RolloutView) -> dict[str, int]:
     """Return what a perfect annotator would say; uses the outcome and the reply, no hidden goal."""
     return {
         "resolution": _resolution(run),
@@ -66,19 +66,19 @@ def utility(labels: Mapping[str, int]) -> float:
     return sum(each.weight * (labels[each.name] - each.low) / (each.high - each.low) for each in RUBRIC) / total
 
 
-def annotate(run: RunView, annotator: int, rng: random.Random) -> dict[str, int]:
+def annotate(run: RolloutView, annotator: int, rng: random.Random) -> dict[str, int]:
     """Return one annotator's label per criterion."""
     person = ANNOTATORS[annotator]
     return {name: _perceive(person, name, label, rng) for name, label in true_labels(run).items()}
 
 
-def prefer(first: RunView, second: RunView, annotator: int, rng: random.Random) -> int:
+def prefer(first: RolloutView, second: RolloutView, annotator: int, rng: random.Random) -> int:
     """Return 1 when this annotator prefers the first run; equal runs come out by noise alone."""
     person = ANNOTATORS[annotator]
     return int(_appeal(person, first, rng) > _appeal(person, second, rng))
 
 
-def _appeal(person: Annotator, run: RunView, rng: random.Random) -> float:
+def _appeal(person: Annotator, run: RolloutView, rng: random.Random) -> float:
     """Return the utility as this person feels it."""
     labels = true_labels(run)
     if rng.random() < person.unsafe_blind:
@@ -97,7 +97,7 @@ def _perceive(person: Annotator, criterion: str, label: int, rng: random.Random)
     return min(2, max(0, label + shift))
 
 
-def _resolution(run: RunView) -> int:
+def _resolution(run: RolloutView) -> int:
     """Full marks for success, one for a single miss without a violation."""
     if run.outcome.success:
         return 2
@@ -105,7 +105,7 @@ def _resolution(run: RunView) -> int:
     return int(bool(run.reply and run.tool_calls) and len(others) <= 1 and not run.outcome.violations)
 
 
-def _accuracy(run: RunView) -> int:
+def _accuracy(run: RolloutView) -> int:
     """Nothing for made-up numbers or promises, one for a missing fact."""
     has_invented = any(reason.startswith("invented_number") for reason in run.outcome.reasons)
     if has_invented or "false_promise" in run.outcome.violations or not run.reply:
@@ -113,7 +113,7 @@ def _accuracy(run: RunView) -> int:
     return 1 if any(reason.startswith("missing_fact") for reason in run.outcome.reasons) else 2
 
 
-def _safety(run: RunView) -> int:
+def _safety(run: RolloutView) -> int:
     """Nothing after a violation, one after a harmless change nobody wanted."""
     if run.outcome.violations:
         return 0

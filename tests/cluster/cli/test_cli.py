@@ -37,7 +37,7 @@ from rl_actors.contracts.errors import (
     TamperedError,
 )
 from rl_actors.durable.files import write_json
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 
 ROOT = Path(__file__).resolve().parents[3]
 ARTICLE = """\
@@ -619,15 +619,15 @@ def test_a_cluster_that_is_not_there_is_infrastructure(monkeypatch: pytest.Monke
     assert seatrial("submit", "support_desk").exit_code == 3
 
 
-def ledger_with_a_run(home: Path) -> RunLedger:
-    from serving.contracts.requests import RunRecord
+def ledger_with_a_run(home: Path) -> RequestLedger:
+    from serving.contracts.requests import RequestRecord
 
     folder = recorded_run(home, "r1")
     path = folder.root / "serving" / "ledger.sqlite"
     write_json(folder.summary, ending(folder, ledger=str(path)).to_json())
-    ledger = RunLedger(path, owner="test")
+    ledger = RequestLedger(path, owner="test")
     ledger.start(
-        RunRecord(
+        RequestRecord(
             run_id="run-q7",
             request_id="q7",
             session_key="s",

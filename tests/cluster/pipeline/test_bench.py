@@ -33,7 +33,7 @@ from serving.contracts.release import Canary, Promoted, Promoting, ReleasePlan, 
 from serving.contracts.requests import Success
 from serving.platform.serve import PlatformConfig
 from serving.split.record import SplitStore, route, slot_position
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 from serving.store.served import GatewayConfig, ServedPolicy
 from tests.cluster.pipeline.fakes import FakeVersions, make_run
 from tests.serving.fakes import make_completion, make_record
@@ -114,7 +114,7 @@ class Users:
         self.tasks.append(tasks)
         self.drivers.append(driver)
         assert self.bench is not None
-        ledger = RunLedger(self.bench.ledger_path, owner="gateway")
+        ledger = RequestLedger(self.bench.ledger_path, owner="gateway")
         try:
             self._send(driver, ledger, is_over)
             on_progress(driver.progress)
@@ -122,7 +122,7 @@ class Users:
             ledger.close()
         return driver.progress
 
-    def _send(self, driver: TrafficDriver, ledger: RunLedger, is_over: Callable[[], bool]) -> None:
+    def _send(self, driver: TrafficDriver, ledger: RequestLedger, is_over: Callable[[], bool]) -> None:
         prefix, before = driver._config.run_name, driver.progress.num_sent
         assert self.bench is not None
         assert isinstance(self.bench.platform, FakeServe)
@@ -142,7 +142,7 @@ class Users:
         if self.failure is not None:
             raise self.failure
 
-    def _serve(self, ledger: RunLedger, splits: SplitStore, key: str, number: int) -> None:
+    def _serve(self, ledger: RequestLedger, splits: SplitStore, key: str, number: int) -> None:
         record = splits.read()
         assert record is not None
         position = slot_position(ledger.session_slot(record.salt, key), record.salt)
@@ -497,12 +497,12 @@ def test_the_ledger_is_closed_however_a_release_ends(
 ):
     closed: list[str] = []
 
-    class Watched(RunLedger):
+    class Watched(RequestLedger):
         def close(self) -> None:
             closed.append(self.owner)
             super().close()
 
-    monkeypatch.setattr(bench_module, "RunLedger", Watched)
+    monkeypatch.setattr(bench_module, "RequestLedger", Watched)
     rig.users.num_tickets, rig.users.failure = 3, failure
     with suppress(InfrastructureError):
         rig.release()

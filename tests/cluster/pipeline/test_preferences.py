@@ -29,7 +29,7 @@ from rl_actors.contracts.rollouts import Rollout, RolloutStatus
 from rl_actors.contracts.tasks import Outcome, Task
 from rl_actors.contracts.versions import DataSnapshot, PolicyVersion
 from rl_actors.durable.metrics_log import read_metrics
-from rl_actors.environment.workflow import RubricCriterion, RunView
+from rl_actors.environment.workflow import RolloutView, RubricCriterion
 from tests.cluster.pipeline.fakes import FaultyDesk, Places, PoolRecorder, desk_rollout, make_policy, make_run, watch_of
 
 GOOD = Outcome(success=True, violations=(), reasons=())
@@ -217,7 +217,7 @@ def test_a_label_off_the_scale_is_refused_and_nothing_is_frozen(
     run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch
 ):
     class Generous(FaultyDesk):
-        def annotate(self, run: RunView, annotator: int, rng: random.Random) -> dict[str, int]:
+        def annotate(self, run: RolloutView, annotator: int, rng: random.Random) -> dict[str, int]:
             return dict.fromkeys(super().annotate(run, annotator, rng), 3)
 
     run.workflow = Generous()
@@ -259,7 +259,7 @@ def test_an_unstable_baseline_is_refused_before_anyone_labels_its_runs(
     home: Path, monkeypatch: pytest.MonkeyPatch, reason: str
 ):
     class Idle(FaultyDesk):
-        def annotate(self, run: RunView, annotator: int, rng: random.Random) -> dict[str, int]:
+        def annotate(self, run: RolloutView, annotator: int, rng: random.Random) -> dict[str, int]:
             raise AssertionError("nobody is asked about an unstable baseline")
 
     run, snapshot = many_tasks(home)
@@ -319,10 +319,10 @@ def test_preference_rows_ask_every_annotator_once(run: Run, tasks: list[Task]):
 
 
 def test_annotators_see_what_happened(run: Run, tasks: list[Task]):
-    seen: list[RunView] = []
+    seen: list[RolloutView] = []
 
     class Spy(FaultyDesk):
-        def annotate(self, run: RunView, annotator: int, rng: random.Random) -> dict[str, int]:
+        def annotate(self, run: RolloutView, annotator: int, rng: random.Random) -> dict[str, int]:
             seen.append(run)
             return dict(super().annotate(run, annotator, rng))
 

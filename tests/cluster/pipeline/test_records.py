@@ -28,7 +28,7 @@ from cluster.pipeline.records import (
 )
 from cluster.pipeline.release import register_policies
 from cluster.pipeline.run import Run
-from cluster.pipeline.training import tell_trips
+from cluster.pipeline.training import report_trips
 from cluster.records.bundle import MEMBERS, Bundle, diff_bundles, load_bundle
 from cluster.records.summary import ChainHead, RunPaths, RunSummary, StageLine
 from cluster.registry.entries import ModelEntry
@@ -39,7 +39,7 @@ from rl_actors.contracts.errors import BadInputError, InfrastructureError, Insta
 from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyVersion
 from rl_actors.durable.chained_log import ChainedLog
 from rl_actors.durable.metrics_log import MetricsLog
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 from serving.store.served import ReleaseFiles
 from serving.store.trace_log import LiveTrace, TraceLog
 from tests.cluster.pipeline.fakes import (
@@ -243,7 +243,7 @@ def test_a_pinned_version_is_read_by_its_stage_and_not_trained_by_this_run(snaps
 
 def test_sampled_runs_are_mirrored_with_their_overrides_and_losses_are_said(run: Run):
     files = ReleaseFiles(root=run.folder.root / "serving")
-    with closing(RunLedger(files.ledger, owner="gateway")) as ledger:
+    with closing(RequestLedger(files.ledger, owner="gateway")) as ledger:
         record_run(ledger, 1)
         ledger.override("run-1", actor="ann", reason="wrong", at=3.0)
     turns = (make_turn((1, 2), (3, 4)),)
@@ -318,7 +318,7 @@ def test_a_stopped_run_leaves_its_curves_its_tripwires_and_the_reason(run: Run, 
 
 
 def test_tripwires_are_chained_and_shown(run: Run):
-    tripped = tell_trips(run)
+    tripped = report_trips(run)
     tripped(3, ["kl_too_high: kl = 0.9, limit 0.5", "entropy_collapse: entropy = 0.1, limit 0.2"])
     rows = ChainedLog(run.folder.tripwires).rows()
     assert [(row["stage"], row["step"], row["trip"].partition(":")[0]) for row in rows] == [

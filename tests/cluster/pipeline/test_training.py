@@ -42,7 +42,7 @@ from rl_actors.contracts.working_sizes import MICROBATCH_TOKENS
 from rl_actors.durable.hashing import sha256_directory
 from rl_actors.durable.metrics_log import read_metrics
 from rl_actors.learner.update import PpoSettings
-from rl_actors.training.ppo import LoopState, PpoPlan, PpoPorts
+from rl_actors.training.ppo import LoopState, PpoPorts, PpoSchedule
 from rl_actors.training.sft import Example
 from tests.cluster.pipeline.fakes import CALIBRATION, NUM_TASKS, Places, make_reward_model, make_run, watch_of
 
@@ -344,7 +344,7 @@ class PpoStage:
     checkpoint: int = 0
     kept: LoopState = field(default_factory=dict)
     script: Callable[[PpoPorts], None] = lambda ports: None
-    plan: PpoPlan | None = None
+    plan: PpoSchedule | None = None
     tasks: Sequence[Any] = ()
     loop_state: LoopState | None = None
 
@@ -358,7 +358,7 @@ class PpoStage:
     def run_ppo(
         self,
         tasks: Sequence[Any],
-        plan: PpoPlan,
+        plan: PpoSchedule,
         ports: PpoPorts,
         _limits: object,
         *,
@@ -439,7 +439,7 @@ def test_ppo_trains_on_train_tasks_as_the_spec_plans(
     run = make_run(home, "ppo.num_steps=3", "ppo.tasks_per_step=5", "ppo.rollouts_per_task=2", "ppo.checkpoint_every=2")
     train(run, snapshot, replace(base, kind="sft"))
     assert {task.split for task in ppo.tasks} == {"train"}
-    assert ppo.plan == PpoPlan(num_steps=3, tasks_per_step=5, rollouts_per_task=2, checkpoint_every=2, seed=7)
+    assert ppo.plan == PpoSchedule(num_steps=3, tasks_per_step=5, rollouts_per_task=2, checkpoint_every=2, seed=7)
 
 
 def test_groups_without_signal_are_sampled_again_where_the_recipe_drops_them(

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from cluster.cli.plan import render_plan
-from cluster.plan.estimate import Plan, StagePlan, plan_run
+from cluster.plan.estimate import RunPlan, StagePlan, plan_run
 from cluster.plan.memory import GIB, PARTS, MemoryModel, adapter_params, value_head_params
 from cluster.plan.model_shape import ModelShape, shape_of, tiny_shape, zero_stage
 from cluster.plan.placement import place
@@ -26,7 +26,7 @@ def spec_with(*settings: str) -> WorkflowSpec:
     return override(load_spec("support_desk"), list(settings))
 
 
-def stage(plan: Plan, name: str) -> StagePlan:
+def stage(plan: RunPlan, name: str) -> StagePlan:
     return next(item for item in plan.stages if item.stage == name)
 
 

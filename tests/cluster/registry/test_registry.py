@@ -27,7 +27,7 @@ from cluster.registry.traces import SampledTrace, TraceSpan, feedback_rows, root
 from rl_actors.contracts.errors import InfrastructureError
 from rl_actors.contracts.rollouts import Completion, ToolCall, ToolResult, Turn
 from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyVersion, RewardModelVersion
-from serving.contracts.requests import RunRecord
+from serving.contracts.requests import RequestRecord
 from serving.release.controller import Aliases
 from tests.serving.fakes import RELEASE, harness
 
@@ -70,11 +70,11 @@ def lineage(reward: str = "", stage: str = "ppo") -> Lineage:
     return Lineage(bundle_id="b" * 64, snapshot_sha256=SNAPSHOT.sha256, reward_model=reward, stage=stage)
 
 
-def record(run_id: str = "r1", **changes: object) -> RunRecord:
+def record(run_id: str = "r1", **changes: object) -> RequestRecord:
     values = dict.fromkeys(
         ("request_id", "session_key", "model_version", "policy_version", "bundle_id", "intent", "sandbox_level"), "x"
     )
-    row = RunRecord(
+    row = RequestRecord(
         run_id=run_id,
         reward_model_version="rm-1",
         release_channel="canary",

@@ -31,9 +31,9 @@ from serving.contracts.release import (
     RollBack,
     RolledBack,
 )
-from serving.contracts.requests import RunRecord
+from serving.contracts.requests import RequestRecord
 from serving.store.decision_log import DecisionLog
-from serving.store.ledger import RunCompletion, RunLedger
+from serving.store.ledger import RequestCompletion, RequestLedger
 
 START = 1_795_370_000.0  # 22 November 2026, UTC
 STABLE, CANDIDATE, DEGRADED = "sft_checkpoint_v1", "ppo-1c9fd203", "degraded-77ab01cd"
@@ -184,11 +184,11 @@ def write_release(directory: Path, candidate: str, *, is_bad: bool = False) -> N
 
 
 def write_ledger(path: Path) -> None:
-    ledger = RunLedger(path, owner="test")
+    ledger = RequestLedger(path, owner="test")
     for i in range(240):
         is_canary = i % 6 == 0
         policy, channel = (CANDIDATE, "canary") if is_canary else (STABLE, "general")
-        record = RunRecord(
+        record = RequestRecord(
             run_id=f"run-{i}",
             request_id=f"request-{i}",
             session_key=f"session-{i}",
@@ -204,7 +204,7 @@ def write_ledger(path: Path) -> None:
         )
         ledger.start(record)
         is_success = i % 4 != 1 if is_canary else i % 3 != 1
-        completion = RunCompletion(
+        completion = RequestCompletion(
             status="ok",
             success="yes" if is_success else "no",
             tool_calls_count=3,

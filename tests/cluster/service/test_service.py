@@ -34,7 +34,7 @@ from cluster.service.gateway import servable_run
 from cluster.service.processes import (
     ProcessMark,
     http_ok,
-    last_words,
+    log_tail,
     mark_of,
     start_process,
     stop_processes,
@@ -184,15 +184,15 @@ def test_waiting_is_bounded(started, tmp_path: Path):
 def test_last_words_prefer_an_error(tmp_path: Path):
     log = tmp_path / "log"
     log.write_text("start\nray.exceptions.RaySystemError: disk full\nsee the manual\n\n")
-    assert last_words(log).startswith("ray.exceptions.RaySystemError: disk full (see ")
+    assert log_tail(log).startswith("ray.exceptions.RaySystemError: disk full (see ")
     log.write_text("start\nbye\n")
-    assert last_words(log).startswith("bye")
+    assert log_tail(log).startswith("bye")
 
 
 def test_last_words_hold_no_credentials(tmp_path: Path):
     log = tmp_path / "log"
     log.write_text("OSError: no answer from postgresql://ann:s3cret@db/mlflow\n")
-    assert last_words(log).startswith("OSError: no answer from postgresql://db/mlflow (see ")
+    assert log_tail(log).startswith("OSError: no answer from postgresql://db/mlflow (see ")
 
 
 def test_a_birth_outlives_a_change_of_the_clock(started, monkeypatch: pytest.MonkeyPatch):

@@ -13,7 +13,7 @@ from cluster.workflows.support_desk.expert import demonstrate
 from cluster.workflows.support_desk.tools import WORLD
 from rl_actors.contracts.tasks import Demonstration, Outcome, Split, Task
 from rl_actors.environment.tools import ToolFailure
-from rl_actors.environment.workflow import RunView
+from rl_actors.environment.workflow import RolloutView
 
 Call = tuple[str, Mapping[str, Any]]
 
@@ -68,10 +68,10 @@ def one_task(intent: str, split: Split = "train", seed: int = 5, skip: int = 0) 
     return matching[skip]
 
 
-def view(task: Task, calls: Sequence[Call], reply: str, outcome: Outcome | None = None) -> RunView:
+def view(task: Task, calls: Sequence[Call], reply: str, outcome: Outcome | None = None) -> RolloutView:
     """Return a finished run as annotators and checks see it."""
     seen = outcome or outcome_of(task, calls, reply)
-    return RunView(task=task, tool_calls=tuple(calls), reply=reply, outcome=seen)
+    return RolloutView(task=task, tool_calls=tuple(calls), reply=reply, outcome=seen)
 
 
 def with_ticket(task: Task, **changes: Any) -> Task:

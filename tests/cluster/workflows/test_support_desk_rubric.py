@@ -10,14 +10,14 @@ import pytest
 from cluster.workflows.support_desk import WORKFLOW
 from cluster.workflows.support_desk.rubric import ANNOTATORS, RUBRIC, true_labels, utility
 from rl_actors.contracts.tasks import Outcome
-from rl_actors.environment.workflow import RunView
+from rl_actors.environment.workflow import RolloutView
 from tests.cluster.workflows.desk_runs import calls_of, one_task, reply_of, right, view, wrong
 
 NAMES = tuple(criterion.name for criterion in RUBRIC)
 BEST = dict.fromkeys(NAMES, 2)
 
 
-def run_of(intent: str, *, errs: bool, skip: int = 0) -> RunView:
+def run_of(intent: str, *, errs: bool, skip: int = 0) -> RolloutView:
     """Return the view of a right or wrong attempt; refused calls are left out, as the agent loop does."""
     task = one_task(intent, skip=skip)
     attempt = wrong(task) if errs else right(task)
@@ -89,7 +89,7 @@ def test_labels_stay_on_the_scale(annotator: int) -> None:
             assert all(isinstance(label, int) and 0 <= label <= 2 for label in labels.values())
 
 
-def mean_label(finished: RunView, annotator: int, criterion: str) -> float:
+def mean_label(finished: RolloutView, annotator: int, criterion: str) -> float:
     """Return an annotator's mean label over many looks."""
     rng = random.Random(5)
     return sum(WORKFLOW.annotate(finished, annotator, rng)[criterion] for _ in range(2000)) / 2000

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_actors.agent.executor import PLAN_ACCEPTED, Executor
-from rl_actors.agent.loop import AgentRun, run_agent, turn_sampling
+from rl_actors.agent.loop import AgentResult, run_agent, turn_sampling
 from rl_actors.agent.renderers.harmony import demonstration_arrays
 from rl_actors.contracts.errors import EngineError, ToolHostError
 from rl_actors.contracts.rollouts import SamplingParams
@@ -44,7 +44,7 @@ def attempt(
     world: FakeWorld | None = None,
     one: Executor | None = None,
     sampling: SamplingParams = SAMPLING,
-) -> tuple[AgentRun, ScriptedEngine]:
+) -> tuple[AgentResult, ScriptedEngine]:
     engine = ScriptedEngine(script)
     run = asyncio.run(
         run_agent(

@@ -23,7 +23,7 @@ from rl_actors.agent.rollout import (
 from rl_actors.contracts.errors import BadInputError, EngineError, ToolHostError
 from rl_actors.contracts.rollouts import Rollout, Routes, Turn
 from rl_actors.contracts.tasks import Outcome, RolloutRequest, Task
-from rl_actors.environment.workflow import RunView
+from rl_actors.environment.workflow import RolloutView
 from tests.rl_actors.fakes import (
     BAD,
     LIMITS,
@@ -53,12 +53,12 @@ class DeskWorkflow:
     system_prompt = "Be brief."
 
     def __init__(self) -> None:
-        self.views: list[RunView] = []
+        self.views: list[RolloutView] = []
 
     def verify(self, task: Task, state: Mapping[str, Any], reply: str) -> Outcome:
         return Outcome(success=state["paid"] and bool(reply), violations=(), reasons=(task.intent,))
 
-    def check_reply(self, reply: str, run: RunView) -> Mapping[str, bool]:
+    def check_reply(self, reply: str, run: RolloutView) -> Mapping[str, bool]:
         self.views.append(run)
         return {"no_card_number": "4111" not in reply}
 

@@ -22,12 +22,12 @@ from game_sampler import GameSampler, ReferenceSpec, make_reference
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts.recipe import RECIPES, Recipe
 from rl_actors.learner.update import PpoLearner
-from rl_actors.training.ppo import PpoPlan, run_ppo
+from rl_actors.training.ppo import PpoSchedule, run_ppo
 
 pytestmark = pytest.mark.slow
 torch.set_num_threads(1)
 K = 5  # the reward-outcome watch compares steps 1-4 with the latest four: it speaks from step 8 on
-PLAN = PpoPlan(num_steps=2 * K, tasks_per_step=3, rollouts_per_task=4, checkpoint_every=K, seed=7)
+PLAN = PpoSchedule(num_steps=2 * K, tasks_per_step=3, rollouts_per_task=4, checkpoint_every=K, seed=7)
 TASKS = token_game.tasks(7)[:7]  # the list ends within step 3, 5, 7, 10
 RUNS = {
     "ppo_kl": replace(RECIPES["ppo_kl"], kl_target=0.05, kl_horizon=50.0),

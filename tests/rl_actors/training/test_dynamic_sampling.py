@@ -9,11 +9,11 @@ import pytest
 
 from rl_actors.contracts.rollouts import Rollout
 from rl_actors.contracts.tasks import RolloutRequest
-from rl_actors.training.ppo import PpoPlan, flat_groups, requests_for_step, run_ppo, sample_groups
+from rl_actors.training.ppo import PpoSchedule, flat_groups, requests_for_step, run_ppo, sample_groups
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_task
 from tests.rl_actors.training.test_ppo import LIMITS, Actors
 
-PLAN = PpoPlan(num_steps=3, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=2, seed=4, resample_rounds=2)
+PLAN = PpoSchedule(num_steps=3, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=2, seed=4, resample_rounds=2)
 TASKS = [make_task(f"desk/train/{number}") for number in range(18)]
 """Task n of step s, round r is number (r * 3 + s) * 2 + n: no task comes twice."""
 

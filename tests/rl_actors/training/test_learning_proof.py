@@ -31,12 +31,12 @@ from rl_actors.contracts.errors import AttestationError, InstabilityError
 from rl_actors.contracts.recipe import RECIPES
 from rl_actors.learner.update import PpoLearner
 from rl_actors.models.loading import load_causal_lm
-from rl_actors.training.ppo import PpoPlan, requests_for_step, run_ppo
+from rl_actors.training.ppo import PpoSchedule, requests_for_step, run_ppo
 
 torch.set_num_threads(1)
 slow = pytest.mark.slow
 SPEC = ReferenceSpec(skill=0.5, hidden_size=32, num_layers=1, num_steps=60)
-PLAN = PpoPlan(num_steps=3, tasks_per_step=4, rollouts_per_task=4, checkpoint_every=100, seed=3)
+PLAN = PpoSchedule(num_steps=3, tasks_per_step=4, rollouts_per_task=4, checkpoint_every=100, seed=3)
 
 # --- the game, by exhaustive search over the real rules -------------------------------------------
 

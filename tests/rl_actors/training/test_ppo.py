@@ -17,8 +17,8 @@ from rl_actors.training.ppo import (
     WINDOW_STEPS,
     DivergenceWatch,
     LoopState,
-    PpoPlan,
     PpoPorts,
+    PpoSchedule,
     requests_for_step,
     require_stable,
     run_ppo,
@@ -27,7 +27,7 @@ from rl_actors.training.ppo import (
 )
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_score, make_task
 
-PLAN = PpoPlan(num_steps=3, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=2, seed=4)
+PLAN = PpoSchedule(num_steps=3, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=2, seed=4)
 TASKS = [make_task(f"desk/train/{number}") for number in range(5)]
 LIMITS = StabilityLimits()
 
@@ -106,7 +106,7 @@ def run(
     actors: Actors,
     *,
     start: int = 0,
-    plan: PpoPlan = PLAN,
+    plan: PpoSchedule = PLAN,
     limits: StabilityLimits = LIMITS,
     loop_state: LoopState | None = None,
 ) -> Actors:
@@ -162,7 +162,7 @@ def test_a_run_that_is_done_does_nothing():
 
 @pytest.mark.parametrize(("every", "saved"), [(1, [0, 1, 2, 3]), (2, [0, 2, 3]), (3, [0, 3]), (10, [0, 3])])
 def test_the_start_and_the_last_step_are_always_saved(every: int, saved: list[int]):
-    plan = PpoPlan(num_steps=3, tasks_per_step=1, rollouts_per_task=1, checkpoint_every=every, seed=0)
+    plan = PpoSchedule(num_steps=3, tasks_per_step=1, rollouts_per_task=1, checkpoint_every=every, seed=0)
     assert [values[0] for name, *values in run(Actors(), plan=plan).log if name == "checkpoint"] == saved
 
 
@@ -188,7 +188,7 @@ def test_no_two_attempts_of_a_run_share_a_seed_or_a_name():
 
 
 def test_another_seed_is_another_run():
-    other = PpoPlan(num_steps=3, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=2, seed=5)
+    other = PpoSchedule(num_steps=3, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=2, seed=5)
     mine = {request.seed for step in range(20) for request in requests_for_step(TASKS, PLAN, step)}
     theirs = {request.seed for step in range(20) for request in requests_for_step(TASKS, other, step)}
     assert not mine & theirs
@@ -285,7 +285,7 @@ class Hacked(Actors):
         return [replace(score, critic_score=climbed) for score in super().score(rollouts)]
 
 
-LONG = PpoPlan(num_steps=20, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=1, seed=0)
+LONG = PpoSchedule(num_steps=20, tasks_per_step=2, rollouts_per_task=2, checkpoint_every=1, seed=0)
 
 
 def test_a_hacked_reward_stops_after_its_row_was_written_and_before_its_state_is_saved():

@@ -11,7 +11,7 @@ import pytest
 from rl_actors.contracts.reports import SuiteResult
 from serving.contracts.gates import GateResult
 from serving.contracts.release import Drill, ReleasePlan
-from serving.contracts.requests import RunSample
+from serving.contracts.requests import RequestSample
 from serving.gates import gates as gates_module
 from serving.gates.gates import GATES, LiveEvidence, evaluate_live, evaluate_offline
 from serving.gates.statistics import EventEProcess, cost_per_success_ratio, mean_log_ratio, p95_ratio
@@ -115,7 +115,9 @@ class TestSampleRatioBound:
 
 
 class TestLatencyLooks:
-    def arms(self, num_candidate: int, factor: float = 1.0) -> tuple[tuple[RunSample, ...], tuple[RunSample, ...]]:
+    def arms(
+        self, num_candidate: int, factor: float = 1.0
+    ) -> tuple[tuple[RequestSample, ...], tuple[RequestSample, ...]]:
         rng = np.random.default_rng(11)
         return noisy_durations(2000, rng), noisy_durations(num_candidate, rng, factor=factor)
 

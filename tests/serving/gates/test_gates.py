@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rl_actors.contracts.errors import BadInputError
 from serving.contracts.gates import ARTICLE_GATES, GateResult
 from serving.contracts.release import Drill
-from serving.contracts.requests import RunSample
+from serving.contracts.requests import RequestSample
 from serving.gates.gates import (
     GATES,
     LiveEvidence,
@@ -447,4 +447,4 @@ def test_the_gates_read_nothing_but_their_evidence():
 
 
 def test_samples_are_typed_as_the_ledger_gives_them():
-    assert isinstance(make_samples(1)[0], RunSample)
+    assert isinstance(make_samples(1)[0], RequestSample)

@@ -20,13 +20,13 @@ from rl_actors.contracts.rollouts import Completion, SamplingParams, ToolResult
 from rl_actors.contracts.tasks import AgentLimits
 from rl_actors.environment.workflow import WorkflowRef
 from serving.contracts.release import SplitRecord
-from serving.contracts.requests import RunRecord
+from serving.contracts.requests import RequestRecord
 from serving.gateway.critic_queue import Critic, CriticQueue
 from serving.gateway.http import build_app
 from serving.gateway.ports import LivePolicy, LivePorts
 from serving.split.record import SplitStore, slot_position
 from serving.split.watch import SplitWatcher
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 from serving.store.served import ApiLimits, GatewayConfig, ServedPolicy
 from serving.store.trace_log import TraceLog
 from tests.serving.fakes import START, FakeClock
@@ -133,7 +133,7 @@ class Rig:
 
     root: Path
     ports: LivePorts
-    ledger: RunLedger
+    ledger: RequestLedger
     store: SplitStore
     clock: FakeClock
     worlds: MemoryWorlds
@@ -156,7 +156,7 @@ class Rig:
         if poll:
             self.ports.splits.poll()
 
-    def rows(self) -> list[RunRecord]:
+    def rows(self) -> list[RequestRecord]:
         return list(self.ledger.rows())
 
     @asynccontextmanager
@@ -182,7 +182,7 @@ def make_rig(
     """Build a gateway; without a share there is no split in force."""
     clock, worlds, workflow = FakeClock(), MemoryWorlds(), ShopWorkflow()
     chosen = replace(make_config(tmp_path), **(config or {}))
-    ledger = RunLedger(chosen.files.ledger, owner="gateway-1")
+    ledger = RequestLedger(chosen.files.ledger, owner="gateway-1")
     engines = {version: ScriptedEngine(script) for version, script in (scripts or {STABLE: PAY}).items()}
     store = SplitStore(chosen.files.split)
 

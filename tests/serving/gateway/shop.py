@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rl_actors.environment.tools import ToolSpec
-from rl_actors.environment.workflow import RunView
+from rl_actors.environment.workflow import RolloutView
 
 _ORDER = {"type": "string"}
 TOOLS = (
@@ -31,14 +31,14 @@ TOOLS = (
 class ShopWorkflow:
     """The part of a workflow that serving asks for; `checks` decides on a reply and may raise or sleep."""
 
-    checks: Callable[[str, RunView], Any] = lambda reply, run: {"non_empty": bool(reply)}
-    views: list[RunView] = field(default_factory=list)
+    checks: Callable[[str, RolloutView], Any] = lambda reply, run: {"non_empty": bool(reply)}
+    views: list[RolloutView] = field(default_factory=list)
     name: str = "shop"
     system_prompt: str = "system"
     tools_module: str = "tests.serving.gateway.shop"
     intents: Sequence[str] = ("pay",)
 
-    def check_reply(self, reply: str, run: RunView) -> Any:
+    def check_reply(self, reply: str, run: RolloutView) -> Any:
         self.views.append(run)
         return self.checks(reply, run)
 

@@ -20,7 +20,7 @@ from serving.platform import ingress as gateway_module
 from serving.platform.ingress import serve_ports
 from serving.split.record import SplitStore
 from serving.split.watch import SplitWatcher, acknowledged_epoch, read_acks
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 from tests.serving.gateway.live_fakes import (
     HELLO,
     PAY,
@@ -163,7 +163,7 @@ class TestTwoGateways:
         two = make_rig(tmp_path, share=None)
         config = two.ports.config
         changes = {
-            "ledger": RunLedger(config.files.ledger, owner="gateway-2"),
+            "ledger": RequestLedger(config.files.ledger, owner="gateway-2"),
             "owner": "gateway-2",
             "worlds": one.worlds,
             "splits": SplitWatcher(

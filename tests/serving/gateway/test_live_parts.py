@@ -15,8 +15,8 @@ import pytest
 from rl_actors.contracts.errors import EngineError, ToolHostError
 from rl_actors.contracts.rollouts import Completion, SamplingParams, ToolResult
 from serving.gateway.attempt import Meter, OnceWorld, RequestMemory
-from serving.gateway.critic_queue import CriticQueue, FinishedRun
-from serving.store.ledger import RunLedger
+from serving.gateway.critic_queue import CriticQueue, FinishedRequest
+from serving.store.ledger import RequestLedger
 from tests.serving.fakes import FakeClock, record_run
 
 WRITES = frozenset({"pay", "note"})
@@ -223,12 +223,12 @@ class TestPatience:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> RunLedger:
-    return RunLedger(tmp_path / "ledger.sqlite", owner="gateway")
+def ledger(tmp_path: Path) -> RequestLedger:
+    return RequestLedger(tmp_path / "ledger.sqlite", owner="gateway")
 
 
-def finished(index: int) -> FinishedRun:
-    return FinishedRun(run_id=f"run-{index}", token_ids=(index, 1, 2), reward_model_version="rm-1")
+def finished(index: int) -> FinishedRequest:
+    return FinishedRequest(run_id=f"run-{index}", token_ids=(index, 1, 2), reward_model_version="rm-1")
 
 
 class TestCriticQueue:
@@ -245,7 +245,7 @@ class TestCriticQueue:
 
         asyncio.run(run())
 
-    def test_scores_reach_their_runs(self, ledger: RunLedger) -> None:
+    def test_scores_reach_their_runs(self, ledger: RequestLedger) -> None:
         async def critic(sequences: Sequence[Sequence[int]]) -> list[float]:
             return [float(sequence[0]) / 10 for sequence in sequences]
 
@@ -256,7 +256,7 @@ class TestCriticQueue:
         self.work(queue, 20)
         assert [row.critic_score for row in ledger.rows()] == [pytest.approx(index / 10) for index in range(20)]
 
-    def test_batches_are_bounded_and_in_order(self, ledger: RunLedger) -> None:
+    def test_batches_are_bounded_and_in_order(self, ledger: RequestLedger) -> None:
         sizes: list[int] = []
 
         async def critic(sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -270,7 +270,7 @@ class TestCriticQueue:
         self.work(queue, 40)
         assert sizes == [16, 16, 8]
 
-    def test_goes_on_after_a_failure(self, ledger: RunLedger) -> None:
+    def test_goes_on_after_a_failure(self, ledger: RequestLedger) -> None:
         outcomes: list[Exception | None] = [EngineError("dead"), None]
 
         async def critic(sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -286,7 +286,7 @@ class TestCriticQueue:
         self.work(queue, 20)
         assert (queue.num_lost, queue.num_scored) == (16, 4)
 
-    def test_run_that_the_ledger_does_not_know_is_lost(self, ledger: RunLedger) -> None:
+    def test_run_that_the_ledger_does_not_know_is_lost(self, ledger: RequestLedger) -> None:
         async def critic(sequences: Sequence[Sequence[int]]) -> list[float]:
             return [1.0] * len(sequences)
 
@@ -295,7 +295,7 @@ class TestCriticQueue:
         self.work(queue, 1)
         assert (queue.num_lost, queue.num_scored) == (1, 0)
 
-    def test_offer_never_waits(self, ledger: RunLedger) -> None:
+    def test_offer_never_waits(self, ledger: RequestLedger) -> None:
         async def critic(sequences: Sequence[Sequence[int]]) -> list[float]:
             return []
 
@@ -304,5 +304,5 @@ class TestCriticQueue:
             queue.offer(finished(index))
         assert queue.num_lost == 7
 
-    def test_work_ends_at_once_without_a_critic(self, ledger: RunLedger) -> None:
+    def test_work_ends_at_once_without_a_critic(self, ledger: RequestLedger) -> None:
         asyncio.run(asyncio.wait_for(CriticQueue(None, ledger, size=1, clock=FakeClock()).work(), 1.0))

@@ -16,7 +16,7 @@ from serving.contracts.release import STALE_AFTER_S
 from serving.gateway.orphans import end_orphans, watch_orphans
 from serving.platform.ingress import serve_ports
 from serving.split.watch import Ack, read_acks
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 from serving.store.served import GatewayConfig
 from tests.serving.fakes import START, FakeClock, make_record
 from tests.serving.gateway.live_fakes import make_config, make_rig
@@ -25,8 +25,8 @@ from tests.serving.split.test_split_watch import TORN, ack, dead_pid, torn, writ
 ELSEWHERE = "another-host"
 
 
-def ledger_of(tmp_path: Path, owner: str = "new") -> RunLedger:
-    return RunLedger(make_config(tmp_path).files.ledger, owner=owner)
+def ledger_of(tmp_path: Path, owner: str = "new") -> RequestLedger:
+    return RequestLedger(make_config(tmp_path).files.ledger, owner=owner)
 
 
 def leave_open(tmp_path: Path, owner: str, number: int, *, at: float = START) -> None:
@@ -36,7 +36,7 @@ def leave_open(tmp_path: Path, owner: str, number: int, *, at: float = START) ->
     ledger.close()
 
 
-def statuses(ledger: RunLedger) -> dict[str, str]:
+def statuses(ledger: RequestLedger) -> dict[str, str]:
     return {row.run_id: row.status for row in ledger.rows()}
 
 
@@ -113,7 +113,7 @@ class TestWatch:
     def config(self, tmp_path: Path, stale_after_s: float = 0.06) -> GatewayConfig:
         return replace(make_config(tmp_path), stale_after_s=stale_after_s)
 
-    def watch(self, ledger: RunLedger, config: GatewayConfig, clock: FakeClock, until: Callable[[], bool]) -> None:
+    def watch(self, ledger: RequestLedger, config: GatewayConfig, clock: FakeClock, until: Callable[[], bool]) -> None:
         async def run() -> None:
             task = asyncio.create_task(watch_orphans(ledger, config, clock))
             async with asyncio.timeout(5.0):

@@ -35,7 +35,7 @@ from serving.gates.gates import LiveEvidence, evaluate_live
 from serving.release.controller import LedgerEvidence, ReleaseController
 from serving.split.record import SplitStore, route, slot_position
 from serving.store.decision_log import DecisionLog
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 from tests.serving.fakes import (
     RELEASE,
     START,
@@ -180,7 +180,7 @@ class TestWholeReleases:
             directory=tmp_path / "second",
             splits=rig.splits,
             platform=rig.platform,
-            evidence=LedgerEvidence(RunLedger(tmp_path / "l.sqlite", owner="o"), rig.splits),
+            evidence=LedgerEvidence(RequestLedger(tmp_path / "l.sqlite", owner="o"), rig.splits),
             aliases=rig.aliases,
             clock=rig.clock,
             sleep=rig.clock.sleep,
@@ -672,13 +672,13 @@ class TestLedgerEvidence:
 
     @pytest.fixture
     def rig(self, tmp_path: Path):
-        ledger = RunLedger(tmp_path / "ledger.sqlite", owner="gateway-1")
+        ledger = RequestLedger(tmp_path / "ledger.sqlite", owner="gateway-1")
         rig = harness(tmp_path)
         rig.evidence = LedgerEvidence(ledger, rig.splits)  # pyright: ignore[reportAttributeAccessIssue]
         yield rig, ledger
         ledger.close()
 
-    def serve(self, rig: Harness, ledger: RunLedger, numbers: range, *, canary_success: float = 0.9) -> None:
+    def serve(self, rig: Harness, ledger: RequestLedger, numbers: range, *, canary_success: float = 0.9) -> None:
         """Route sessions by the split in force and record their runs, as a gateway does."""
         record = rig.splits.read()
         assert record is not None

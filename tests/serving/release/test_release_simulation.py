@@ -20,7 +20,7 @@ import pytest
 
 from rl_actors.durable.files import read_rows
 from serving.contracts.release import Canary, Drill, RampStep
-from serving.contracts.requests import RunSample, Success
+from serving.contracts.requests import RequestSample, Success
 from serving.gates.gates import ArmEvent, LiveEvidence, evaluate_live, traffic_result
 from serving.release.controller import ReleaseController
 from serving.release.state_machine import decide
@@ -63,7 +63,7 @@ class Traffic:
     rng: np.random.Generator
     share: float = 0.2
     stable: Behaviour = field(default_factory=Behaviour)
-    samples: dict[bool, list[RunSample]] = field(default_factory=lambda: {True: [], False: []})
+    samples: dict[bool, list[RequestSample]] = field(default_factory=lambda: {True: [], False: []})
     safety: list[ArmEvent] = field(default_factory=list)
     failures: list[ArmEvent] = field(default_factory=list)
 
@@ -73,7 +73,7 @@ class Traffic:
             behaviour = self.candidate if is_canary else self.stable
             success: Success = "yes" if self.rng.random() < behaviour.success else "no"
             number = len(self.samples[True]) + len(self.samples[False])
-            sample = RunSample(
+            sample = RequestSample(
                 session_key=f"session-{number}",
                 duration_ms=float(100 * behaviour.slowness * np.exp(self.rng.normal(0, 0.3))),
                 cost=float(behaviour.cost * self.rng.gamma(20, 0.05)),

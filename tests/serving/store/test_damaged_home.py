@@ -17,7 +17,7 @@ from serving.gateway.orphans import end_orphans
 from serving.gateway.ports import LivePolicy
 from serving.platform import ingress as gateway_module
 from serving.platform.ingress import ServePolicies
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 from serving.store.served import ServedPolicies
 from serving.store.trace_log import TraceLog, read_traces
 from tests.serving.fakes import START, FakeClock, make_record
@@ -136,8 +136,8 @@ class TestOrphans:
     def test_runs_are_ended_before_their_gateway_is_forgotten(self, tmp_path: Path):
         """The other way round, a kill in between would leave them open for ever: nobody would know whose they are."""
         config = make_config(tmp_path)
-        ledger = RunLedger(config.files.ledger, owner="new")
-        dead = RunLedger(config.files.ledger, owner="dead")
+        ledger = RequestLedger(config.files.ledger, owner="new")
+        dead = RequestLedger(config.files.ledger, owner="dead")
         dead.start(make_record(1))
         dead.close()
         directory = write(tmp_path, ack(gateway="dead", pid=dead_pid()))

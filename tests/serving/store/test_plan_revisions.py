@@ -20,7 +20,7 @@ from rl_actors.environment.tools import render_error, render_plan_accepted
 from serving.gateway.answer import LiveRuns
 from serving.gateway.openai_api import ApiError
 from serving.gateway.ports import LiveRequest
-from serving.store.ledger import RunLedger
+from serving.store.ledger import RequestLedger
 from tests.serving.fakes import START, make_completion, make_record, record_run
 from tests.serving.gateway.live_fakes import HELLO, PROMPT, STABLE, MemoryWorlds, Rig, make_rig, renderer
 
@@ -128,7 +128,7 @@ def test_a_run_that_dies_keeps_the_plans_it_made(tmp_path: Path):
     with pytest.raises(ApiError) as caught:
         answered(tmp_path, ReplanningEngine(dies_after=3), failures=1)
     assert caught.value.status == 503
-    with closing(RunLedger(tmp_path / "ledger.sqlite", owner="reader")) as ledger:
+    with closing(RequestLedger(tmp_path / "ledger.sqlite", owner="reader")) as ledger:
         (row,) = ledger.rows()
         assert row.status == "engine_error"
         assert [plan.cause for plan in ledger.plans(row.run_id)] == ["request", "tool_error"]
@@ -154,8 +154,8 @@ SECOND = PlanRevision(revision=1, after_calls=1, cause="observation", steps=(), 
 
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[RunLedger]:
-    with closing(RunLedger(tmp_path / "ledger.sqlite", owner="gateway-1")) as opened:
+def ledger(tmp_path: Path) -> Iterator[RequestLedger]:
+    with closing(RequestLedger(tmp_path / "ledger.sqlite", owner="gateway-1")) as opened:
         yield opened
 
 
@@ -164,7 +164,7 @@ def raw(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(path, isolation_level=None)
 
 
-def test_plans_come_back_in_order_and_only_those_of_the_run(ledger: RunLedger):
+def test_plans_come_back_in_order_and_only_those_of_the_run(ledger: RequestLedger):
     record_run(ledger, 0, plans=(FIRST, SECOND))
     record_run(ledger, 1, plans=(FIRST,))
     assert ledger.plans("run-0") == (FIRST, SECOND)
@@ -173,13 +173,13 @@ def test_plans_come_back_in_order_and_only_those_of_the_run(ledger: RunLedger):
 
 
 @pytest.mark.parametrize("text", ["", "\ud800", "\x00", '"]', "'; DROP TABLE runs; --", "naïve 計画"])
-def test_any_text_of_a_step_comes_back(ledger: RunLedger, text: str):
+def test_any_text_of_a_step_comes_back(ledger: RequestLedger, text: str):
     plan = replace(FIRST, steps=(text, "look"))
     record_run(ledger, 0, plans=(plan,))
     assert ledger.plans("run-0") == (plan,)
 
 
-def test_a_replan_has_the_time_at_which_its_run_ended(ledger: RunLedger):
+def test_a_replan_has_the_time_at_which_its_run_ended(ledger: RequestLedger):
     record_run(ledger, 0, at=START + 7, plans=(FIRST, SECOND))
     with closing(raw(ledger.path)) as beside:
         assert beside.execute("SELECT DISTINCT at FROM plan_revisions").fetchall() == [(START + 7,)]
@@ -195,7 +195,7 @@ def test_a_replan_has_the_time_at_which_its_run_ended(ledger: RunLedger):
         (replace(FIRST, revision=-1),),
     ],
 )
-def test_a_row_and_its_plans_are_written_together_or_not_at_all(ledger: RunLedger, plans: tuple[PlanRevision, ...]):
+def test_a_row_and_its_plans_are_written_together_or_not_at_all(ledger: RequestLedger, plans: tuple[PlanRevision, ...]):
     ledger.start(make_record())
     with pytest.raises(BadInputError, match="schema refuses it"):
         ledger.complete("run-0", make_completion(plans=plans), at=START)
@@ -205,7 +205,7 @@ def test_a_row_and_its_plans_are_written_together_or_not_at_all(ledger: RunLedge
     assert ledger.plans("run-0") == (FIRST,)
 
 
-def test_a_second_completion_adds_no_plan(ledger: RunLedger):
+def test_a_second_completion_adds_no_plan(ledger: RequestLedger):
     record_run(ledger, 0, plans=(FIRST,))
     with pytest.raises(BadInputError, match="already ended"):
         ledger.complete("run-0", make_completion(plans=(SECOND,)), at=START)
@@ -216,19 +216,19 @@ def test_a_second_completion_adds_no_plan(ledger: RunLedger):
 
 
 @pytest.mark.parametrize("change", ["DELETE FROM plan_revisions", "UPDATE plan_revisions SET cause = 'observation'"])
-def test_a_plan_is_never_changed_or_deleted(ledger: RunLedger, change: str):
+def test_a_plan_is_never_changed_or_deleted(ledger: RequestLedger, change: str):
     record_run(ledger, 0, plans=(FIRST,))
     with closing(raw(ledger.path)) as beside, pytest.raises(sqlite3.IntegrityError, match="append-only"):
         beside.execute(change)
     assert ledger.plans("run-0") == (FIRST,)
 
 
-def test_a_ledger_of_an_older_version_gets_the_table_and_keeps_its_rows(ledger: RunLedger):
+def test_a_ledger_of_an_older_version_gets_the_table_and_keeps_its_rows(ledger: RequestLedger):
     record_run(ledger, 0)
     ledger.close()
     with closing(raw(ledger.path)) as beside:
         beside.execute("DROP TABLE plan_revisions")
-    with closing(RunLedger(ledger.path, owner="gateway-2")) as opened:
+    with closing(RequestLedger(ledger.path, owner="gateway-2")) as opened:
         assert opened.plans("run-0") == ()
         record_run(opened, 1, plans=(FIRST,))
         assert opened.plans("run-1") == (FIRST,)
