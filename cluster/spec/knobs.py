@@ -1,4 +1,4 @@
-"""Every knob of the spec: what it does to learning or release in one sentence, its default and its limits."""
+"""The meaning of every knob of the spec in one sentence, its default and its limits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.spec.errors import leaf_paths, nearest
-from cluster.spec.sections import known_gates
-from cluster.spec.spec import ALGORITHMS, WorkflowSpec
+from cluster.spec.sections import ALGORITHMS, known_gates
+from cluster.spec.spec import WorkflowSpec
 from cluster.workflows import known_workflows
 from rl_actors.contracts import BadInputError
 
@@ -66,6 +66,10 @@ MEANINGS: Final[Mapping[str, str]] = {
     "sft.muon_learning_rate": "Peak Muon step size for the matrices of a model built on the spot; 0 trains them by "
     "AdamW instead.",
     "sft.batch_tokens": "Tokens in an SFT batch; higher gives less gradient noise in fewer optimizer steps.",
+    "reward.epochs": "Passes over the preference pairs; more fits them closer and makes the reward model "
+    "overconfident.",
+    "reward.learning_rate": "AdamW step size of the reward model; higher learns faster and calibrates worse when it "
+    "overfits.",
     "reward.num_pairs": "Preference pairs to rank; more raises pair accuracy, and those set apart steady the "
     "calibration.",
     "reward.max_ece": "Highest expected calibration error that PPO accepts; lower refuses more reward models.",
@@ -109,9 +113,7 @@ MEANINGS: Final[Mapping[str, str]] = {
     "cluster.serve_port": "Port of the gateway; learning and release are the same.",
     "seed": "Draws tasks, initial weights, order and sampling; another seed shows how much of a result is chance.",
 }
-"""One sentence per knob, which says what it does and in which direction."""
-
-
+"""Knob -> one sentence that says what it does and in which direction."""
 _BOUNDS: Final = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
 
 

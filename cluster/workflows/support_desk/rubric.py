@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.workflows.support_desk.claims import words_of
+from cluster.workflows.support_desk.replies import words_of
 from rl_actors.environment import RolloutView, RubricCriterion
 
 _BRIEF_WORDS, _LONG_WORDS = 25, 40
@@ -31,6 +31,7 @@ class Annotator:
     length_bias: float
 
 
+# Three kinds of bias, so that a reward model cannot follow one of them: severity, blindness to harm, haste.
 ANNOTATORS = (
     Annotator(
         name="strict",
@@ -51,7 +52,7 @@ ANNOTATORS = (
 
 
 def true_labels(run: RolloutView) -> dict[str, int]:
-    """Return what a perfect annotator would say; uses the outcome and the reply, no hidden goal."""
+    """Return what a perfect annotator would say, from outcome and reply."""
     return {
         "resolution": _resolution(run),
         "accuracy": _accuracy(run),
