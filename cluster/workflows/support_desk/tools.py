@@ -156,7 +156,7 @@ def _tool(
 
 
 # In this order the policy reads them in its prompt: another order is another prompt.
-_ALL = (
+_TOOLS = (
     _tool(get_order, "Order and owner check.", "read", order_id=_ORDER, customer_id=_CUSTOMER),
     _tool(get_shipment, "Tracking code.", "read", order_id=_ORDER),
     _tool(get_payment, "Amount paid.", "read", order_id=_ORDER),
@@ -168,8 +168,8 @@ _ALL = (
     _tool(add_note, "Note on an order.", "write", order_id=_ORDER, text=_TEXT),
     _tool(escalate, "Hand over to a person.", "write", order_id=_ORDER, reason=_REASON),
 )
-TOOLS: tuple[ToolSpec, ...] = tuple(spec for spec, _ in _ALL)
-FUNCTIONS: Mapping[str, Callable[..., dict[str, Any]]] = {spec.name: function for spec, function in _ALL}
+TOOLS: tuple[ToolSpec, ...] = tuple(spec for spec, _ in _TOOLS)
+FUNCTIONS: Mapping[str, Callable[..., dict[str, Any]]] = {spec.name: function for spec, function in _TOOLS}
 
 
 class SupportDeskWorld:

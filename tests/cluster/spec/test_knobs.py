@@ -435,7 +435,7 @@ def test_plan_explains_several_knobs_and_nothing_else():
 
 def test_plan_explains_how_long_and_how_fast_the_reward_model_trains():
     text = seatrial("plan", "support_desk", "--explain", "reward.epochs", "--explain", "reward.learning_rate").stdout
-    joined = " ".join(text.split())
+    joined = " ".join(text.replace("│", " ").split())
     assert "double: 2 -> 4" in joined
     assert "double: 0.001 -> 0.002" in joined
     for knob in ("reward.epochs", "reward.learning_rate"):
