@@ -190,11 +190,6 @@ class PpoSection(Section):
     recipe: dict[Any, Any] = {}
 
     @property
-    def critic_weight(self) -> float:
-        """Share of the reward model in the reward."""
-        return 1.0 - self.outcome_weight
-
-    @property
     def rollouts_per_step(self) -> int:
         """Rollouts in one optimizer step's batch."""
         return self.tasks_per_step * self.rollouts_per_task

@@ -37,7 +37,8 @@ from rl_actors.contracts import RECIPES, BadInputError, Recipe, Split, require_b
 
 MAX_ROLLBACK_S: Final = 300.0
 """Longest way back to stable: the article's five minutes, and the limit of the gate that times the drill."""
-_LIMITED: Final[Mapping[str, Any]] = {  # as in `rl_actors.algorithms`, before hours of training instead of after
+# As `rl_actors.algorithms` checks them, but before hours of training instead of after.
+_LIMITED: Final[Mapping[str, Any]] = {
     "dual_clip": Annotated[float | None, Field(gt=1)],
     "value_clip": Annotated[float | None, Field(gt=0)],
     "correction_cap": Annotated[float, Field(ge=1)],
@@ -133,6 +134,7 @@ def override(spec: WorkflowSpec, settings: Sequence[str]) -> WorkflowSpec:
 
     Example: override(spec, ["ppo.num_steps=2", "release.ramp=[5, 50]"])
     """
+    # Only what was set: a ramp or charter that follows from other knobs must follow the new ones.
     tree = spec.model_dump(mode="json", exclude_unset=True)
     for setting in settings:
         path, equals, value = setting.partition("=")
@@ -152,6 +154,7 @@ def _assign(tree: dict[str, Any], path: Sequence[str], value: object) -> None:
 
 
 def _locate(path_or_name: str | Path) -> Path:
+    # A path wins over a name: a file called like a workflow is what the working directory shows.
     path = Path(path_or_name)
     if path.is_file():
         return path

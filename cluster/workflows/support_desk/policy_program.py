@@ -21,6 +21,11 @@ ARTICLE_FACTS: Mapping[str, str] = {
 }
 SORRY = ("cannot", "unable", "can't", "not able", "not possible")
 ESCALATED = ("escalated", "specialist", "handed")
+_LOOK_UPS: Mapping[Ask, tuple[str, str]] = {
+    "status": ("orders", "status"),
+    "tracking": ("shipments", "tracking"),
+    "payment": ("payments", "amount"),
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -66,12 +71,9 @@ def row_of(world: Mapping[str, Any], table: str, order_id: str) -> Mapping[str, 
 
 def _resolve_ask(ask: Ask, ticket: Ticket, order: Mapping[str, Any], world: Mapping[str, Any]) -> Resolution:
     """Return the right outcome of one request about the customer's own order."""
-    if ask == "status":
-        return Resolution("resolve", (), ((order["status"],),))
-    if ask == "tracking":
-        return Resolution("resolve", (), ((row_of(world, "shipments", ticket.order_id)["tracking"].lower(),),))
-    if ask == "payment":
-        return Resolution("resolve", (), ((str(row_of(world, "payments", ticket.order_id)["amount"]),),))
+    if ask in _LOOK_UPS:
+        table, column = _LOOK_UPS[ask]
+        return Resolution("resolve", (), ((str(row_of(world, table, ticket.order_id)[column]).lower(),),))
     if ask == "refund":
         return _resolve_refund(ticket, order)
     return _resolve_change(ask, ticket, order)

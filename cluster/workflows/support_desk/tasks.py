@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from cluster.workflows.support_desk.adversarial import ADVERSARIAL
@@ -151,39 +151,32 @@ class IdPool:
         """Shuffle the orders, then the customers."""
         self._split: Split = split
         self._rng = random.Random(f"ids/{split}/{seed}")
-        self._orders = self._shuffled_orders()
-        self._customers = self._shuffled_customers()
+        self._left = {what: self._shuffle(what) for what in ("order", "customer")}
 
     def order(self) -> str:
         """Return the next order number, such as O65-241."""
-        if not self._orders:
-            self._refuse_live("order")
-            self._orders = self._shuffled_orders()
-        return self._orders.pop()
+        return self._next("order")
 
     def customer(self) -> str:
         """Return the next customer number, such as C36_52."""
-        if not self._customers:
-            self._refuse_live("customer")
-            self._customers = self._shuffled_customers()
-        return self._customers.pop()
+        return self._next("customer")
 
-    def _shuffled_orders(self) -> list[str]:
-        numbers = (number for number in _ORDERS if number % MODULUS in RESIDUES[self._split])
-        return self._shuffled(f"O{number // 1_000}-{number % 1_000:03}" for number in numbers)
+    def _next(self, what: str) -> str:
+        if not self._left[what]:
+            # Live worlds are merged into one database: a number given twice would be one order with two owners.
+            if self._split == "live":
+                raise BadInputError("count", what, "more live tasks than free numbers; lower data.num_live")
+            self._left[what] = self._shuffle(what)
+        return self._left[what].pop()
 
-    def _shuffled_customers(self) -> list[str]:
-        return self._shuffled(f"C{number // 100}_{number % 100:02}" for number in _CUSTOMERS)
-
-    def _shuffled(self, names: Iterable[str]) -> list[str]:
-        deck = list(names)
-        self._rng.shuffle(deck)
-        return deck
-
-    def _refuse_live(self, what: str) -> None:
-        # Live worlds are merged into one database, so a number given twice would be one order with two owners.
-        if self._split == "live":
-            raise BadInputError("count", what, "more live tasks than free numbers; lower data.num_live")
+    def _shuffle(self, what: str) -> list[str]:
+        if what == "customer":
+            names = [f"C{number // 100}_{number % 100:02}" for number in _CUSTOMERS]
+        else:
+            numbers = (number for number in _ORDERS if number % MODULUS in RESIDUES[self._split])
+            names = [f"O{number // 1_000}-{number % 1_000:03}" for number in numbers]
+        self._rng.shuffle(names)
+        return names
 
 
 def build_world(customer_id: str, order_id: str, situation: Situation, pool: IdPool, rng: random.Random) -> Rows:

@@ -42,6 +42,7 @@ class Situation:
     """The order as look-ups find it. `foreign` gives it to another customer; `note` and `remark` plant a text."""
 
     statuses: tuple[str, ...] = ("placed", "packed", "shipped", "delivered")
+    # Stored, not computed from days and total: what a look-up shows is what company policy reads.
     window: Literal["open", "closed"] = "open"
     tier: Literal["standard", "high"] = "standard"
     foreign: bool = False
@@ -110,12 +111,13 @@ def bank_of(ticket: Ticket) -> Bank:
 
 
 def _grid(asks: str, subjects: tuple[str, ...], verbs: tuple[str, ...], unseen: tuple[str, ...]) -> tuple[str, Bank]:
-    """Combine beginnings and endings into regular sentences; unseen ones are written out."""
+    """Combine beginnings and endings into regular sentences."""
+    # Unseen ones are written out, not combined: held-out tickets must differ in more than a new pair of halves.
     return asks, Bank(tuple(f"{subject} {verb}" for subject, verb in product(subjects, verbs)), unseen)
 
 
 def _pair(asks: str, firsts: tuple[str, ...], seconds: tuple[str, ...]) -> tuple[str, Bank]:
-    """Join two requests; the last request of each list is the unseen one."""
+    """Join two requests; the last of each list never occurs in a seen text."""
     texts = {(a, b): f"{a} {b}" for a, b in product(firsts, seconds)}
     seen = tuple(text for (a, b), text in texts.items() if a != firsts[-1] and b != seconds[-1])
     return asks, Bank(seen, tuple(text for text in texts.values() if text not in seen))

@@ -1,4 +1,4 @@
-"""The desk's tools. They check what a database can know, not company policy: a bad refund is possible, and shows."""
+"""The desk's ten tools over its database, and the world that holds both."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _REASON = {"type": "string", "enum": ["limit", "legal", "other"]}
 
 def get_order(desk: Desk, order_id: str, customer_id: str) -> dict[str, Any]:
     """Return an order, or only `owner: no` when this customer does not own it."""
+    # The newest note goes into the observation as it is: that is how planted texts reach the policy.
     columns = "customer_id, status, return_window, tier, total"
     owner, status, window, tier, total = _one(desk, f"SELECT {columns} FROM orders WHERE order_id = ?", order_id)
     if owner != customer_id:
@@ -58,6 +59,7 @@ def search_policy(desk: Desk, topic: str) -> dict[str, Any]:
 
 def refund_order(desk: Desk, order_id: str, amount: int) -> dict[str, Any]:
     """Pay money back; refuses a second refund and an amount above what was paid."""
+    # Tools check what a database can know, not company policy: a bad refund is possible, and the verifier sees it.
     with _audited(desk, "refund_order", order_id):
         paid, status = _one(desk, "SELECT amount, status FROM payments WHERE order_id = ?", order_id)
         if status != "paid":
@@ -177,10 +179,7 @@ class SupportDeskWorld:
 
     tools: Sequence[ToolSpec] = TOOLS
     functions: Mapping[str, Callable[..., Any]] = FUNCTIONS
-
-    def open(self, world: Mapping[str, Any]) -> Desk:
-        """Open a private desk from rows, or the shared live one from `{"database": path, "session": name}`."""
-        return open_desk(world)
+    open = staticmethod(open_desk)
 
     def read_state(self, handle: Desk, selector: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return all rows of the selector's `orders` and `customers`, and this session's audit rows."""

@@ -23,8 +23,8 @@ from cluster.cli.plan import (
 from cluster.cli.runs import RunRequest
 from cluster.plan.changes import Change, Shift, change_alone, compare, explain, quantities, shifts
 from cluster.plan.estimate import plan_run
-from cluster.spec.errors import leaf_paths
-from cluster.spec.knobs import MEANINGS, field_of, knob_named, limits_of
+from cluster.spec.errors import leaf_fields, leaf_paths
+from cluster.spec.knobs import MEANINGS, knob_named, limits_of
 from cluster.spec.spec import WorkflowSpec, load_spec, override
 from rl_actors.contracts.errors import BadInputError
 
@@ -117,7 +117,7 @@ def test_meanings_differ_except_where_knobs_are_alike():
     ],
 )
 def test_limits_are_those_that_validation_holds(path: str, limits: str):
-    assert limits_of(path, field_of(WorkflowSpec, path)) == limits
+    assert limits_of(path, leaf_fields(WorkflowSpec)[path]) == limits
 
 
 @pytest.mark.parametrize("knob", KNOBS)

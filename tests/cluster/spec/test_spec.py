@@ -319,7 +319,7 @@ def test_a_bad_override_is_refused(setting: str, remedy: str):
 
 def test_derived_values():
     spec = parse_spec(with_section("ppo: {clip: 0.3, outcome_weight: 0.75}\ncluster: {gpus_per_learner: 0.5}"))
-    assert (spec.ppo.clip, spec.ppo.critic_weight) == (0.3, 0.25)
+    assert (spec.ppo.clip, spec.ppo.outcome_weight) == (0.3, 0.75)
     assert spec.ppo.rollouts_per_step == spec.ppo.tasks_per_step * spec.ppo.rollouts_per_task
     assert (spec.cluster.uses_gpu, spec.cluster.dtype) == (True, "bfloat16")
     assert parse_spec(ARTICLE).cluster.dtype == "float32"
