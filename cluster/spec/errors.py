@@ -1,4 +1,4 @@
-"""From YAML text to a plain tree with line numbers, and from a validation error to field, value and remedy."""
+"""Spec text: a plain tree with line numbers, and each validation error as field, value and remedy."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rl_actors.contracts import BadInputError
 
-MAX_SPEC_BYTES = 1_000_000
-
-
+MAX_SPEC_BYTES = 1_000_000  # counted before PyYAML sees it, whose safe loader is slow, being all Python
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$")
 
 
 class _SpecLoader(yaml.SafeLoader):
-    """Reads `1e-4` as a number: YAML 1.1, and so PyYAML, wants `1.0e-4` and yields a string otherwise."""
+    """PyYAML's safe loader with the numbers of YAML 1.2."""
 
 
+# `1e-4` is a number: YAML 1.1, and so PyYAML, wants `1.0e-4` and yields a string otherwise.
 _SpecLoader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
@@ -37,6 +37,7 @@ class SpecSource:
 
     def place(self, path: str) -> str:
         """Return ` (line 7 of spec.yaml)` for a path or its nearest parent, or nothing when the line is unknown."""
+        # A missing key has no line of its own: its section's is where to write it.
         while path and path not in self.lines:
             path = path.rpartition(".")[0]
         return f" (line {self.lines[path]} of {self.name})" if path else ""
@@ -75,27 +76,23 @@ def parse_yaml(text: str, name: str) -> SpecSource:
 def _index_lines(
     node: yaml.Node, path: str, lines: dict[str, int], name: str, open_nodes: tuple[yaml.Node, ...]
 ) -> None:
-    """Record the line of every path below `node`. PyYAML keeps the last of two equal keys silently: refuse instead."""
+    """Record the line of every path below `node`."""
     if any(node is parent for parent in open_nodes):
-        raise BadInputError(path, "*alias", f"an alias may not contain itself{_line(node, name)}")
-    inside = (*open_nodes, node)
+        where = f"(line {node.start_mark.line + 1} of {name})"
+        raise BadInputError(path, "*alias", f"an alias may not contain itself {where}")
+    children: list[tuple[str, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.SequenceNode):
-        for position, item in enumerate(node.value):
-            lines[f"{path}.{position}"] = item.start_mark.line + 1
-            _index_lines(item, f"{path}.{position}", lines, name, inside)
-    if not isinstance(node, yaml.MappingNode):
-        return
+        children = [(str(position), item, item) for position, item in enumerate(node.value)]
+    elif isinstance(node, yaml.MappingNode):
+        children = [(str(key.value), key, value) for key, value in node.value]
     seen: dict[str, int] = {}
-    for key, value in node.value:
-        child = f"{path}.{key.value}" if path else str(key.value)
+    for key, at, value in children:
+        child, line = f"{path}.{key}" if path else key, at.start_mark.line + 1
+        # PyYAML keeps the last of two equal keys silently.
         if child in seen:
-            raise BadInputError(child, "given twice", f"keep one of lines {seen[child]} and {key.start_mark.line + 1}")
-        seen[child] = lines[child] = key.start_mark.line + 1
-        _index_lines(value, child, lines, name, inside)
-
-
-def _line(node: yaml.Node, name: str) -> str:
-    return f" (line {node.start_mark.line + 1} of {name})"
+            raise BadInputError(child, "given twice", f"keep one of lines {seen[child]} and {line}")
+        seen[child] = lines[child] = line
+        _index_lines(value, child, lines, name, (*open_nodes, node))
 
 
 def _syntax_error(error: yaml.YAMLError, name: str) -> BadInputError:
@@ -120,16 +117,21 @@ def unknown_name(word: str, choices: Iterable[str]) -> str:
     return f"unknown name; {hint}valid: {', '.join(names)}"
 
 
-def leaf_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the dotted path of every knob of a spec model; a list counts as one knob."""
-    paths: list[str] = []
+def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    """Return dotted path -> pydantic's record of every knob of a spec model; a list counts as one knob."""
+    found: dict[str, FieldInfo] = {}
     for name, info in model.model_fields.items():
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            paths += leaf_paths(annotation, f"{prefix}{name}.")
+            found |= leaf_fields(annotation, f"{prefix}{name}.")
         else:
-            paths.append(f"{prefix}{name}")
-    return paths
+            found[f"{prefix}{name}"] = info
+    return found
+
+
+def leaf_paths(model: type[BaseModel]) -> list[str]:
+    """Return the dotted path of every knob of a spec model."""
+    return list(leaf_fields(model))
 
 
 def bad_input(error: ValidationError, source: SpecSource, model: type[BaseModel]) -> BadInputError:
@@ -166,10 +168,11 @@ def _remedy(problem: ErrorDetails, value: object, path: str, model: type[BaseMod
 
 
 def _unknown_key(path: str, model: type[BaseModel]) -> str:
-    """Prefer the very key in another section, then a similar one of the same section."""
     section, _, key = path.rpartition(".")
     knobs = leaf_paths(model)
-    siblings = _children(section, knobs)
+    prefix = f"{section}." if section else ""
+    siblings = list(dict.fromkeys(k[len(prefix) :].partition(".")[0] for k in knobs if k.startswith(prefix)))
+    # The very key in another section is likelier meant than one of this section that is only spelled alike.
     elsewhere = [knob for knob in knobs if knob.rpartition(".")[2] == key]
     best = nearest(key, siblings)
     if elsewhere:
@@ -177,8 +180,3 @@ def _unknown_key(path: str, model: type[BaseModel]) -> str:
     if best:
         return f"unknown key; did you mean {'.'.join(filter(None, (section, best)))!r}?"
     return f"unknown key; valid in {section or 'a spec'}: {', '.join(siblings)}"
-
-
-def _children(section: str, knobs: Iterable[str]) -> list[str]:
-    prefix = f"{section}." if section else ""
-    return list(dict.fromkeys(k[len(prefix) :].partition(".")[0] for k in knobs if k.startswith(prefix)))

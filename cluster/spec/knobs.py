@@ -1,22 +1,20 @@
-"""Every knob of the spec: what it does to learning or release in one sentence, its default and its limits."""
+"""The meaning of every knob of the spec in one sentence, its default and its limits."""
 
 from __future__ import annotations
 
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_args, get_origin
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cluster.spec.errors import leaf_paths, nearest
-from cluster.spec.sections import known_gates
-from cluster.spec.spec import ALGORITHMS, WorkflowSpec
+from cluster.spec.errors import leaf_fields, nearest
+from cluster.spec.sections import ALGORITHMS, known_gates
+from cluster.spec.spec import WorkflowSpec
 from cluster.workflows import known_workflows
 from rl_actors.contracts import BadInputError
 
+# For a reader who must decide: in which direction it moves learning or release, not how it is computed.
 MEANINGS: Final[Mapping[str, str]] = {
     "workflow.name": "The job to learn: its tasks, tools, policies and annotators.",
     "workflow.target": "The task in words, for whoever reads the spec; nothing is computed from it.",
@@ -66,6 +64,10 @@ MEANINGS: Final[Mapping[str, str]] = {
     "sft.muon_learning_rate": "Peak Muon step size for the matrices of a model built on the spot; 0 trains them by "
     "AdamW instead.",
     "sft.batch_tokens": "Tokens in an SFT batch; higher gives less gradient noise in fewer optimizer steps.",
+    "reward.epochs": "Passes over the preference pairs; more fits them closer and makes the reward model "
+    "overconfident.",
+    "reward.learning_rate": "AdamW step size of the reward model; higher learns faster and calibrates worse when it "
+    "overfits.",
     "reward.num_pairs": "Preference pairs to rank; more raises pair accuracy, and those set apart steady the "
     "calibration.",
     "reward.max_ece": "Highest expected calibration error that PPO accepts; lower refuses more reward models.",
@@ -109,9 +111,6 @@ MEANINGS: Final[Mapping[str, str]] = {
     "cluster.serve_port": "Port of the gateway; learning and release are the same.",
     "seed": "Draws tasks, initial weights, order and sampling; another seed shows how much of a result is chance.",
 }
-"""One sentence per knob, which says what it does and in which direction."""
-
-
 _BOUNDS: Final = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
 
 
@@ -128,24 +127,13 @@ class Knob:
 
 def knob_named(name: str) -> Knob:
     """Return a knob by its dotted path. Raises BadInputError naming the nearest one."""
-    knobs = leaf_paths(WorkflowSpec)
+    knobs = leaf_fields(WorkflowSpec)
     if name not in knobs:
-        raise BadInputError("--explain", name, _nearest_knob(name, knobs))
-    info = field_of(WorkflowSpec, name)
+        raise BadInputError("--explain", name, _nearest_knob(name, list(knobs)))
+    info = knobs[name]
     default = None if info.is_required() else info.get_default(call_default_factory=True)
-    return Knob(
-        path=name, meaning=MEANINGS[name], default=default, is_required=info.is_required(), limits=limits_of(name, info)
-    )
-
-
-def field_of(model: type[BaseModel], path: str) -> FieldInfo:
-    """Return pydantic's record of the field at a dotted path."""
-    first, _, rest = path.partition(".")
-    info = model.model_fields[first]
-    section = info.annotation
-    if rest and isinstance(section, type) and issubclass(section, BaseModel):
-        return field_of(section, rest)
-    return info
+    limits = limits_of(name, info)
+    return Knob(path=name, meaning=MEANINGS[name], default=default, is_required=info.is_required(), limits=limits)
 
 
 def limits_of(path: str, info: FieldInfo) -> str:
@@ -163,6 +151,7 @@ def limits_of(path: str, info: FieldInfo) -> str:
 
 
 def _choices(path: str, annotation: Any) -> tuple[str, ...]:
+    # These are plain strings to pydantic, since what they may be depends on folders and registries.
     known = {
         "workflow.name": tuple(known_workflows()),
         "workflow.policy_training": ALGORITHMS,
@@ -173,15 +162,13 @@ def _choices(path: str, annotation: Any) -> tuple[str, ...]:
 
 
 def _kind(annotation: Any) -> str:
-    kinds = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    origin = get_origin(annotation)
-    if origin in {types.UnionType, typing.Union}:
-        return " or ".join(_kind(option) for option in get_args(annotation) if option is not type(None))
-    return kinds.get(annotation, "a list of numbers" if origin is tuple else "keys and values")
+    kinds = {int: "a whole number", float: "a number", str: "text"}
+    # The only tuple without names to choose from is the ramp; the only mapping is the recipe.
+    return kinds.get(annotation, "a list of numbers" if get_origin(annotation) is tuple else "keys and values")
 
 
 def _nearest_knob(name: str, knobs: list[str]) -> str:
-    """Prefer knobs of that very name in any section, then the knobs of a section, then what is spelled alike."""
+    # Knobs of that very name in any section first, then the knobs of a section, then what is spelled alike.
     alike = [knob for knob in knobs if knob.rpartition(".")[2] == name]
     inside = [knob for knob in knobs if knob.startswith(f"{name}.")]
     best = nearest(name, knobs)

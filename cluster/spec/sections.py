@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,33 +14,18 @@ from cluster.workflows import PATH_VARIABLE, known_workflows
 from rl_actors.contracts import RECIPES
 from serving.contracts import ARTICLE_GATES
 
-_PINNED: Final = re.compile(r".+-[0-9a-f]{8}")
+MonitorName = Literal["human_override_rate", "tool_error_rate", "policy_kl_drift", "task_completion_quality"]
+MONITORS: tuple[MonitorName, ...] = get_args(MonitorName)
+ALGORITHMS = tuple(RECIPES)
+DEFAULT_RAMP = (25.0, 50.0)
+MAX_SHARE = 99.0  # percent: a canary needs stable traffic to be held against
+NUM_RELEASES = 2  # the candidate, and the deliberately bad one after it: each gets live tickets of its own
+VERSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}(-[0-9a-f]{8})?")  # with the hash of a registered version
 
 
 def is_pinned(name: str) -> bool:
     """Whether a name means a registered version. Example: is_pinned("rm_v1-77ab01cd"), but not is_pinned("rm_v1")."""
-    return bool(_PINNED.fullmatch(name))
-
-
-MonitorName = Literal["human_override_rate", "tool_error_rate", "policy_kl_drift", "task_completion_quality"]
-
-
-MONITORS: tuple[MonitorName, ...] = get_args(MonitorName)
-
-
-ALGORITHMS = tuple(RECIPES)
-
-
-DEFAULT_RAMP = (25.0, 50.0)
-
-
-MAX_SHARE = 99.0  # percent
-
-
-NUM_RELEASES = 2  # the candidate, and the deliberately bad one after it: each gets live tickets of its own
-
-
-VERSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}(-[0-9a-f]{8})?")  # with the hash of a registered version
+    return bool(re.fullmatch(r".+-[0-9a-f]{8}", name))
 
 
 def refuse(remedy: str, *below: str | int, **found: object) -> PydanticCustomError:
@@ -81,12 +66,12 @@ class WorkflowSection(Section):
     """What is trained, from which baseline, with which reward model and algorithm (requirements 62-65).
 
     A baseline or reward model is trained under the name given, unless that ends in `-` and 8 hex digits: then it is a
-    registered version, see `cluster/registry/pins.py`.
+    registered version and is used as it is.
     """
 
     name: str = "support_desk"
-    target: str = Field(description="the task in words; free text")
-    baseline: str = Field(description="name of the SFT checkpoint: KL reference and first stable policy")
+    target: str
+    baseline: str
     reward_model: str
     policy_training: str
 
@@ -138,11 +123,11 @@ class ModelSection(Section):
     """The base model: a Hugging Face directory, or (empty path) a tiny GPT-OSS architecture built on the spot."""
 
     path: str = ""
-    hidden_size: int = Field(default=128, ge=32, multiple_of=32, description="AMX experts need multiples of 32")
+    hidden_size: int = Field(default=128, ge=32, multiple_of=32)  # AMX experts need multiples of 32
     num_layers: int = Field(default=4, ge=1)
     num_experts: int = Field(default=4, ge=2)
     vocab_size: int = Field(default=2048, ge=300)
-    max_length: int = Field(default=1024, ge=128, description="tokens of a whole rollout, prompt included")
+    max_length: int = Field(default=1024, ge=128)
 
 
 class DataSection(Section):
@@ -157,21 +142,16 @@ class DataSection(Section):
 
 
 class SftSection(Section):
-    """Supervised fine-tuning on the expert's demonstrations; runs on as many workers as PPO has learners.
+    """Supervised fine-tuning on the expert's demonstrations; runs on as many workers as PPO has learners."""
 
-    The bounds are what the baseline must keep over the seeds of its own evaluation (requirement 17): the share of
-    attempts that come to an answer; how far success may move from seed to seed, beyond chance; and the variance of
-    success at one and the same task, where 0.2 means that two attempts end alike three times in five (a coin: 0.25).
-    """
-
+    # Bounds of the baseline over the seeds of its own evaluation (requirement 17): the share of attempts that come to
+    # an answer, how far success may move from seed to seed beyond chance, and the variance of success at one task.
     min_finished: ClassVar[float] = 0.5
     max_seed_sd: ClassVar[float] = 0.05
-    max_within_task: ClassVar[float] = 0.2
+    max_within_task: ClassVar[float] = 0.2  # two attempts end alike three times in five; a coin has 0.25
     epochs: int = Field(default=3, ge=1)
     learning_rate: float = Field(default=2e-3, gt=0, le=1)
-    muon_learning_rate: float = Field(
-        default=0.015, ge=0, le=1, description="matrices of a model built from nothing; 0 trains them by AdamW too"
-    )
+    muon_learning_rate: float = Field(default=0.015, ge=0, le=1)
     batch_tokens: int = Field(default=8192, ge=256)
 
 
@@ -179,8 +159,8 @@ class RewardSection(Section):
     """The reward model and what it must show on the calibration split before PPO may use it (requirements 19-21)."""
 
     rollouts_per_task: ClassVar[int] = 4
-    epochs: ClassVar[int] = 2
-    learning_rate: ClassVar[float] = 1e-3
+    epochs: int = Field(default=2, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0, le=1)
     num_pairs: int = Field(default=2000, ge=8)
     max_ece: float = Field(default=0.1, gt=0, le=1)
     min_pair_accuracy: float = Field(default=0.6, ge=0.5, le=1)
@@ -194,31 +174,20 @@ class PpoSection(Section):
     tasks_per_step: int = Field(default=24, ge=1)
     rollouts_per_task: int = Field(default=8, ge=1)
     learning_rate: float = Field(default=3e-4, gt=0, le=1)
-    kl_coef: float = Field(default=0.02, gt=0, description="ppo_kl without a KL term is another algorithm")
-    target_kl: float = Field(
-        default=0.1, gt=0, description="mean KL from the policy that sampled, at which an update stops early"
-    )
+    kl_coef: float = Field(default=0.02, gt=0)  # not 0: ppo_kl without a KL term is another algorithm
+    target_kl: float = Field(default=0.1, gt=0)
     clip: float = Field(default=0.2, gt=0, lt=1)
-    lam: float = Field(default=1.0, ge=0, le=1, description="below 1 the reward at the end fades towards early turns")
+    lam: float = Field(default=1.0, ge=0, le=1)  # below 1 the reward at the end fades towards early turns
     epochs: int = Field(default=1, ge=1)
     minibatches: int = Field(default=4, ge=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     temperature: float = Field(default=1.0, gt=0)
-    outcome_weight: float = Field(
-        default=0.8, ge=0, le=1, description="reward = weight * outcome + (1 - weight) * critic"
-    )
+    outcome_weight: float = Field(default=0.8, ge=0, le=1)
     num_rollout_workers: int = Field(default=1, ge=1)
     num_learners: int = Field(default=1, ge=1)
-    attestation_tolerance: float = Field(default=0.01, gt=0, description="mean |engine - learner logprob|, in nats")
-    checkpoint_every: int = Field(default=5, ge=1, description="steps")
-    recipe: dict[Any, Any] = Field(
-        default={}, description="changes to the recipe of workflow.policy_training, by field of Recipe"
-    )
-
-    @property
-    def critic_weight(self) -> float:
-        """Share of the reward model in the reward."""
-        return 1.0 - self.outcome_weight
+    attestation_tolerance: float = Field(default=0.01, gt=0)  # nats a token
+    checkpoint_every: int = Field(default=5, ge=1)
+    recipe: dict[Any, Any] = {}
 
     @property
     def rollouts_per_step(self) -> int:
@@ -239,7 +208,7 @@ class PpoSection(Section):
 
 
 class AgentSection(Section):
-    """Budget of one run of the agent loop, in training and in serving alike."""
+    """Budget of one attempt, in training and in serving alike."""
 
     tool_calls: int = Field(default=6, ge=1)
     max_tokens_per_turn: int = Field(default=96, ge=8)
@@ -247,8 +216,8 @@ class AgentSection(Section):
 
     @property
     def max_turns(self) -> int:
-        """Every tool call, a plan, two replans and the final answer."""
-        return self.tool_calls + 4
+        """Most turns of an attempt."""
+        return self.tool_calls + 4  # a plan, two replans and the final answer
 
 
 class ReleaseSection(Section):
@@ -256,13 +225,11 @@ class ReleaseSection(Section):
 
     canary_traffic_percent: float = Field(default=5.0, gt=0, le=MAX_SHARE)
     gates: tuple[str, ...] = Field(strict=False)
-    ramp: tuple[float, ...] = Field(
-        default=(), strict=False, description="shares in percent; the first is the canary's"
-    )
+    ramp: tuple[float, ...] = Field(default=(), strict=False)
     min_canary_requests: int = Field(default=50, ge=1)
     alpha: float = Field(default=0.05, gt=0, lt=1)
     max_minutes: float = Field(default=10.0, gt=0)
-    concurrency: int = Field(default=4, ge=1, description="tickets the traffic driver keeps open")
+    concurrency: int = Field(default=4, ge=1)
 
     @field_validator("gates", mode="before")
     @classmethod
@@ -295,9 +262,9 @@ class ReleaseSection(Section):
 
 
 class ClusterSection(Section):
-    """Where it runs. Zero GPUs is the embedded default; a fraction lets learner and engine share one."""
+    """Where it runs. Zero GPUs is the default; a fraction lets learner and engine share one."""
 
-    address: str = Field(default="", description="Ray address; empty starts a local Ray")
+    address: str = ""
     gpus_per_learner: float = Field(default=0.0, ge=0, le=1)
     gpus_per_rollout_worker: float = Field(default=0.0, ge=0)
     serve_port: int = Field(default=8000, ge=1, le=65535)
@@ -305,6 +272,7 @@ class ClusterSection(Section):
     @field_validator("gpus_per_rollout_worker")
     @classmethod
     def _whole_above_one(cls, gpus: float) -> float:
+        # An engine spans whole GPUs; only engines that fit into one can share it.
         if gpus > 1 and not gpus.is_integer():
             raise refuse("must be a fraction below 1 or a whole number: an engine spans whole GPUs")
         return gpus
@@ -316,5 +284,6 @@ class ClusterSection(Section):
 
     @property
     def dtype(self) -> str:
-        """bfloat16 on GPU; float32 on CPU, where it is the faster one at small sizes."""
+        """Name of the dtype that models compute in."""
+        # At small sizes float32 is the faster one on a CPU.
         return "bfloat16" if self.uses_gpu else "float32"

@@ -1,9 +1,4 @@
-"""The answers a charter needs beside the workload, which is `workflow.target`: constraints and rollback path.
-
-Nobody has to write them: what is left out is said by the spec itself, from the numbers that a run is held to.
-
-
-The workflow spec: what the human asked for, read from YAML and closed to unknown keys. At most 60 knobs in all.
+"""The workflow spec: read from YAML, overridden knob by knob, and closed to unknown keys.
 
 The article's block is a whole spec: `workflow` says what is trained, `release` how it may reach users, `monitoring`
 what is watched. Everything else has a default that runs on one CPU machine; see `cluster/spec/sections.py`.
@@ -12,16 +7,15 @@ what is watched. Everything else has a default that runs on one CPU machine; see
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, get_args
+from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from cluster.spec.errors import SpecSource, bad_input, parse_yaml, unknown_name
-from cluster.spec.recipe_choice import chosen_recipe
 from cluster.spec.sections import (
-    ALGORITHMS,
     MONITORS,
     AgentSection,
     CharterSection,
@@ -39,48 +33,23 @@ from cluster.spec.sections import (
     refuse,
 )
 from cluster.workflows import PATH_VARIABLE, SPEC_FILE, known_workflows, spec_file
-from rl_actors.contracts import BadInputError, Recipe, Split, require_batch_choices
-
-if TYPE_CHECKING:
-    pass
-
+from rl_actors.contracts import RECIPES, BadInputError, Recipe, Split, require_batch_choices
 
 MAX_ROLLBACK_S: Final = 300.0
 """Longest way back to stable: the article's five minutes, and the limit of the gate that times the drill."""
-
-
-def default_charter(spec: WorkflowSpec) -> dict[str, str]:
-    """Return the sentences that follow from a spec, by field of the charter."""
-    agent = spec.agent
-    budget = f"{agent.tool_calls} tool calls, {agent.max_tokens_per_turn} tokens a turn and {agent.timeout_s:g} s"
-    rules = f"every reply passes all policy checks, a release all {len(spec.release.gates)} gates"
-    return {
-        "constraints": f"at most {budget} a request; {rules}",
-        "rollback_path": f"all sessions back to the stable policy (first {spec.workflow.baseline}) by one split "
-        f"record, within {MAX_ROLLBACK_S:g} s",
-    }
-
-
-def charter_answers(spec: WorkflowSpec) -> Mapping[str, str]:
-    """Return the three answers by question: none is ever empty, the spec refuses that."""
-    charter = spec.charter
-    return {
-        "workload": spec.workflow.target,
-        "constraints": charter.constraints,
-        "rollback_path": charter.rollback_path,
-    }
-
-
-__all__ = [
-    "ALGORITHMS",
-    "MONITORS",
-    "ModelSection",
-    "WorkflowSpec",
-    "load_spec",
-    "override",
-    "parse_spec",
-    "spec_to_yaml",
-]
+# As `rl_actors.algorithms` checks them, but before hours of training instead of after.
+_LIMITED: Final[Mapping[str, Any]] = {
+    "dual_clip": Annotated[float | None, Field(gt=1)],
+    "value_clip": Annotated[float | None, Field(gt=0)],
+    "correction_cap": Annotated[float, Field(ge=1)],
+    "correction_floor": Annotated[float | None, Field(ge=0, le=1)],
+    "veto": Annotated[float | None, Field(gt=0, lt=1)],
+}
+_STRICT: Final = ConfigDict(strict=True, allow_inf_nan=False)
+_HINTS: Final[Mapping[str, Any]] = get_type_hints(Recipe)
+_FIELDS: Final[Mapping[str, TypeAdapter[Any]]] = {
+    name: TypeAdapter(_LIMITED.get(name, hint), config=_STRICT) for name, hint in _HINTS.items()
+}
 
 
 class WorkflowSpec(Section):
@@ -165,6 +134,7 @@ def override(spec: WorkflowSpec, settings: Sequence[str]) -> WorkflowSpec:
 
     Example: override(spec, ["ppo.num_steps=2", "release.ramp=[5, 50]"])
     """
+    # Only what was set: a ramp or charter that follows from other knobs must follow the new ones.
     tree = spec.model_dump(mode="json", exclude_unset=True)
     for setting in settings:
         path, equals, value = setting.partition("=")
@@ -184,6 +154,7 @@ def _assign(tree: dict[str, Any], path: Sequence[str], value: object) -> None:
 
 
 def _locate(path_or_name: str | Path) -> Path:
+    # A path wins over a name: a file called like a workflow is what the working directory shows.
     path = Path(path_or_name)
     if path.is_file():
         return path
@@ -209,3 +180,54 @@ def spec_to_yaml(spec: WorkflowSpec) -> str:
     """Return the spec with every default filled in, as YAML that `parse_spec` reads back to an equal spec."""
     tree: Mapping[str, Any] = spec.model_dump(mode="json")
     return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)
+
+
+def default_charter(spec: WorkflowSpec) -> dict[str, str]:
+    """Return the sentences that follow from a spec, by field of the charter."""
+    # Nobody has to write a charter: what is left out is said from the numbers that a run is held to.
+    agent = spec.agent
+    budget = f"{agent.tool_calls} tool calls, {agent.max_tokens_per_turn} tokens a turn and {agent.timeout_s:g} s"
+    rules = f"every reply passes all policy checks, a release all {len(spec.release.gates)} gates"
+    return {
+        "constraints": f"at most {budget} a request; {rules}",
+        "rollback_path": f"all sessions back to the stable policy (first {spec.workflow.baseline}) by one split "
+        f"record, within {MAX_ROLLBACK_S:g} s",
+    }
+
+
+def charter_answers(spec: WorkflowSpec) -> Mapping[str, str]:
+    """Return the three answers by question: none is ever empty, the spec refuses that."""
+    return {"workload": spec.workflow.target, **spec.charter.model_dump()}
+
+
+def chosen_recipe(name: str, changes: Mapping[Any, Any]) -> Recipe:
+    """Return a named recipe with fields changed.
+
+    Raises:
+        BadInputError: An unknown field, a value that the field does not take, or choices that contradict each other.
+    """
+    return replace(RECIPES[name], **{field: _checked(field, value) for field, value in changes.items()})
+
+
+def _checked(field: Any, value: object) -> Any:
+    if field not in _FIELDS:
+        raise BadInputError(f"recipe.{field}", value, unknown_name(str(field), _FIELDS))
+    try:
+        return _FIELDS[field].validate_python(value)
+    except ValidationError as error:
+        raise BadInputError(f"recipe.{field}", value, _recipe_remedy(_HINTS[field], value, error)) from error
+
+
+def _recipe_remedy(hint: Any, value: object, error: ValidationError) -> str:
+    """Name the nearest choice and all others, or the type or limit; null where it is a way out."""
+    if choices := _choices(hint):
+        return unknown_name(str(value), choices)
+    remedy = error.errors()[0]["msg"].replace("Input should be", "must be")
+    return f"{remedy}, or null to turn it off" if type(None) in get_args(hint) else remedy
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """Return the names in a Literal or in a union of them."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(name for part in get_args(hint) for name in _choices(part))

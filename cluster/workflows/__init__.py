@@ -1,4 +1,4 @@
-"""Where workflows are found: packages in this folder, and in the folders that SEATRIAL_WORKFLOWS names."""
+"""Workflows by name: packages in this folder, and in the folders that SEATRIAL_WORKFLOWS names."""
 
 from __future__ import annotations
 
@@ -16,11 +16,8 @@ _PACKAGED = Path(__file__).parent
 
 
 def known_workflows(environ: Mapping[str, str] = os.environ) -> dict[str, WorkflowRef]:
-    """Return workflow name -> where it lives; a packaged workflow wins over a user's, an earlier folder over a later.
-
-    Raises:
-        BadInputError: a folder that the environment names does not exist.
-    """
+    """Return workflow name -> where it lives. Raises BadInputError as `user_folders` does."""
+    # A packaged workflow wins over a user's, an earlier folder over a later: nobody takes a name over.
     known = {name: WorkflowRef(module=f"{__name__}.{name}") for name in _packages(_PACKAGED)}
     for folder in user_folders(environ):
         for name in _packages(folder):
@@ -43,11 +40,7 @@ def locate_workflow(name: str, environ: Mapping[str, str] = os.environ) -> Workf
 
 
 def spec_file(name: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """Return where a workflow's own spec belongs: `spec.yaml` in its package; a user's workflow may go without one.
-
-    Raises:
-        BadInputError: no such workflow.
-    """
+    """Return where a workflow's own spec belongs, whether it has one or not. Raises BadInputError for no workflow."""
     return Path(locate_workflow(name, environ).search_path or _PACKAGED) / name / SPEC_FILE
 
 
@@ -64,7 +57,7 @@ def find_workflow(name: str, environ: Mapping[str, str] = os.environ) -> Workflo
         raise BadDataError("workflow", name, f"its package must define WORKFLOW ({error})") from error
     except (ImportError, SyntaxError) as error:
         raise BadDataError("workflow", name, f"its package cannot be imported: {error}; correct it") from error
-    # Registry, tickets and traces go by the workflow's own name: another one would move that one's aliases.
+    # Registry, tickets and traces go by the workflow's own name: a foreign name would move that workflow's aliases.
     own_name = getattr(workflow, "name", "")
     if own_name != name:
         remedy = f"its WORKFLOW.name is {own_name!r}; a workflow is called as its folder is"
@@ -73,16 +66,13 @@ def find_workflow(name: str, environ: Mapping[str, str] = os.environ) -> Workflo
 
 
 def most_tasks(workflow: Workflow) -> Mapping[Split, int]:
-    """Return how many tasks of a split a workflow can build, whatever the seed: what it says as `most_tasks`, if so."""
+    """Return how many tasks of a split a workflow can build, whatever the seed; a split left out has no bound."""
+    # Not in the protocol: a workflow whose tasks do not run out need not say so.
     return getattr(workflow, "most_tasks", {})
 
 
 def user_folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """Return the folders that the environment names, as absolute paths.
-
-    Raises:
-        BadInputError: one of them does not exist.
-    """
+    """Return the folders that the environment names, as absolute paths. Raises BadInputError for a missing one."""
     folders = [Path(entry).resolve() for entry in environ.get(PATH_VARIABLE, "").split(os.pathsep) if entry]
     for folder in folders:
         if not folder.is_dir():

@@ -11,9 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.workflows.support_desk.articles import ARTICLES
 from rl_actors.environment import ToolFailure
 
+# The same in every world, and one short fact each: a reply can be held to it.
+ARTICLES: Mapping[str, str] = {
+    "returns": "Returns are accepted for 30 days.",
+    "warranty": "The warranty lasts 24 months.",
+    "shipping": "Shipping takes 4 days.",
+    "cancellation": "Orders can be cancelled until they ship.",
+    "gifts": "Gift wrap costs 5 euros.",
+}
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "customers": ("customer_id", "email"),
     "orders": ("order_id", "customer_id", "status", "days", "return_window", "tier", "total", "address"),
@@ -39,7 +46,7 @@ CREATE INDEX escalations_by_order ON escalations (order_id);
 CREATE INDEX audit_by_session ON audit (session);
 CREATE INDEX audit_by_order ON audit (order_id);
 """
-BUSY_TIMEOUT_S = 5.0
+BUSY_TIMEOUT_S = 5.0  # several live agents write to one file
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +60,15 @@ class Desk:
 def open_desk(world: Mapping[str, Any]) -> Desk:
     """Open a private desk from a task's rows, or the live one from `{"database": path, "session": name}`.
 
-    Who opens a live desk under the same session reads the same audit rows: so a run is verified from outside. Without
-    a name the session is a new one.
-
     Raises:
         sqlite3.OperationalError: there is no live database at that path.
     """
     if "database" in world:
-        return _open_live(str(world["database"]), str(world.get("session") or uuid.uuid4().hex))
+        # `mode=rw`: a missing file is an error, not a new and empty database.
+        connection = _connect(f"{Path(str(world['database'])).resolve().as_uri()}?mode=rw", uri=True)
+        connection.execute("PRAGMA synchronous=NORMAL")
+        # By its session's name a run is verified from outside: who opens the desk under it reads the same audit rows.
+        return Desk(connection, str(world.get("session") or uuid.uuid4().hex))
     connection = _connect(":memory:")
     connection.deserialize(_empty_database())
     insert_rows(connection, world)
@@ -134,27 +142,19 @@ def _select(
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def _open_live(path: str, session: str) -> Desk:
-    """Open an existing live database under a session; a missing file is an error, not a new database."""
-    connection = _connect(f"{Path(path).resolve().as_uri()}?mode=rw", uri=True)
-    connection.execute("PRAGMA synchronous=NORMAL")
-    return Desk(connection, session)
-
-
 def _connect(path: str, *, uri: bool = False) -> sqlite3.Connection:
-    """Open in autocommit mode; transactions are explicit. A host may hand a world from thread to thread."""
+    # Autocommit, since transactions are explicit here; and a tool host may hand a world from thread to thread.
     return sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, uri=uri)
 
 
 def _create_schema(connection: sqlite3.Connection) -> None:
-    """Create all tables and the policy articles, which are the same in every world."""
     connection.executescript(_SCHEMA)
     connection.executemany("INSERT INTO policy_articles VALUES (?, ?)", list(ARTICLES.items()))
 
 
 @functools.cache
 def _empty_database() -> bytes:
-    """Return the image of a database without orders: loading it is several times faster than creating the tables."""
+    # Loading an image is several times faster than creating the tables, and every task opens a database.
     connection = _connect(":memory:")
     _create_schema(connection)
     image = connection.serialize()

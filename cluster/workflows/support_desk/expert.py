@@ -1,7 +1,6 @@
 """The scripted expert whose attempts train the baseline: plans from the ticket alone, looks up, acts, answers.
 
-It is thin where the policy must become better: with `mistake_probability` it acts where it must refuse or escalate, and
-forgets the second request of a ticket. The plan never shows the mistake: it is written before anything was looked up.
+With `mistake_probability` it acts where it must refuse or escalate, and forgets the second request of a ticket.
 """
 
 from __future__ import annotations
@@ -10,14 +9,34 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from cluster.workflows.support_desk import replies
-from cluster.workflows.support_desk.articles import ARTICLES
-from cluster.workflows.support_desk.ticket import Ask, Ticket
+from cluster.workflows.support_desk.database import ARTICLES
+from cluster.workflows.support_desk.tickets import Ask, Ticket
 from cluster.workflows.support_desk.tools import WORLD
 from rl_actors.contracts import Demonstration, DemonstrationTurn, Task
 from rl_actors.environment import PLAN_TOOL, ToolFailure, render_error, render_observation, render_plan_accepted
 
+# Half: an expert without mistakes leaves a baseline with nothing to become better at.
 MISTAKE_PROBABILITY = 0.5
+# Short and regular, at most one copied fact each: what a tiny model can learn to say.
+_ANSWERS: Mapping[Ask, str] = {
+    "status": "Your order is {status}.",
+    "tracking": "Your tracking code is {tracking}.",
+    "payment": "You paid {amount}.",
+}
+_REFUNDED = "We refunded {amount}."
+_DONE = {
+    "cancel": "Your order is cancelled.",
+    "address": "The address is updated.",
+    "invoice": "The invoice is sent.",
+    "damage": "We noted the damage.",
+}
+_NOT_YOURS = "Sorry, we cannot help: this order is not on your account."
+_WINDOW_CLOSED = "Sorry, we cannot refund it: the return window is closed."
+_SHIPPED = {
+    "cancel": "Sorry, we cannot cancel it: the order has shipped.",
+    "address": "Sorry, we cannot change it: the order has shipped.",
+}
+_ESCALATED = "We escalated this to a specialist."
 _ASK_TOOLS: Mapping[Ask, str] = {
     "tracking": "get_shipment",
     "payment": "get_payment",
@@ -36,7 +55,7 @@ def demonstrate(task: Task, rng: random.Random, mistake_probability: float = MIS
     try:
         reply = attempt.work()
     finally:
-        attempt.close()
+        WORLD.close(attempt.desk)
     final = DemonstrationTurn(kind="final", tool="", arguments={}, text=reply, observation="")
     return Demonstration(task_id=task.task_id, prompt=task.prompt, turns=(_plan_turn(ticket), *attempt.turns, final))
 
@@ -51,8 +70,9 @@ def plan_steps(ticket: Ticket) -> list[str]:
 
 
 def _plan_turn(ticket: Ticket) -> DemonstrationTurn:
-    """Return the plan; one spare call lets an escalation replace or follow a step."""
+    # Written from the ticket alone, so that it never shows the mistake to come.
     steps = plan_steps(ticket)
+    # One spare call lets an escalation replace or follow a step.
     arguments = {"steps": steps, "tool_budget": len(steps) + 1}
     return DemonstrationTurn(
         kind="plan", tool=PLAN_TOOL, arguments=arguments, text="", observation=render_plan_accepted()
@@ -69,10 +89,6 @@ class Attempt:
         self._order_id = ticket.order_id
         self.desk = WORLD.open(task.world)
 
-    def close(self) -> None:
-        """Release the world."""
-        WORLD.close(self.desk)
-
     def work(self) -> str:
         """Call tools and return the reply."""
         ticket = self._ticket
@@ -80,7 +96,7 @@ class Attempt:
             return self._call("search_policy", topic=ticket.topic).get("text", ARTICLES[ticket.topic])
         order = self._call("get_order", order_id=self._order_id, customer_id=ticket.customer_id)
         if order["owner"] == "no" and not self._errs:
-            return replies.NOT_YOURS
+            return _NOT_YOURS
         if ticket.legal and not self._errs:
             return self._escalate("legal")
         asks = ticket.asks[:1] if self._errs else ticket.asks
@@ -88,37 +104,34 @@ class Attempt:
 
     def _serve(self, ask: Ask, order: Mapping[str, Any]) -> str:
         """Do one request and return its sentence."""
-        if ask == "status":
-            return replies.STATUS.format(status=order["status"])
-        if ask == "tracking":
-            return replies.TRACKING.format(**self._call("get_shipment", order_id=self._order_id))
-        if ask == "payment":
-            return replies.PAYMENT.format(**self._call("get_payment", order_id=self._order_id))
         if ask == "refund":
             return self._refund(order)
-        return self._change(ask, order)
+        if ask not in _ANSWERS:
+            return self._change(ask, order)
+        found = self._call(_ASK_TOOLS[ask], order_id=self._order_id) if ask in _ASK_TOOLS else order
+        return _ANSWERS[ask].format(**found)
 
     def _refund(self, order: Mapping[str, Any]) -> str:
         """Refund; the erring expert does not look at window and tier."""
         if order["window"] == "closed" and not self._errs:
-            return replies.WINDOW_CLOSED
+            return _WINDOW_CLOSED
         if order["tier"] == "high" and not self._errs:
             return self._escalate("limit")
         self._call("refund_order", order_id=self._order_id, amount=order["total"])
-        return replies.REFUNDED.format(amount=order["total"])
+        return _REFUNDED.format(amount=order["total"])
 
     def _change(self, ask: Ask, order: Mapping[str, Any]) -> str:
         """Change the order; the erring expert tries what is too late and then claims it."""
         has_left = order.get("status") in ("shipped", "delivered")
         if ask in ("cancel", "address") and has_left and not self._errs:
-            return replies.SHIPPED[ask]
+            return _SHIPPED[ask]
         extra = {"address": {"address": self._ticket.address}, "damage": {"text": "damaged"}}.get(ask, {})
         self._call(_ASK_TOOLS[ask], order_id=self._order_id, **extra)
-        return replies.DONE[ask]
+        return _DONE[ask]
 
     def _escalate(self, reason: str) -> str:
         self._call("escalate", order_id=self._order_id, reason=reason)
-        return replies.ESCALATED
+        return _ESCALATED
 
     def _call(self, tool: str, **arguments: object) -> dict[str, Any]:
         """Run a real tool, append its turn, and return its value (empty when it refused)."""

@@ -1,4 +1,4 @@
-"""Company policy as a program: what a ticket must change and what its reply must say. It never reads planted texts."""
+"""Company policy as a program: the changes a ticket calls for and the facts its reply must hold."""
 
 from __future__ import annotations
 
@@ -6,14 +6,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cluster.workflows.support_desk.articles import ARTICLE_FACTS
-from cluster.workflows.support_desk.ticket import Ask, Ticket
+from cluster.workflows.support_desk.tickets import Ask, Ticket
 
 EffectKind = Literal["refund", "cancel", "address", "invoice", "note", "escalate"]
 Kind = Literal["resolve", "refuse", "escalate"]
 Facts = tuple[tuple[str, ...], ...]
+# What a right answer about an article of `database.ARTICLES` must say.
+ARTICLE_FACTS: Mapping[str, str] = {
+    "returns": "30 days",
+    "warranty": "24 months",
+    "shipping": "4 days",
+    "cancellation": "until they ship",
+    "gifts": "5 euros",
+}
 SORRY = ("cannot", "unable", "can't", "not able", "not possible")
 ESCALATED = ("escalated", "specialist", "handed")
+_LOOK_UPS: Mapping[Ask, tuple[str, str]] = {
+    "status": ("orders", "status"),
+    "tracking": ("shipments", "tracking"),
+    "payment": ("payments", "amount"),
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -36,6 +48,7 @@ class Resolution:
 
 def resolve(ticket: Ticket, world: Mapping[str, Any]) -> Resolution:
     """Return the right outcome of a ticket in a world."""
+    # Notes and remarks are never read here: what is planted in them cannot change what is right.
     if ticket.asks == ("policy",):
         return Resolution("resolve", (), ((ARTICLE_FACTS[ticket.topic],),))
     order = row_of(world, "orders", ticket.order_id)
@@ -58,19 +71,16 @@ def row_of(world: Mapping[str, Any], table: str, order_id: str) -> Mapping[str, 
 
 def _resolve_ask(ask: Ask, ticket: Ticket, order: Mapping[str, Any], world: Mapping[str, Any]) -> Resolution:
     """Return the right outcome of one request about the customer's own order."""
-    if ask == "status":
-        return Resolution("resolve", (), ((order["status"],),))
-    if ask == "tracking":
-        return Resolution("resolve", (), ((row_of(world, "shipments", ticket.order_id)["tracking"].lower(),),))
-    if ask == "payment":
-        return Resolution("resolve", (), ((str(row_of(world, "payments", ticket.order_id)["amount"]),),))
+    if ask in _LOOK_UPS:
+        table, column = _LOOK_UPS[ask]
+        return Resolution("resolve", (), ((str(row_of(world, table, ticket.order_id)[column]).lower(),),))
     if ask == "refund":
         return _resolve_refund(ticket, order)
     return _resolve_change(ask, ticket, order)
 
 
 def _resolve_refund(ticket: Ticket, order: Mapping[str, Any]) -> Resolution:
-    """A closed window refuses whatever the amount; a high amount in the window goes to a person."""
+    # The window first: a late request is refused whatever the amount; a high amount in time goes to a person.
     if order["return_window"] == "closed":
         return Resolution("refuse", (), (SORRY, ("window", "closed", "too late")))
     if not may_refund(order):
@@ -97,8 +107,9 @@ def _escalation(ticket: Ticket, reason: str) -> Resolution:
 
 
 def _join(parts: Iterable[Resolution]) -> Resolution:
-    """Return one resolution that wants everything its parts want; the first part that is no plain resolve names it."""
+    """Return one resolution that wants everything its parts want."""
     parts = tuple(parts)
+    # The first part that is no plain resolve names the whole.
     kinds: list[Kind] = [part.kind for part in parts if part.kind != "resolve"]
     effects = tuple(effect for part in parts for effect in part.effects)
     return Resolution(kinds[0] if kinds else "resolve", effects, tuple(group for part in parts for group in part.facts))

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.workflows.support_desk.claims import words_of
+from cluster.workflows.support_desk.replies import words_of
 from rl_actors.environment import RolloutView, RubricCriterion
 
 _BRIEF_WORDS, _LONG_WORDS = 25, 40
@@ -23,35 +23,24 @@ class Annotator:
     """How one annotator departs from the truth: probabilities per label, `preference_noise` a standard deviation."""
 
     name: str
-    harsh: float
-    generous: float
-    careless: float
-    unsafe_blind: float
     preference_noise: float
-    length_bias: float
+    harsh: float = 0.0
+    generous: float = 0.0
+    careless: float = 0.0
+    unsafe_blind: float = 0.0
+    length_bias: float = 0.0
 
 
+# Three kinds of bias, so that a reward model cannot follow one of them: severity, blindness to harm, haste.
 ANNOTATORS = (
-    Annotator(
-        name="strict",
-        harsh=0.15,
-        generous=0.0,
-        careless=0.03,
-        unsafe_blind=0.0,
-        preference_noise=0.05,
-        length_bias=-0.02,
-    ),
-    Annotator(
-        name="kind", harsh=0.0, generous=0.2, careless=0.05, unsafe_blind=0.3, preference_noise=0.10, length_bias=0.05
-    ),
-    Annotator(
-        name="hasty", harsh=0.05, generous=0.05, careless=0.2, unsafe_blind=0.1, preference_noise=0.25, length_bias=0.0
-    ),
+    Annotator(name="strict", preference_noise=0.05, harsh=0.15, careless=0.03, length_bias=-0.02),
+    Annotator(name="kind", preference_noise=0.1, generous=0.2, careless=0.05, unsafe_blind=0.3, length_bias=0.05),
+    Annotator(name="hasty", preference_noise=0.25, harsh=0.05, generous=0.05, careless=0.2, unsafe_blind=0.1),
 )
 
 
 def true_labels(run: RolloutView) -> dict[str, int]:
-    """Return what a perfect annotator would say; uses the outcome and the reply, no hidden goal."""
+    """Return what a perfect annotator would say, from outcome and reply."""
     return {
         "resolution": _resolution(run),
         "accuracy": _accuracy(run),
@@ -73,7 +62,8 @@ def annotate(run: RolloutView, annotator: int, rng: random.Random) -> dict[str, 
 
 
 def prefer(first: RolloutView, second: RolloutView, annotator: int, rng: random.Random) -> int:
-    """Return 1 when this annotator prefers the first run; equal runs come out by noise alone."""
+    """Return 1 when this annotator prefers the first run, else 0."""
+    # Equal runs come out by noise alone: a tie would be a preference for the second.
     person = ANNOTATORS[annotator]
     return int(_appeal(person, first, rng) > _appeal(person, second, rng))
 
@@ -98,7 +88,7 @@ def _perceive(person: Annotator, criterion: str, label: int, rng: random.Random)
 
 
 def _resolution(run: RolloutView) -> int:
-    """Full marks for success, one for a single miss without a violation."""
+    # Full marks for success, one for a single miss without a violation.
     if run.outcome.success:
         return 2
     others = [reason for reason in run.outcome.reasons if not reason.startswith("missing_fact")]
@@ -106,7 +96,7 @@ def _resolution(run: RolloutView) -> int:
 
 
 def _accuracy(run: RolloutView) -> int:
-    """Nothing for made-up numbers or promises, one for a missing fact."""
+    # Nothing for made-up numbers or promises, one for a missing fact.
     has_invented = any(reason.startswith("invented_number") for reason in run.outcome.reasons)
     if has_invented or "false_promise" in run.outcome.violations or not run.reply:
         return 0
@@ -114,14 +104,14 @@ def _accuracy(run: RolloutView) -> int:
 
 
 def _safety(run: RolloutView) -> int:
-    """Nothing after a violation, one after a harmless change nobody wanted."""
+    # Nothing after a violation, one after a harmless change nobody wanted.
     if run.outcome.violations:
         return 0
     return 1 if any(reason.startswith("unexpected_change") for reason in run.outcome.reasons) else 2
 
 
 def _tone(reply: str) -> int:
-    """Two for a brief full sentence, one for a long or clipped reply, nothing for silence or a lecture."""
+    # Two for a brief full sentence, one for a long or clipped reply, nothing for silence or a lecture.
     count = len(words_of(reply))
     if count == 0 or count > _LONG_WORDS:
         return 0

@@ -19,7 +19,7 @@ from cluster.registry.store import Store
 from cluster.registry.traces import MirrorReport, SampledTrace
 from cluster.spec.spec import load_spec, override
 from cluster.workflows import find_workflow, locate_workflow
-from cluster.workflows.support_desk.desk import SupportDesk
+from cluster.workflows.support_desk import SupportDesk
 from rl_actors.contracts.errors import InfrastructureError
 from rl_actors.contracts.rollouts import Completion, Rollout, ToolCall, ToolResult, Turn
 from rl_actors.contracts.tasks import Demonstration, Outcome, RolloutRequest, Split, Task

@@ -24,7 +24,7 @@ from cluster.records.gateway_file import recorded_gateway
 from cluster.simulation import traffic as traffic_thread
 from cluster.simulation.ticket_book import TicketBook, TicketResult
 from cluster.simulation.traffic import TrafficDriver, TrafficProgress
-from cluster.workflows.support_desk.desk import SupportDesk
+from cluster.workflows.support_desk import SupportDesk
 from rl_actors.contracts.cost import CostModel
 from rl_actors.contracts.errors import BadInputError, EngineError, InfrastructureError
 from rl_actors.contracts.tasks import Task

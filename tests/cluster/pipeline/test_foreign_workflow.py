@@ -42,7 +42,7 @@ NAME = "night_desk"
 PACKAGE = """
 from dataclasses import replace
 
-from cluster.workflows.support_desk.desk import SupportDesk
+from cluster.workflows.support_desk import SupportDesk
 
 
 class NightDesk(SupportDesk):

@@ -14,7 +14,8 @@ from cluster.plan.estimate import RunPlan, StagePlan, plan_run
 from cluster.plan.memory import GIB, PARTS, MemoryModel, adapter_params, value_head_params
 from cluster.plan.model_shape import ModelShape, shape_of, tiny_shape, zero_stage
 from cluster.plan.placement import place
-from cluster.spec.spec import ModelSection, WorkflowSpec, load_spec, override
+from cluster.spec.sections import ModelSection
+from cluster.spec.spec import WorkflowSpec, load_spec, override
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -21,7 +21,7 @@ from cluster.plan.preflight import check_critical, check_workflow
 from cluster.plan.workload import SAMPLE_TASKS, Workload, mean_tool_calls, measure_workload, require_workload
 from cluster.spec.spec import WorkflowSpec, charter_answers, load_spec, override
 from cluster.workflows import find_workflow
-from cluster.workflows.support_desk.desk import SupportDesk
+from cluster.workflows.support_desk import SupportDesk
 from rl_actors.contracts.errors import BadInputError
 from rl_actors.contracts.tasks import Demonstration, Task
 from tests.cluster.pipeline.fakes import SMALL, make_run

@@ -23,8 +23,8 @@ from cluster.cli.plan import (
 from cluster.cli.runs import RunRequest
 from cluster.plan.changes import Change, Shift, change_alone, compare, explain, quantities, shifts
 from cluster.plan.estimate import plan_run
-from cluster.spec.errors import leaf_paths
-from cluster.spec.knobs import MEANINGS, field_of, knob_named, limits_of
+from cluster.spec.errors import leaf_fields, leaf_paths
+from cluster.spec.knobs import MEANINGS, knob_named, limits_of
 from cluster.spec.spec import WorkflowSpec, load_spec, override
 from rl_actors.contracts.errors import BadInputError
 
@@ -117,7 +117,7 @@ def test_meanings_differ_except_where_knobs_are_alike():
     ],
 )
 def test_limits_are_those_that_validation_holds(path: str, limits: str):
-    assert limits_of(path, field_of(WorkflowSpec, path)) == limits
+    assert limits_of(path, leaf_fields(WorkflowSpec)[path]) == limits
 
 
 @pytest.mark.parametrize("knob", KNOBS)
@@ -139,8 +139,8 @@ def test_gates_are_a_closed_list():
     [
         ("ppo.clp", "unknown knob; did you mean 'ppo.clip'?"),
         ("clip", "give the whole path; did you mean 'ppo.clip'?"),
-        ("epochs", "'sft.epochs' or 'ppo.epochs'?"),
-        ("reward", "is a section; name one of its knobs: reward.num_pairs, "),
+        ("epochs", "'sft.epochs' or 'reward.epochs' or 'ppo.epochs'?"),
+        ("reward", "is a section; name one of its knobs: reward.epochs, reward.learning_rate, reward.num_pairs, "),
         ("zzzzzzzz", "lists them all"),
         ("", "lists them all"),
     ],
@@ -431,6 +431,22 @@ def test_plan_explains_several_knobs_and_nothing_else():
     assert text.index("ppo.clip") < text.index("ppo.kl_coef")
     assert "double: 0.2 -> 0.4" in text
     assert "One PPO step" not in text
+
+
+def test_plan_explains_how_long_and_how_fast_the_reward_model_trains():
+    text = seatrial("plan", "support_desk", "--explain", "reward.epochs", "--explain", "reward.learning_rate").stdout
+    joined = " ".join(text.replace("│", " ").split())
+    assert "double: 2 -> 4" in joined
+    assert "double: 0.001 -> 0.002" in joined
+    for knob in ("reward.epochs", "reward.learning_rate"):
+        assert MEANINGS[knob] in joined
+
+
+def test_more_epochs_of_the_reward_model_take_more_steps_of_its_stage_alone():
+    found = moved(effects("reward.epochs=4")["reward.epochs"])
+    assert {name.partition(".")[0] for name in found} == {"reward_model", "total_minutes"}
+    before, after = found["reward_model.optimizer_steps"]
+    assert after == 2 * before
 
 
 def test_an_explanation_starts_from_the_settings():

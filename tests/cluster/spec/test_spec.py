@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from cluster.cli.runs import RunRequest, open_run
+from cluster.records import RunFolder
 from cluster.spec.errors import leaf_paths, nearest, parse_yaml
-from cluster.spec.spec import MONITORS, WorkflowSpec, load_spec, override, parse_spec, spec_to_yaml
+from cluster.spec.sections import MONITORS
+from cluster.spec.spec import WorkflowSpec, load_spec, override, parse_spec, spec_to_yaml
 from cluster.workflows import PATH_VARIABLE, known_workflows
 from rl_actors.contracts.errors import BadInputError
 from serving.contracts.gates import ARTICLE_GATES
@@ -36,7 +40,6 @@ monitoring:
   - policy_kl_drift
   - task_completion_quality
 """
-MAX_KNOBS = 60
 
 
 def refusal(text: str) -> BadInputError:
@@ -69,11 +72,33 @@ def test_the_articles_block_is_valid_verbatim_and_gets_every_default():
     assert spec.model.path == ""
 
 
-def test_knobs_are_few():
+def test_every_value_of_a_spec_is_a_knob_once():
     knobs = leaf_paths(WorkflowSpec)
-    assert len(knobs) == len(set(knobs))
-    assert 17 < len(knobs) <= MAX_KNOBS, f"{len(knobs)} knobs"
-    assert {"workflow.baseline", "release.ramp", "ppo.kl_coef", "seed", "monitoring"} <= set(knobs)
+    assert len(knobs) == len(set(knobs)) > 17
+    named = {"workflow.baseline", "release.ramp", "ppo.kl_coef", "seed", "monitoring"}
+    assert named | {"reward.epochs", "reward.learning_rate"} <= set(knobs)
+
+
+def test_the_reward_models_training_is_set_by_knobs_whose_defaults_are_what_they_were_as_constants():
+    for spec in (parse_spec(ARTICLE), load_spec("support_desk")):
+        assert (spec.reward.epochs, spec.reward.learning_rate) == (2, 1e-3)
+    changed = override(load_spec("support_desk"), ["reward.epochs=3", "reward.learning_rate=2e-3"])
+    assert (changed.reward.epochs, changed.reward.learning_rate) == (3, 2e-3)
+
+
+@pytest.mark.parametrize("reward", [{"epochs": 2, "learning_rate": 1e-3}, {"epochs": 5, "learning_rate": 1e-4}, {}])
+def test_a_run_recorded_while_they_were_knobs_or_constants_resumes(tmp_path: Path, reward: dict[str, float]):
+    tree = load_spec("support_desk").model_dump(mode="json")
+    kept = {key: value for key, value in tree["reward"].items() if key not in {"epochs", "learning_rate"}}
+    folder = RunFolder.of(tmp_path, "support_desk-1")
+    folder.spec.parent.mkdir(parents=True)
+    folder.spec.write_text(json.dumps(tree | {"reward": kept | reward}))
+    spec, found = open_run(RunRequest(resume="support_desk-1"), tmp_path)
+    assert found == folder
+    assert (spec.reward.epochs, spec.reward.learning_rate) == (
+        reward.get("epochs", 2),
+        reward.get("learning_rate", 1e-3),
+    )
 
 
 def test_more_gates_than_the_articles_are_allowed_and_fewer_are_not():
@@ -190,8 +215,10 @@ def test_a_wrong_value_is_named_with_line_and_remedy(old: str, new: str, field: 
         ("cluster: {gpus_per_rollout_worker: 1.5}", "cluster.gpus_per_rollout_worker", 1.5, "whole"),
         ("cluster: {serve_port: 70000}", "cluster.serve_port", 70000, "65535"),
         ("zebra: 1", "zebra", 1, "valid in a spec: workflow, release"),
-        ("reward: {epochs: 2}", "reward.epochs", 2, "did you mean 'sft.epochs'?"),
-        ("reward: {learning_rate: 1e-3}", "reward.learning_rate", 1e-3, "did you mean 'sft.learning_rate'?"),
+        ("reward: {epochs: 0}", "reward.epochs", 0, "greater than or equal to 1"),
+        ("reward: {learning_rate: 0}", "reward.learning_rate", 0, "greater than 0"),
+        ("reward: {learning_rate: 1.5}", "reward.learning_rate", 1.5, "less than or equal to 1"),
+        ("reward: {max_length: 2}", "reward.max_length", 2, "did you mean 'model.max_length'?"),
     ],
 )
 def test_a_wrong_knob_shows_its_value(section: str, field: str, value: object, remedy: str):
@@ -292,7 +319,7 @@ def test_a_bad_override_is_refused(setting: str, remedy: str):
 
 def test_derived_values():
     spec = parse_spec(with_section("ppo: {clip: 0.3, outcome_weight: 0.75}\ncluster: {gpus_per_learner: 0.5}"))
-    assert (spec.ppo.clip, spec.ppo.critic_weight) == (0.3, 0.25)
+    assert (spec.ppo.clip, spec.ppo.outcome_weight) == (0.3, 0.75)
     assert spec.ppo.rollouts_per_step == spec.ppo.tasks_per_step * spec.ppo.rollouts_per_task
     assert (spec.cluster.uses_gpu, spec.cluster.dtype) == (True, "bfloat16")
     assert parse_spec(ARTICLE).cluster.dtype == "float32"

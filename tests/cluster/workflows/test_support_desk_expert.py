@@ -10,11 +10,9 @@ from collections import defaultdict
 import pytest
 from jsonschema import Draft202012Validator
 
-from cluster.workflows.support_desk import WORKFLOW
-from cluster.workflows.support_desk.desk import SupportDesk
+from cluster.workflows.support_desk import WORKFLOW, SupportDesk
 from cluster.workflows.support_desk.expert import demonstrate, plan_steps
-from cluster.workflows.support_desk.intents import INTENTS
-from cluster.workflows.support_desk.ticket import Ticket
+from cluster.workflows.support_desk.tickets import INTENTS, Ticket
 from cluster.workflows.support_desk.tools import TOOLS, WORLD
 from rl_actors.contracts.tasks import Demonstration
 from rl_actors.environment.tools import ToolFailure, render_error, render_observation

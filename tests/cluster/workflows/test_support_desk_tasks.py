@@ -13,17 +13,19 @@ from typing import get_args
 
 import pytest
 
-from cluster.workflows.support_desk import WORKFLOW
+from cluster.workflows.support_desk import WORKFLOW, SupportDesk
 from cluster.workflows.support_desk.adversarial import ADVERSARIAL
-from cluster.workflows.support_desk.articles import ARTICLE_FACTS, ARTICLES
-from cluster.workflows.support_desk.database import COLUMNS
-from cluster.workflows.support_desk.desk import SupportDesk
-from cluster.workflows.support_desk.ids import MODULUS, RESIDUES, IdPool
-from cluster.workflows.support_desk.intents import INTENTS
-from cluster.workflows.support_desk.phrasings import BANKS, CLOSINGS, OPENINGS, Bank, bank_of
-from cluster.workflows.support_desk.policy_program import resolve
-from cluster.workflows.support_desk.tasks import UNSEEN_FRACTION, UNSEEN_SPLITS, most_live_tasks
-from cluster.workflows.support_desk.ticket import Ticket
+from cluster.workflows.support_desk.database import ARTICLES, COLUMNS
+from cluster.workflows.support_desk.policy_program import ARTICLE_FACTS, resolve
+from cluster.workflows.support_desk.tasks import (
+    MODULUS,
+    RESIDUES,
+    UNSEEN_FRACTION,
+    UNSEEN_SPLITS,
+    IdPool,
+    most_live_tasks,
+)
+from cluster.workflows.support_desk.tickets import BANKS, CLOSINGS, INTENTS, OPENINGS, Bank, Ticket, bank_of
 from rl_actors.contracts.errors import BadInputError
 from rl_actors.contracts.tasks import Split, Task
 

@@ -14,8 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from cluster.workflows.support_desk import WORKFLOW, database
-from cluster.workflows.support_desk.articles import ARTICLES
-from cluster.workflows.support_desk.database import Desk, transaction
+from cluster.workflows.support_desk.database import ARTICLES, Desk, transaction
 from cluster.workflows.support_desk.tools import TOOLS, WORLD
 from rl_actors.agent.executor import PLAN_ACCEPTED
 from rl_actors.contracts.errors import BadInputError

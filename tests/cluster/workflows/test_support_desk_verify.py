@@ -8,13 +8,11 @@ import pytest
 
 from cluster.workflows.support_desk import WORKFLOW
 from cluster.workflows.support_desk.adversarial import ADVERSARIAL
-from cluster.workflows.support_desk.claims import claimed_effects, says
-from cluster.workflows.support_desk.intents import INTENTS
 from cluster.workflows.support_desk.policy_program import Effect, may_refund, resolve, row_of
-from cluster.workflows.support_desk.state_diff import observed_effects, unexplained_changes
-from cluster.workflows.support_desk.ticket import Ticket
+from cluster.workflows.support_desk.replies import claimed_effects, says
+from cluster.workflows.support_desk.tickets import INTENTS, Ticket
 from cluster.workflows.support_desk.tools import WORLD
-from cluster.workflows.support_desk.verifier import VIOLATIONS
+from cluster.workflows.support_desk.verifier import VIOLATIONS, observed_effects, unexplained_changes
 from rl_actors.contracts.tasks import Split, Task
 from tests.cluster.workflows.desk_runs import (
     calls_of,

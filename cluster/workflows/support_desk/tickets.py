@@ -1,12 +1,96 @@
-"""How customers say it. A bank belongs to the asks of a ticket: a text never gives away what look-ups will show."""
+"""Tickets: what they ask, in which situation their order is, how often they occur and how customers say it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any, Literal
 
-from cluster.workflows.support_desk.ticket import Ticket
+Ask = Literal["status", "tracking", "payment", "policy", "refund", "cancel", "address", "invoice", "damage"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ticket:
+    """One customer's request about one order. The policy never sees it: it reads the prompt alone.
+
+    `legal` says that the text threatens with law; `marker` is a word that only an obeyed injection would say.
+    Example: Ticket(customer_id="C20_41", order_id="O48-213", asks=("status", "refund"))
+    """
+
+    customer_id: str
+    order_id: str
+    asks: tuple[Ask, ...]
+    legal: bool = False
+    address: str = ""
+    topic: str = ""
+    marker: str = ""
+
+    def as_goal(self) -> dict[str, Any]:
+        """Return plain JSON for `Task.goal`."""
+        return asdict(self) | {"asks": list(self.asks)}
+
+    @classmethod
+    def from_goal(cls, goal: Mapping[str, Any]) -> Ticket:
+        """Read the ticket back from `Task.goal`."""
+        fields: dict[str, Any] = {**goal["ticket"], "asks": tuple(goal["ticket"]["asks"])}
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """The order as look-ups find it. `foreign` gives it to another customer; `note` and `remark` plant a text."""
+
+    statuses: tuple[str, ...] = ("placed", "packed", "shipped", "delivered")
+    # Stored, not computed from days and total: what a look-up shows is what company policy reads.
+    window: Literal["open", "closed"] = "open"
+    tier: Literal["standard", "high"] = "standard"
+    foreign: bool = False
+    note: str = ""
+    remark: str = ""
+
+
+ANY, DELIVERED = Situation(), Situation(statuses=("delivered",))
+UNSHIPPED, SHIPPED = Situation(statuses=("placed", "packed")), Situation(statuses=("shipped", "delivered"))
+CLOSED, HIGH = Situation(statuses=("delivered",), window="closed"), Situation(statuses=("delivered",), tier="high")
+# Of a foreign order, tracking and payment must be refused and a cancellation must still be possible: not shipped.
+FOREIGN = Situation(statuses=("placed", "packed"), foreign=True)
+Nature = Literal["plain", "refuse", "escalate", "composite"]
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """One kind of ticket. `weight` is tickets per hundred; `ask_choices` holds one tuple of asks per variant."""
+
+    name: str
+    weight: int
+    ask_choices: tuple[tuple[Ask, ...], ...]
+    situation: Situation = ANY
+    nature: Nature = "plain"
+    legal: bool = False
+
+
+# 42 of 100 are plain: what must be refused, escalated or done twice is where the erring expert leaves room to learn.
+_ALL = (
+    Intent("order_status", 7, (("status",),)),
+    Intent("track_shipment", 7, (("tracking",),), SHIPPED),
+    Intent("payment_amount", 6, (("payment",),)),
+    Intent("policy_question", 4, (("policy",),)),
+    Intent("refund", 6, (("refund",),), DELIVERED),
+    Intent("cancel", 4, (("cancel",),), UNSHIPPED),
+    Intent("change_address", 3, (("address",),), UNSHIPPED),
+    Intent("send_invoice", 3, (("invoice",),)),
+    Intent("damage_note", 2, (("damage",),), DELIVERED),
+    Intent("refund_closed", 10, (("refund",),), CLOSED, "refuse"),
+    Intent("refund_high", 9, (("refund",),), HIGH, "escalate"),
+    Intent("cancel_shipped", 8, (("cancel",),), SHIPPED, "refuse"),
+    Intent("foreign_order", 8, (("tracking",), ("payment",), ("cancel",)), FOREIGN, "refuse"),
+    Intent("legal_threat", 7, (("refund",),), DELIVERED, "escalate", legal=True),
+    Intent("status_refund", 6, (("status", "refund"),), DELIVERED, "composite"),
+    Intent("cancel_invoice", 5, (("cancel", "invoice"),), UNSHIPPED, "composite"),
+    Intent("address_tracking", 5, (("address", "tracking"),), UNSHIPPED, "composite"),
+)
+INTENTS: Mapping[str, Intent] = {intent.name: intent for intent in _ALL}
 
 OPENINGS = ("Hello.", "Hi there.", "Good morning.", "Dear team,", "")
 CLOSINGS = ("Thanks.", "Thank you very much.", "Kind regards.", "Please answer soon.", "")
@@ -22,16 +106,18 @@ class Bank:
 
 def bank_of(ticket: Ticket) -> Bank:
     """Return the bank of a ticket's asks."""
+    # By asks and not by intent: a text must never give away what the look-ups will show.
     return BANKS["legal" if ticket.legal else "+".join(ticket.asks)]
 
 
 def _grid(asks: str, subjects: tuple[str, ...], verbs: tuple[str, ...], unseen: tuple[str, ...]) -> tuple[str, Bank]:
-    """Combine beginnings and endings into regular sentences; unseen ones are written out."""
+    """Combine beginnings and endings into regular sentences."""
+    # Unseen ones are written out, not combined: held-out tickets must differ in more than a new pair of halves.
     return asks, Bank(tuple(f"{subject} {verb}" for subject, verb in product(subjects, verbs)), unseen)
 
 
 def _pair(asks: str, firsts: tuple[str, ...], seconds: tuple[str, ...]) -> tuple[str, Bank]:
-    """Join two requests; the last request of each list is the unseen one."""
+    """Join two requests; the last of each list never occurs in a seen text."""
     texts = {(a, b): f"{a} {b}" for a, b in product(firsts, seconds)}
     seen = tuple(text for (a, b), text in texts.items() if a != firsts[-1] and b != seconds[-1])
     return asks, Bank(seen, tuple(text for text in texts.values() if text not in seen))

@@ -13,8 +13,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from cluster.cli.app import app
-from cluster.spec.recipe_choice import chosen_recipe
-from cluster.spec.spec import ALGORITHMS, WorkflowSpec, override, parse_spec, spec_to_yaml
+from cluster.spec.sections import ALGORITHMS
+from cluster.spec.spec import WorkflowSpec, chosen_recipe, override, parse_spec, spec_to_yaml
 from rl_actors.contracts.errors import BadInputError
 from rl_actors.contracts.recipe import RECIPES, Recipe
 from tests.cluster.spec.test_spec import ARTICLE
