@@ -15,7 +15,7 @@ from cluster.workflows.support_desk.articles import ARTICLES
 from cluster.workflows.support_desk.ticket import Ask, Ticket
 from cluster.workflows.support_desk.tools import WORLD
 from rl_actors.contracts import Demonstration, DemonstrationTurn, Task
-from rl_actors.environment import PLAN_TOOL, ToolFailure, render_error, render_observation, render_plan_accepted
+from rl_actors.environment import PLAN_ACCEPTED, PLAN_TOOL, ToolFailure, render_error, render_observation
 
 MISTAKE_PROBABILITY = 0.5
 _ASK_TOOLS: Mapping[Ask, str] = {
@@ -54,9 +54,7 @@ def _plan_turn(ticket: Ticket) -> DemonstrationTurn:
     """Return the plan; one spare call lets an escalation replace or follow a step."""
     steps = plan_steps(ticket)
     arguments = {"steps": steps, "tool_budget": len(steps) + 1}
-    return DemonstrationTurn(
-        kind="plan", tool=PLAN_TOOL, arguments=arguments, text="", observation=render_plan_accepted()
-    )
+    return DemonstrationTurn(kind="plan", tool=PLAN_TOOL, arguments=arguments, text="", observation=PLAN_ACCEPTED)
 
 
 class Attempt:
