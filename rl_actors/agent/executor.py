@@ -71,6 +71,7 @@ class Executor:
         refusal = self.toolset.refusal(call)
         if refusal or call.arguments is None:
             return _denied(refusal or "bad_arguments")
+        # The policy asks for its own budget: the cap is what it cannot talk its way past.
         self.budget = min(int(call.arguments["tool_budget"]), self.max_tool_calls)
         revision = PlanRevision(
             revision=len(self.plans),

@@ -39,7 +39,7 @@ class RolloutPorts:
     sandbox: Sandbox
     generate: Generate
     limits: AgentLimits
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = time.monotonic  # the wall clock can jump, and a duration would be negative
 
 
 async def run_rollout(request: RolloutRequest, ports: RolloutPorts, *, temperature: float) -> Rollout:
@@ -65,6 +65,7 @@ async def run_rollout(request: RolloutRequest, ports: RolloutPorts, *, temperatu
             limits=ports.limits,
         )
         _require_turn(run, ports.limits, task)
+        # Before the world closes: the outcome is judged by what is true after, not by what was said.
         state = await world.read_state(task.goal["selector"])
     duration_ms = (ports.clock() - started) * 1000.0
     rollout = Rollout(

@@ -47,7 +47,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to sample one completion."""
+    """Sampling of one completion."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -178,6 +178,7 @@ class Score:
     """Full scorer result; `reward` is its scalar under the declared mix."""
 
     rollout_id: str
+    # The mix is declared in the spec; its parts stay beside it, so that a reward can be explained.
     reward: float
     outcome_reward: float
     critic_score: float

@@ -48,5 +48,5 @@ class Task:
     intent: str
     prompt: str
     world: Mapping[str, Any]
-    goal: Mapping[str, Any]
+    goal: Mapping[str, Any]  # never shown to the policy
     seed: int

@@ -18,7 +18,7 @@ from rl_actors.contracts import InfrastructureError, TamperedError
 
 CHAIN: Final = "chain"
 _LOCK_POLL_S: Final = 0.02
-_BLOCK: Final = 16384
+_BLOCK: Final = 16384  # most lines fit in one read of this
 
 
 @contextmanager

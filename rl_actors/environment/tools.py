@@ -34,7 +34,7 @@ class ToolSpec:
     parameters: Mapping[str, Any]
     side_effect: SideEffect
     timeout_s: float = 2.0
-    max_output_chars: int = 2000
+    max_output_chars: int = 2000  # an observation is tokens in every later prompt of the run
 
 
 class World(Protocol):

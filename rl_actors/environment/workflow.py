@@ -107,7 +107,7 @@ class Workflow(TaskSource, Demonstrator, Annotator, Verifier, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkflowRef:
-    """Where a workflow lives, as plain data."""
+    """The place of a workflow, as plain data."""
 
     # This crosses process borders, not the workflow: its package may not be importable on the other side yet.
 
@@ -116,6 +116,7 @@ class WorkflowRef:
 
     def load(self) -> Workflow:
         """Import the workflow's package, from `search_path` when it lives outside the installed packages."""
+        # In front: a user's folder must not be shadowed by an installed package of the same name.
         if self.search_path and self.search_path not in sys.path:
             sys.path.insert(0, self.search_path)
         return importlib.import_module(self.module).WORKFLOW

@@ -209,6 +209,7 @@ def baseline_stability(attempts: Sequence[SeededAttempt], bounds: StabilityBound
     by_task: dict[str, dict[int, SeededAttempt]] = defaultdict(dict)
     for attempt in attempts:
         by_task[attempt.task_id][attempt.seed] = attempt
+    # Only whole groups: one seed's rate over easier tasks would look like a difference between seeds.
     whole = [group for group in by_task.values() if len(group) == len(seeds)]
     if len(seeds) < 2 or not whole:
         raise BadDataError("attempts", (len(seeds), len(whole)), "needs two seeds and a task attempted under each")

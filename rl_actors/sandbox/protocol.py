@@ -9,7 +9,7 @@ from rl_actors.contracts import ToolResult
 
 
 class ToolWorld(Protocol):
-    """Where approved calls go."""
+    """A world that takes approved calls."""
 
     async def call(self, tool: str, arguments: Mapping[str, Any]) -> ToolResult:
         """Run the tool. Raises ToolHostError when the sandbox failed, never for a refusal of the tool."""

@@ -76,7 +76,7 @@ class HarmonyRenderer:
     def call(self, tool: str, arguments: Mapping[str, Any]) -> list[int]:
         """Return the ids of one tool call."""
         header = [self._id[CHANNEL], *self._encode(f"{_TOOL_PREFIX}{tool} "), self._id[CONSTRAIN]]
-        body = json.dumps(arguments, separators=(",", ":"))
+        body = json.dumps(arguments, separators=(",", ":"))  # no spaces: each would be a token to sample
         return [*header, *self._encode("json"), self._id[MESSAGE], *self._encode(body), self._id[CALL]]
 
     def final(self, text: str) -> list[int]:
