@@ -1,4 +1,4 @@
-"""TCP ports of a machine: whether one could listen there, whether somebody does, and one that is free."""
+"""TCP ports of a machine: could one listen there, does somebody, and which is free."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def listen_error(port: int, host: str = "127.0.0.1") -> OSError | None:
 
 
 def listens(host: str, port: int, timeout_s: float) -> bool:
-    """Whether somebody accepts connections there in time."""
+    """Return True when somebody accepts connections there in time."""
     try:
         with socket.create_connection((host, port), timeout=timeout_s):
             return True
@@ -28,6 +28,7 @@ def listens(host: str, port: int, timeout_s: float) -> bool:
 
 def free_port() -> int:
     """Return a port that is free now on every interface of this machine."""
+    # The system picks it; held no longer, it may be taken before its user binds it, so ask as late as possible.
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -27,7 +27,7 @@ from rl_actors.actors import (
     run_reward_job,
     run_sft_job,
 )
-from rl_actors.agent import HARMONY_TOKENS, HarmonyRenderer, demonstration_arrays
+from rl_actors.agent import HARMONY_TOKENS, Renderer, demonstration_arrays, renderer_of
 from rl_actors.algorithms import RewardMix, StabilityLimits
 from rl_actors.contracts import (
     BATCH_PAIRS,
@@ -55,7 +55,7 @@ DRILL_FRACTION = 0.15  # of the batches of demonstrations
 
 def train_baseline(run: Run, snapshot: DataSnapshot, base: PolicyVersion) -> PolicyVersion:
     """Fine-tune on the expert's demonstrations; the result is frozen: it is the KL reference from here on."""
-    renderer = HarmonyRenderer.from_directory(base.path)
+    renderer = renderer_of(base.path)
     system = run.workflow.system_prompt
     arrays = [demonstration_arrays(renderer, system, item) for item in read_demonstrations(snapshot)]
     examples = tuple(Example(token_ids=tuple(ids), loss_mask=tuple(mask)) for ids, mask in arrays)
@@ -82,7 +82,7 @@ def train_baseline(run: Run, snapshot: DataSnapshot, base: PolicyVersion) -> Pol
     return run.policy(run.spec.workflow.baseline, "sft", directory, base.sha256)
 
 
-def copy_drills(run: Run, renderer: HarmonyRenderer, examples: Sequence[Example]) -> tuple[list[Example], ...]:
+def copy_drills(run: Run, renderer: Renderer, examples: Sequence[Example]) -> tuple[list[Example], ...]:
     """Return copy drills for the first batches of a model built from nothing; none for any other."""
     if run.spec.model.path:
         return ()
@@ -185,7 +185,7 @@ def report_trips(run: Run) -> Callable[[int, Sequence[str]], None]:
 
 def probe_sequences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersion) -> list[list[int]]:
     """Return the token sequences that every engine must score as the learner does, after each publish."""
-    renderer, system = HarmonyRenderer.from_directory(baseline.path), run.workflow.system_prompt
+    renderer, system = renderer_of(baseline.path), run.workflow.system_prompt
     return [demonstration_arrays(renderer, system, item)[0] for item in read_demonstrations(snapshot)[:NUM_PROBES]]
 
 

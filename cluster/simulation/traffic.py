@@ -16,7 +16,7 @@ import httpx
 from cluster.simulation.ticket_book import TicketBook, TicketResult
 from rl_actors.contracts import InfrastructureError, Outcome, SeatrialError, Task, ToolHostError
 from rl_actors.environment import Workflow
-from rl_actors.sandbox import ToolHostPool
+from rl_actors.sandbox import ProcessSandbox
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
 
@@ -222,7 +222,7 @@ class TrafficDriver:
         client = self._client or httpx.AsyncClient(
             base_url=config.url, timeout=config.timeout_s, limits=limits, trust_env=False
         )
-        hosts = ToolHostPool(self._workflow.tools_module, num_hosts=1)
+        hosts = ProcessSandbox(self._workflow.tools_module, num_hosts=1)
         try:
             yield _Desk(self._workflow, config, client, hosts, self._clock)
         finally:
@@ -273,7 +273,7 @@ class _Desk:
         workflow: Workflow,
         config: TrafficConfig,
         client: httpx.AsyncClient,
-        hosts: ToolHostPool,
+        hosts: ProcessSandbox,
         clock: Callable[[], float],
     ) -> None:
         self._workflow, self._config, self._client, self._hosts, self._clock = workflow, config, client, hosts, clock

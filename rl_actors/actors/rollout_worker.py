@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from rl_actors.agent import HarmonyRenderer, RolloutPorts, Toolset, run_rollout
+from rl_actors.agent import RolloutPorts, Toolset, renderer_of, run_rollout
 from rl_actors.contracts import MAX_IN_FLIGHT, AgentLimits, EngineError, Rollout, RolloutRequest, ToolHostError
 from rl_actors.environment import WorkflowRef
-from rl_actors.sandbox import ToolHostPool
+from rl_actors.sandbox import ProcessSandbox
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +68,9 @@ class RolloutWorker:
         self._slots = asyncio.Semaphore(settings.max_in_flight)
         self._ports = RolloutPorts(
             workflow=workflow,
-            renderer=HarmonyRenderer.from_directory(model_path),
+            renderer=renderer_of(model_path),
             toolset=Toolset(tools),
-            hosts=ToolHostPool(workflow.tools_module, num_hosts=settings.num_tool_hosts),
+            sandbox=ProcessSandbox(workflow.tools_module, num_hosts=settings.num_tool_hosts),
             generate=self._engine.generate,
             limits=limits,
         )
@@ -104,7 +104,7 @@ class RolloutWorker:
 
     async def close(self) -> None:
         """Stop tool hosts and engine."""
-        await self._ports.hosts.close()
+        await self._ports.sandbox.close()
         await asyncio.to_thread(self._engine.close)
 
     async def _attempt(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout | str]:

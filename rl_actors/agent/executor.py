@@ -1,22 +1,24 @@
 """Decides whether a tool call may run: allow-list, arguments against JSON Schema, plan, budget. Deny by default.
 
-A denied call is an observation for the policy and counts as a tool error; only an approved one reaches a tool host.
+A denied call is an observation for the policy and counts as a tool error; only an approved one reaches the sandbox.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 from jsonschema import Draft202012Validator
 
 from rl_actors.contracts import PlanCause, PlanRevision, ToolCall, ToolResult
-from rl_actors.environment import PLAN_TOOL, ToolSpec, render_error, render_plan_accepted
+from rl_actors.environment import PLAN_ACCEPTED, PLAN_TOOL, ToolSpec, render_error
 
-PLAN_ACCEPTED = render_plan_accepted()
+if TYPE_CHECKING:
+    from rl_actors.sandbox import ToolWorld
+
+# The policy writes steps of any length, and each is kept in the ledger; a cut one ends in an ellipsis.
 MAX_STEP_CHARS: Final = 200
-"""What is kept of one step's text, which the policy writes at any length; a cut step ends in an ellipsis."""
 _PLAN_SCHEMA = {
     "type": "object",
     "properties": {
@@ -28,24 +30,16 @@ _PLAN_SCHEMA = {
 }
 
 
-class ToolWorld(Protocol):
-    """Where approved calls go."""
-
-    async def call(self, tool: str, arguments: Mapping[str, Any]) -> ToolResult:
-        """Run the tool."""
-        ...
-
-
 class Toolset:
     """The allow-list of a workflow with its compiled argument schemas; shared by every request."""
 
     def __init__(self, tools: Sequence[ToolSpec]) -> None:
-        """Compile the schemas once."""
         self._validators = {tool.name: Draft202012Validator(dict(tool.parameters)) for tool in tools}
         self._plan = Draft202012Validator(_PLAN_SCHEMA)
 
     def refusal(self, call: ToolCall) -> str:
         """Return why this call may not run, or an empty string."""
+        # The planner's schema first: a tool called `plan` would be a way around the budget.
         validator = self._plan if call.name == PLAN_TOOL else self._validators.get(call.name)
         if validator is None:
             return "unknown_tool"
@@ -56,7 +50,7 @@ class Toolset:
 
 @dataclass(slots=True)
 class Executor:
-    """The calls of one request: counts, budget, what ran, and every plan that was accepted."""
+    """The calls of one request: counts, budget, and every plan that was accepted."""
 
     toolset: Toolset
     world: ToolWorld
@@ -64,7 +58,7 @@ class Executor:
     budget: int = 0
     tool_calls_count: int = 0
     tool_error_count: int = 0
-    log: list[tuple[str, Mapping[str, Any], str]] = field(default_factory=list)
+    last_error: str = ""
     plans: list[PlanRevision] = field(default_factory=list)
 
     @property
@@ -77,12 +71,13 @@ class Executor:
         refusal = self.toolset.refusal(call)
         if refusal or call.arguments is None:
             return _denied(refusal or "bad_arguments")
+        # The policy asks for its own budget: the cap is what it cannot talk its way past.
         self.budget = min(int(call.arguments["tool_budget"]), self.max_tool_calls)
         revision = PlanRevision(
             revision=len(self.plans),
             after_calls=self.tool_calls_count,
             cause=self._plan_cause(),
-            steps=tuple(map(_kept, call.arguments["steps"])),
+            steps=tuple(map(_shorten, call.arguments["steps"])),
             tool_budget=self.budget,
         )
         self.plans.append(revision)
@@ -90,6 +85,7 @@ class Executor:
 
     async def execute(self, call: ToolCall) -> ToolResult:
         """Run an approved call, refuse any other; both are counted."""
+        # Counted before it is judged: else a policy could probe tool names for free.
         self.tool_calls_count += 1
         refusal = self._refusal(call)
         if refusal or call.arguments is None:
@@ -97,7 +93,7 @@ class Executor:
         else:
             result = await self.world.call(call.name, call.arguments)
         self.tool_error_count += int(bool(result.error))
-        self.log.append((call.name, call.arguments or {}, result.error))
+        self.last_error = result.error
         return result
 
     @property
@@ -108,7 +104,7 @@ class Executor:
     def _plan_cause(self) -> PlanCause:
         if not self.plans:
             return "request"
-        return "tool_error" if self.log and self.log[-1][2] else "observation"
+        return "tool_error" if self.last_error else "observation"
 
     def _refusal(self, call: ToolCall) -> str:
         if not self.has_plan:
@@ -118,7 +114,7 @@ class Executor:
         return self.toolset.refusal(call)
 
 
-def _kept(step: str) -> str:
+def _shorten(step: str) -> str:
     return step if len(step) <= MAX_STEP_CHARS else f"{step[: MAX_STEP_CHARS - 1]}…"
 
 

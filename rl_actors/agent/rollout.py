@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from rl_actors.agent.executor import Executor, Toolset
 from rl_actors.agent.loop import AgentResult, Generate, run_agent
-from rl_actors.agent.renderers.harmony import HarmonyRenderer
+from rl_actors.agent.renderers.renderer import Renderer
 from rl_actors.contracts import (
     AgentLimits,
     BadInputError,
@@ -23,10 +23,10 @@ from rl_actors.contracts import (
     Turn,
 )
 from rl_actors.environment import RolloutView, Workflow
-from rl_actors.sandbox import ToolHostPool
+from rl_actors.sandbox import Sandbox
 
+# Endings that limits of ours made; a policy that used up its tools has ended by itself.
 _CUT_SHORT: Final = frozenset({"truncated", "timeout"})
-"""Endings that limits of ours made; a policy that used up its tools has ended by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +34,12 @@ class RolloutPorts:
     """Everything an attempt needs that is shared between attempts."""
 
     workflow: Workflow
-    renderer: HarmonyRenderer
+    renderer: Renderer
     toolset: Toolset
-    hosts: ToolHostPool
+    sandbox: Sandbox
     generate: Generate
     limits: AgentLimits
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = time.monotonic  # the wall clock can jump, and a duration would be negative
 
 
 async def run_rollout(request: RolloutRequest, ports: RolloutPorts, *, temperature: float) -> Rollout:
@@ -54,7 +54,7 @@ async def run_rollout(request: RolloutRequest, ports: RolloutPorts, *, temperatu
     task = request.task
     prompt = ports.renderer.prompt(ports.workflow.system_prompt, [("user", task.prompt)])
     sampling = SamplingParams(max_tokens=ports.limits.max_tokens_per_turn, temperature=temperature, seed=request.seed)
-    async with await ports.hosts.open(task.world) as world:
+    async with await ports.sandbox.open(task.world) as world:
         executor = Executor(toolset=ports.toolset, world=world, max_tool_calls=ports.limits.max_tool_calls)
         run = await run_agent(
             prompt,
@@ -65,12 +65,27 @@ async def run_rollout(request: RolloutRequest, ports: RolloutPorts, *, temperatu
             limits=ports.limits,
         )
         _require_turn(run, ports.limits, task)
+        # Before the world closes: the outcome is judged by what is true after, not by what was said.
         state = await world.read_state(task.goal["selector"])
-    return _rollout(request, ports, run, executor, state, (ports.clock() - started) * 1000.0)
+    duration_ms = (ports.clock() - started) * 1000.0
+    rollout = Rollout(
+        rollout_id=request.rollout_id,
+        task_id=task.task_id,
+        group_id=request.group_id,
+        intent=task.intent,
+        turns=run.turns,
+        status=run.status,
+        reply=run.reply,
+        outcome=ports.workflow.verify(task, state, run.reply),
+        tool_calls_count=executor.tool_calls_count,
+        tool_error_count=executor.tool_error_count,
+        duration_ms=duration_ms,
+    )
+    return replace(rollout, policy_checks=ports.workflow.check_reply(run.reply, rollout_view(rollout, task)))
 
 
 def _require_turn(run: AgentResult, limits: AgentLimits, task: Task) -> None:
-    """Refuse an attempt in which nothing was sampled: there is nothing to score or to train on."""
+    # An attempt in which nothing was sampled holds nothing to score or to train on.
     if run.turns:
         return
     if run.status == "timeout":
@@ -79,53 +94,20 @@ def _require_turn(run: AgentResult, limits: AgentLimits, task: Task) -> None:
     raise BadInputError("max_context_tokens", limits.max_context_tokens, remedy)
 
 
-def _rollout(
-    request: RolloutRequest,
-    ports: RolloutPorts,
-    run: AgentResult,
-    executor: Executor,
-    state: object,
-    duration_ms: float,
-) -> Rollout:
-    outcome = ports.workflow.verify(request.task, state, run.reply)  # pyright: ignore[reportArgumentType]
-    view = RolloutView(
-        task=request.task,
-        tool_calls=successful_calls(executor),
-        reply=run.reply,
-        outcome=outcome,
-        num_turns=len(run.turns),
-    )
-    return Rollout(
-        rollout_id=request.rollout_id,
-        task_id=request.task.task_id,
-        group_id=request.group_id,
-        intent=request.task.intent,
-        turns=run.turns,
-        status=run.status,
-        reply=run.reply,
-        outcome=outcome,
-        tool_calls_count=executor.tool_calls_count,
-        tool_error_count=executor.tool_error_count,
-        duration_ms=duration_ms,
-        policy_checks=ports.workflow.check_reply(run.reply, view),
-    )
-
-
-def successful_calls(executor: Executor) -> tuple[tuple[str, dict[str, object]], ...]:
-    """Return the calls that took effect, in order."""
-    return tuple((name, dict(arguments)) for name, arguments, error in executor.log if not error)
+def successful_calls(turns: Sequence[Turn]) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    """Return (tool, arguments) of the calls that took effect, in order; a plan is none."""
+    done = [turn for turn in turns if turn.kind == "tool" and turn.tool_result and not turn.tool_result.error]
+    return tuple((turn.tool_call.name, dict(turn.tool_call.arguments or {})) for turn in done if turn.tool_call)
 
 
 def rollout_view(rollout: Rollout, task: Task) -> RolloutView:
-    """Return what an annotator sees of a finished rollout."""
-    calls = [turn for turn in rollout.turns if turn.kind == "tool" and turn.tool_call and turn.tool_result]
-    done = tuple(
-        (turn.tool_call.name, dict(turn.tool_call.arguments or {}))
-        for turn in calls
-        if turn.tool_call and turn.tool_result and not turn.tool_result.error
-    )
+    """Return a finished rollout as annotators and policy checks see it."""
     return RolloutView(
-        task=task, tool_calls=done, reply=rollout.reply, outcome=rollout.outcome, num_turns=len(rollout.turns)
+        task=task,
+        tool_calls=successful_calls(rollout.turns),
+        reply=rollout.reply,
+        outcome=rollout.outcome,
+        num_turns=len(rollout.turns),
     )
 
 
@@ -154,7 +136,7 @@ def training_sample(rollout: Rollout, reward: float) -> TrainingSample:
     return TrainingSample(
         rollout_id=rollout.rollout_id,
         group_id=rollout.group_id,
-        weights_versions=tuple(sorted({turn.completion.weights_version for turn in rollout.turns})),
+        weights_versions=rollout.weights_versions,
         token_ids=tuple(ids),
         loss_mask=tuple(mask),
         rollout_logprobs=tuple(logprobs),
@@ -166,14 +148,12 @@ def training_sample(rollout: Rollout, reward: float) -> TrainingSample:
 
 
 def _joined_routes(turns: Sequence[Turn]) -> Routes:
-    """Return the routes of a whole rollout: each token's from the first turn that read it.
-
-    A later turn may read it again, but these are the experts behind what was sampled. Empty when any turn has none.
-    """
+    """Return the routes of a whole rollout; empty when any turn has none."""
     first = turns[0].completion.routes
     experts: list[int] = []
     for routes in (turn.completion.routes for turn in turns):
         if not routes.num_tokens or (routes.num_layers, routes.top_k) != (first.num_layers, first.top_k):
             return Routes()
+        # Of the first turn that read a token: a later one reads it again, but these are behind what was sampled.
         experts += routes.experts[len(experts) :]
     return Routes(num_layers=first.num_layers, top_k=first.top_k, experts=tuple(experts))

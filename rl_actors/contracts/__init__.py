@@ -1,6 +1,5 @@
 """Values that cross borders in training and evaluation, and every exception raised on purpose."""
 
-from rl_actors.contracts.cost import CostModel
 from rl_actors.contracts.errors import (
     AttestationError,
     BadDataError,
@@ -14,7 +13,12 @@ from rl_actors.contracts.errors import (
     ToolHostError,
 )
 from rl_actors.contracts.recipe import (
+    BATCH_PAIRS,
+    CALIBRATION_FRACTION,
+    LOGIT_CHUNK_VALUES,
+    MAX_IN_FLIGHT,
     MAX_RELATIVE_KL_ERROR,
+    MICROBATCH_TOKENS,
     RECIPES,
     RESAMPLE_ROUNDS,
     Aggregation,
@@ -26,10 +30,13 @@ from rl_actors.contracts.recipe import (
     require_batch_choices,
     require_choice,
 )
-from rl_actors.contracts.reports import EvalReport, Interval, SuiteResult
+from rl_actors.contracts.reports import CostModel, EvalReport, Interval, SuiteResult
 from rl_actors.contracts.rollouts import (
     Completion,
+    Demonstration,
+    DemonstrationTurn,
     LearnerUpdate,
+    Outcome,
     PlanCause,
     PlanRevision,
     Rollout,
@@ -41,22 +48,7 @@ from rl_actors.contracts.rollouts import (
     ToolResult,
     TrainingSample,
     Turn,
-)
-from rl_actors.contracts.tasks import (
-    AgentLimits,
-    Demonstration,
-    DemonstrationTurn,
-    Outcome,
-    RolloutRequest,
-    Split,
-    Task,
     TurnKind,
 )
+from rl_actors.contracts.tasks import AgentLimits, RolloutRequest, Split, Task
 from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyKind, PolicyVersion, RewardModelVersion
-from rl_actors.contracts.working_sizes import (
-    BATCH_PAIRS,
-    CALIBRATION_FRACTION,
-    LOGIT_CHUNK_VALUES,
-    MAX_IN_FLIGHT,
-    MICROBATCH_TOKENS,
-)

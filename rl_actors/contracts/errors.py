@@ -27,12 +27,11 @@ class BadInputError(SeatrialError):
     exit_code = 2
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
-        """Keep the three parts, so that they can be printed and tested apart."""
         super().__init__(f"{field} = {value!r}: {remedy}")
         self.field, self.value, self.remedy = field, value, remedy
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
-        """Survive pickling across processes (Ray re-raises task errors in the driver)."""
+        # Ray pickles a task's error to raise it in the driver; Exception would rebuild it from the one joined message.
         return type(self), (self.field, self.value, self.remedy)
 
 

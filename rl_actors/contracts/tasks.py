@@ -1,10 +1,12 @@
-"""The problem side of training: a task, how an expert solved it, and what a policy program found of an attempt."""
+"""The problem side of training: a task, the request to attempt it, and the bounds of an attempt."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+Split = Literal["train", "calibration", "held_out", "frozen", "adversarial", "live"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +22,7 @@ class AgentLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutRequest:
-    """What to attempt: a task, its group, and the seed that makes the attempt reproducible."""
+    """A task to attempt, its group, and the seed that makes the attempt reproducible."""
 
     task: Task
     group_id: int
@@ -28,14 +30,8 @@ class RolloutRequest:
 
     @property
     def rollout_id(self) -> str:
-        """A name unique within a stage."""
+        """Return a name unique within a stage."""
         return f"{self.task.task_id}#{self.group_id}.{self.seed}"
-
-
-Split = Literal["train", "calibration", "held_out", "frozen", "adversarial", "live"]
-
-
-TurnKind = Literal["plan", "tool", "final", "malformed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,34 +48,5 @@ class Task:
     intent: str
     prompt: str
     world: Mapping[str, Any]
-    goal: Mapping[str, Any]
+    goal: Mapping[str, Any]  # never shown to the policy
     seed: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemonstrationTurn:
-    """One assistant turn a scripted expert wrote, and the observation that answered it (empty after the final turn)."""
-
-    kind: TurnKind
-    tool: str
-    arguments: Mapping[str, Any]
-    text: str
-    observation: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration:
-    """A whole expert attempt at one task; never used for a held-out, frozen or adversarial task."""
-
-    task_id: str
-    prompt: str
-    turns: tuple[DemonstrationTurn, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a policy program (never a model) found in the final state of the world and in the reply."""
-
-    success: bool
-    violations: tuple[str, ...]
-    reasons: tuple[str, ...]

@@ -13,6 +13,7 @@ PolicyKind = Literal["base", "sft", "ppo", "degraded"]
 class PolicyVersion:
     """A releasable policy: a Hugging Face model directory and the hash of its content."""
 
+    # The hash is what is compared: a path can hold other weights tomorrow.
     name: str
     kind: PolicyKind
     path: str
@@ -22,7 +23,7 @@ class PolicyVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """How far a reward model's probabilities can be believed, on a split it never trained on."""
+    """Calibration of a reward model's probabilities, on a split it never trained on."""
 
     num_pairs: int
     pair_accuracy: float

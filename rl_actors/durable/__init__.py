@@ -1,8 +1,8 @@
-"""Lowest room with a disk: one JSON codec, content hashes, atomic files, locks, chained logs and metric rows."""
+"""The lowest room with a disk: one JSON codec, content hashes, atomic files, locks, chained logs and metric rows."""
 
-from rl_actors.durable.chained_log import ChainedLog
 from rl_actors.durable.codec import decode, encode
 from rl_actors.durable.files import (
+    ChainedLog,
     append_row,
     disk_errors,
     file_lock,

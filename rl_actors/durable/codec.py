@@ -1,4 +1,4 @@
-"""Frozen dataclasses to plain JSON and back, for the journal. Infinity and NaN become strings: JSON lacks them."""
+"""Frozen dataclasses to plain JSON and back, for the journal."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, TypeAdapter
 
 Value = TypeVar("Value")
+# JSON lacks them; pydantic reads these words back as floats.
 _NOT_FINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
@@ -25,14 +26,16 @@ def encode(value: object) -> Any:
     if isinstance(value, BaseModel):
         return encode(value.model_dump(mode="json"))
     if isinstance(value, Mapping):
-        return {_key(key): encode(item) for key, item in value.items()}
+        if strange := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"mapping key {strange[0]!r} is not a string")
+        return {key: encode(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [encode(item) for item in value]
     return _encode_leaf(value)
 
 
 def _encode_leaf(value: object) -> Any:
-    if isinstance(value, Set):
+    if isinstance(value, Set):  # a set has no order of its own, and equal values must give equal JSON
         return sorted((encode(item) for item in value), key=repr)
     if isinstance(value, PurePath):
         return str(value)
@@ -46,9 +49,3 @@ def _encode_leaf(value: object) -> Any:
 def decode(kind: type[Value], data: Any) -> Value:
     """Return the value of type `kind` that `encode` turned into `data`. Raises pydantic's ValidationError."""
     return TypeAdapter(kind).validate_python(data)
-
-
-def _key(key: object) -> str:
-    if not isinstance(key, str):
-        raise TypeError(f"mapping key {key!r} is not a string")
-    return key

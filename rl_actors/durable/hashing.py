@@ -16,6 +16,7 @@ def sha256_bytes(data: bytes) -> str:
 
 def canonical_json(value: Any) -> str:
     """Return the one JSON text of a JSON value: keys sorted, no spaces. Raises ValueError for NaN and infinity."""
+    # Bundles and journals were hashed with these very options: another separator would make every one look tampered.
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""Append-only rows of training metrics; what curves, progress bars and MLflow are drawn from."""
+"""Append-only rows of training metrics, from which curves, progress bars and MLflow are drawn."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class MetricsLog:
     """One JSON object a line: {"stage", "step", "at", metrics...}. Non-finite numbers are written as strings."""
 
     def __init__(self, path: str | Path, stage: str, clock: Callable[[], float] = time) -> None:
-        """Open nothing yet; each row is one append, so several processes may share the file."""
         self._path, self._stage, self._clock = Path(path), stage, clock
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one row."""
+        # Stages, ranks and the driver share the file: one append a row, and nobody cuts off another's torn line.
         row = {"stage": self._stage, "step": step, "at": round(self._clock(), 3), **metrics}
         append_row(self._path, encode(row), is_shared=True)
 

@@ -1,6 +1,7 @@
-"""What a user brings: tasks, tools, an expert, annotators and a verifier."""
+"""The parts that a user brings: tasks, tools, an expert, annotators and a verifier."""
 
 from rl_actors.environment.tools import (
+    PLAN_ACCEPTED,
     PLAN_TOOL,
     SideEffect,
     ToolFailure,
@@ -8,6 +9,14 @@ from rl_actors.environment.tools import (
     World,
     render_error,
     render_observation,
-    render_plan_accepted,
 )
-from rl_actors.environment.workflow import RolloutView, RubricCriterion, Workflow, WorkflowRef
+from rl_actors.environment.workflow import (
+    Annotator,
+    Demonstrator,
+    RolloutView,
+    RubricCriterion,
+    TaskSource,
+    Verifier,
+    Workflow,
+    WorkflowRef,
+)

@@ -1,11 +1,15 @@
-"""Tools of a workflow: what declares them, the world they act on, and the text a policy reads after one ran."""
+"""Tools of a workflow: their declaration, the world they act on, and the text a policy reads after one ran."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
+
+SideEffect = Literal["read", "write"]
+# The name of the planner's turn: no tool of a workflow may have it.
+PLAN_TOOL: Final = "plan"
 
 
 def render_observation(value: object) -> str:
@@ -18,15 +22,7 @@ def render_error(message: str) -> str:
     return render_observation({"error": message})
 
 
-def render_plan_accepted() -> str:
-    """Return the observation that answers an accepted `plan` turn."""
-    return render_observation({"plan": "accepted"})
-
-
-SideEffect = Literal["read", "write"]
-
-
-PLAN_TOOL = "plan"
+PLAN_ACCEPTED: Final = render_observation({"plan": "accepted"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +34,17 @@ class ToolSpec:
     parameters: Mapping[str, Any]
     side_effect: SideEffect
     timeout_s: float = 2.0
-    max_output_chars: int = 2000
+    max_output_chars: int = 2000  # an observation is tokens in every later prompt of the run
 
 
 class World(Protocol):
-    """The stateful side of a workflow; lives in a tool-host process. A handle is whatever `open` returns."""
+    """The stateful side of a workflow; lives in the sandbox. A handle is whatever `open` returns.
+
+    `functions` are by tool name f(handle, **arguments) -> JSON value; one raises ToolFailure for an expected refusal.
+    """
 
     tools: Sequence[ToolSpec]
     functions: Mapping[str, Callable[..., Any]]
-    """Tool name -> f(handle, **arguments) -> JSON value. Raises ToolFailure for an expected refusal."""
 
     def open(self, world: Mapping[str, Any]) -> Any:
         """Open a private world from a task's rows, or the shared live one from {"database": path}."""
@@ -58,7 +56,6 @@ class World(Protocol):
 
     def close(self, handle: Any) -> None:
         """Release the world."""
-        ...
 
 
 class ToolFailure(Exception):

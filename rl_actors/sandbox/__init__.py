@@ -1,3 +1,4 @@
-"""Where tools run, apart from the engine, every wait bounded."""
+"""The room in which tools run, apart from the engine, every wait bounded."""
 
-from rl_actors.sandbox.tool_client import SANDBOX_LEVEL, ToolHostPool
+from rl_actors.sandbox.process import ProcessSandbox
+from rl_actors.sandbox.protocol import Sandbox, ToolWorld, WorldSession

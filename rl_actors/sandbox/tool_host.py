@@ -1,7 +1,7 @@
 """The process in which tools run, apart from the engine: one JSON request a line in, one JSON reply a line out.
 
 Started as `python -m rl_actors.sandbox.tool_host MODULE`; MODULE has a `WORLD`. It holds many worlds, limits its own
-memory and each call's time, and ends when its standard input does. Nothing but replies goes to standard output.
+memory and each call's time, and ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, Final, TextIO
 
-from rl_actors.environment import ToolFailure, ToolSpec, World, render_observation
+from rl_actors.environment import ToolFailure, World, render_error, render_observation
 
-MEMORY_LIMIT_BYTES = 1 << 30
+MEMORY_LIMIT_BYTES: Final = 1 << 30
 
 
 class CallTimeoutError(Exception):
@@ -30,7 +30,6 @@ class ToolHost:
     """Worlds by number, and the operations on them."""
 
     def __init__(self, world: World) -> None:
-        """Hold the workflow's world implementation; nothing is open yet."""
         self._world = world
         self._tools = {tool.name: tool for tool in world.tools}
         self._handles: dict[int, Any] = {}
@@ -39,14 +38,15 @@ class ToolHost:
             "call": self._call,
             "read_state": self._read_state,
             "close": self._close,
-            "ping": lambda request: "pong",
+            "ping": lambda _: "pong",
         }
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return {"id", "value"} or {"id", "failure"}; a defect of the host itself is a failure, never a value."""
         try:
             return {"id": request["id"], "value": self._operations[request["op"]](request)}
-        except Exception as error:  # noqa: BLE001 - reported to the caller, who treats it as infrastructure
+        # A tool's defect may be anything; the caller treats it as infrastructure.
+        except Exception as error:  # noqa: BLE001
             return {"id": request.get("id"), "failure": f"{type(error).__name__}: {error}"}
 
     def _open(self, request: Mapping[str, Any]) -> int:
@@ -60,13 +60,16 @@ class ToolHost:
         try:
             with time_limit(tool.timeout_s):
                 value = self._world.functions[tool.name](handle, **request["arguments"])
-            return _bounded(render_observation(value), tool)
+            content = render_observation(value)
         except ToolFailure as failure:
-            return {"content": render_observation({"error": str(failure)}), "error": "tool_failure"}
+            return _failed("tool_failure", str(failure))
         except CallTimeoutError:
-            return {"content": render_observation({"error": "timeout"}), "error": "timeout"}
+            return _failed("timeout", "timeout")
         except MemoryError:
-            return {"content": render_observation({"error": "out of memory"}), "error": "memory"}
+            return _failed("memory", "out of memory")
+        if len(content) > tool.max_output_chars:
+            return _failed("output_too_large", "output too large")
+        return {"content": content, "error": ""}
 
     def _read_state(self, request: Mapping[str, Any]) -> Any:
         return self._world.read_state(self._handles[request["world_id"]], request["selector"])
@@ -76,17 +79,15 @@ class ToolHost:
         return True
 
 
-def _bounded(content: str, tool: ToolSpec) -> dict[str, str]:
-    """Return the content, or an error when it is larger than the tool may answer."""
-    if len(content) <= tool.max_output_chars:
-        return {"content": content, "error": ""}
-    return {"content": render_observation({"error": "output too large"}), "error": "output_too_large"}
+def _failed(error: str, message: str) -> dict[str, str]:
+    return {"content": render_error(message), "error": error}
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise CallTimeoutError in the main thread after `seconds` of wall time."""
 
+    # A signal, not a thread: only it interrupts a tool that computes or sleeps.
     def stop(signum: int, frame: FrameType | None) -> None:
         raise CallTimeoutError
 
@@ -109,7 +110,7 @@ def serve(host: ToolHost, lines: TextIO, replies: TextIO) -> None:
 def main() -> None:
     """Limit this process, load the workflow's world and serve on the standard streams."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold every open world's rows
     replies = os.fdopen(os.dup(1), "w", encoding="utf8")
     os.dup2(2, 1)  # whatever a tool prints must not look like a reply
     module = importlib.import_module(sys.argv[1])

@@ -274,5 +274,5 @@ def _view(attempt: _Attempt, run: AgentResult, workflow: str) -> RolloutView:
         seed=0,
     )
     outcome = Outcome(success=False, violations=(), reasons=("unknown until labelled",))
-    calls = successful_calls(attempt.executor) if attempt.executor else ()
+    calls = successful_calls(run.turns)
     return RolloutView(task=task, tool_calls=calls, reply=run.reply, outcome=outcome, num_turns=len(run.turns))

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rl_actors.agent import Generate, ToolWorld
+from rl_actors.agent import Generate
 from rl_actors.contracts import Completion, EngineError, SamplingParams, ToolResult
+from rl_actors.sandbox import ToolWorld
 
 
 @dataclass(slots=True)

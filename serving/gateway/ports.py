@@ -7,9 +7,10 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rl_actors.agent import Generate, HarmonyRenderer, Toolset, ToolWorld
+from rl_actors.agent import Generate, Renderer, Toolset
 from rl_actors.contracts import Completion, InfrastructureError, SamplingParams
 from rl_actors.environment import Workflow
+from rl_actors.sandbox import ToolWorld
 from serving.gateway.critic_queue import CriticQueue
 from serving.split import SplitWatcher
 from serving.store import GatewayConfig, RequestLedger, ServedPolicy, TraceLog
@@ -35,7 +36,7 @@ class LivePolicy:
     """A version that can answer: its stamps, its renderer, its engine."""
 
     stamps: ServedPolicy
-    renderer: HarmonyRenderer
+    renderer: Renderer
     generate: Generate
 
 
@@ -60,7 +61,7 @@ FindStamps = Callable[[str], ServedPolicy]
 
 
 class OpenWorlds(Protocol):
-    """Where live worlds are opened; a ToolHostPool is one."""
+    """Where live worlds are opened; a Sandbox is one."""
 
     async def open(self, world: Mapping[str, Any]) -> AbstractAsyncContextManager[ToolWorld]:
         """Open a world."""

@@ -18,9 +18,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from rl_actors.agent import Generate, HarmonyRenderer, Toolset
+from rl_actors.agent import Generate, Toolset, renderer_of
 from rl_actors.contracts import Completion, EngineError, SamplingParams, SeatrialError
-from rl_actors.sandbox import SANDBOX_LEVEL, ToolHostPool
+from rl_actors.sandbox import ProcessSandbox
 from serving.gateway import Critic, CriticQueue, LivePolicy, LivePorts, build_app, end_orphans
 from serving.split import SplitStore, SplitWatcher
 from serving.store import GatewayConfig, RequestLedger, ServedPolicies, TraceLog
@@ -46,7 +46,7 @@ class ServePolicies:
     def _load(self, version: str) -> LivePolicy:
         with _serve_errors(f"policy {version}"):
             stamps = self._served.find(version)
-            renderer = HarmonyRenderer.from_directory(stamps.path)
+            renderer = renderer_of(stamps.path)
         return LivePolicy(stamps=stamps, renderer=renderer, generate=self._generate(stamps.application, version))
 
     def _generate(self, application: str, version: str) -> Generate:
@@ -103,8 +103,8 @@ def serve_ports(config: GatewayConfig) -> LivePorts:
         workflow=workflow,
         toolset=Toolset(tools),
         writes=frozenset(tool.name for tool in tools if tool.side_effect == "write"),
-        sandbox_level=SANDBOX_LEVEL,
-        worlds=ToolHostPool(workflow.tools_module, num_hosts=config.num_tool_hosts),
+        sandbox_level=ProcessSandbox.level,
+        worlds=ProcessSandbox(workflow.tools_module, num_hosts=config.num_tool_hosts),
         splits=SplitWatcher(
             SplitStore(config.files.split),
             config.files.acks,

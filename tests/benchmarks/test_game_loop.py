@@ -6,7 +6,7 @@ import pytest
 from game_loop import GameScorer
 
 from rl_actors.algorithms.rewards import RewardMix
-from rl_actors.contracts.tasks import Outcome
+from rl_actors.contracts import Outcome
 from tests.rl_actors.fakes import make_rollout
 
 MALFORMED = Outcome(success=True, violations=("malformed",), reasons=())

@@ -16,8 +16,7 @@ import pytest
 from cluster.simulation.ticket_book import TicketBook
 from cluster.simulation.traffic import TrafficConfig, TrafficDriver, TrafficProgress, run_traffic
 from cluster.workflows import locate_workflow
-from rl_actors.agent.renderers.harmony import demonstration_texts
-from rl_actors.agent.renderers.tokenizer import train_tokenizer
+from rl_actors.agent.renderers.harmony import demonstration_texts, train_tokenizer
 from rl_actors.contracts.errors import BadInputError, EngineError
 from rl_actors.contracts.tasks import AgentLimits, Task
 from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rl_actors.agent.executor import Executor, Toolset
-from rl_actors.agent.renderers.harmony import HarmonyRenderer
-from rl_actors.agent.renderers.tokenizer import train_tokenizer
+from rl_actors.agent.renderers.harmony import HarmonyRenderer, train_tokenizer
+from rl_actors.contracts import AgentLimits, Outcome, Task
 from rl_actors.contracts.rollouts import Completion, Rollout, RolloutStatus, SamplingParams, Score, ToolResult, Turn
-from rl_actors.contracts.tasks import AgentLimits, Outcome, Task
 from rl_actors.environment.tools import ToolSpec
 
 PROMPT = "From C1000: please pay order 48213"

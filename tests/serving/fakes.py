@@ -14,7 +14,7 @@ import numpy as np
 
 from rl_actors.contracts.errors import EngineError
 from rl_actors.contracts.reports import EvalReport, Interval, SuiteResult
-from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.files import ChainedLog
 from serving.contracts.release import Canary, Drill, RampStep, Release, ReleasePlan, SplitRecord
 from serving.contracts.requests import ReleaseChannel, RequestRecord, RequestSample, Success, TrafficWindow
 from serving.gates.gates import ArmEvent, LiveEvidence

@@ -13,7 +13,7 @@ from cluster.workflows.support_desk.database import ARTICLES
 from cluster.workflows.support_desk.tickets import Ask, Ticket
 from cluster.workflows.support_desk.tools import WORLD
 from rl_actors.contracts import Demonstration, DemonstrationTurn, Task
-from rl_actors.environment import PLAN_TOOL, ToolFailure, render_error, render_observation, render_plan_accepted
+from rl_actors.environment import PLAN_ACCEPTED, PLAN_TOOL, ToolFailure, render_error, render_observation
 
 # Half: an expert without mistakes leaves a baseline with nothing to become better at.
 MISTAKE_PROBABILITY = 0.5
@@ -74,9 +74,7 @@ def _plan_turn(ticket: Ticket) -> DemonstrationTurn:
     steps = plan_steps(ticket)
     # One spare call lets an escalation replace or follow a step.
     arguments = {"steps": steps, "tool_budget": len(steps) + 1}
-    return DemonstrationTurn(
-        kind="plan", tool=PLAN_TOOL, arguments=arguments, text="", observation=render_plan_accepted()
-    )
+    return DemonstrationTurn(kind="plan", tool=PLAN_TOOL, arguments=arguments, text="", observation=PLAN_ACCEPTED)
 
 
 class Attempt:

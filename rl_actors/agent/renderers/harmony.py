@@ -2,47 +2,30 @@
 
 A tool call goes out on the commentary channel and ends with <|call|>, an answer on the final channel and ends with
 <|return|>. Before either the policy may think on the analysis channel, or announce what it does on the commentary
-channel: such messages end with <|end|>, stay in the context between tool turns because sampled ids are never rendered
-again, and are shown to nobody. Text from users and tools is encoded with special tokens switched off, so nobody can
-forge a message.
+channel: such messages end with <|end|> and are shown to nobody.
 Source of the format: openai/harmony (format reference).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rl_actors.agent.renderers.tokenizer import CALL, CHANNEL, CONSTRAIN, END, HARMONY_TOKENS, MESSAGE, RETURN, START
-from rl_actors.contracts import BadDataError, Demonstration, DemonstrationTurn, ToolCall, TurnKind
+from rl_actors.agent.renderers.renderer import ParsedTurn
+from rl_actors.contracts import BadDataError, Demonstration, DemonstrationTurn, ToolCall
+from rl_actors.environment import PLAN_TOOL
 
-PLAN_TOOL = "plan"
-
-
+START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
+CONSTRAIN, CALL, RETURN, PAD = "<|constrain|>", "<|call|>", "<|return|>", "<|endoftext|>"
+HARMONY_TOKENS = (PAD, START, END, MESSAGE, CHANNEL, CONSTRAIN, CALL, RETURN)
 _TOOL_PREFIX = "commentary to=functions."
-
-
+# Thoughts stay in the context between tool turns: sampled ids are never rendered again.
 _UNSEEN = ("analysis", "commentary")
-
-
 _ENDS = (END, CALL, RETURN)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParsedTurn:
-    """What one completion says: a plan, a tool call, a final answer, or nothing that can be understood.
-
-    `reasoning` is what the policy said before it, on channels that no user sees.
-    """
-
-    kind: TurnKind
-    tool_call: ToolCall | None
-    text: str
-    reasoning: str = ""
 
 
 class _Message(NamedTuple):
@@ -54,23 +37,18 @@ class _Message(NamedTuple):
 
 
 class HarmonyRenderer:
-    """Renders and parses with one tokenizer. Stateless, so one instance serves many conversations at once."""
+    """Renders and parses with one tokenizer. Raises BadDataError for one that lacks a Harmony token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Look up the special tokens.
-
-        Raises:
-            BadDataError: The tokenizer lacks one of them.
-        """
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in HARMONY_TOKENS if token not in vocabulary]
+        # Missing ones would be cut into plain tokens: the policy would learn a format that nothing parses.
         if missing:
             raise BadDataError("model.path", missing, "the tokenizer lacks these Harmony tokens; add them before SFT")
         self._id = {token: vocabulary[token] for token in HARMONY_TOKENS}
         self._special = {index: token for token, index in self._id.items()}
         self._tokenizer = tokenizer
         self.stop_token_ids = (self._id[CALL], self._id[RETURN])
-        self.pad_token_id = self._id[HARMONY_TOKENS[0]]
 
     @classmethod
     def from_directory(cls, path: str) -> HarmonyRenderer:
@@ -79,7 +57,7 @@ class HarmonyRenderer:
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """Token text -> id, as the tokenizer stores them."""
+        """Return token text -> id, as the tokenizer stores them."""
         return dict(self._tokenizer.get_vocab())
 
     def prompt(self, system: str, messages: Sequence[tuple[str, str]]) -> list[int]:
@@ -98,13 +76,8 @@ class HarmonyRenderer:
     def call(self, tool: str, arguments: Mapping[str, Any]) -> list[int]:
         """Return the ids of one tool call."""
         header = [self._id[CHANNEL], *self._encode(f"{_TOOL_PREFIX}{tool} "), self._id[CONSTRAIN]]
-        body = json.dumps(arguments, separators=(",", ":"))
+        body = json.dumps(arguments, separators=(",", ":"))  # no spaces: each would be a token to sample
         return [*header, *self._encode("json"), self._id[MESSAGE], *self._encode(body), self._id[CALL]]
-
-    def analysis(self, text: str) -> list[int]:
-        """Return the ids of a thought, open for the message that follows it in the same completion."""
-        thought = [self._id[CHANNEL], *self._encode("analysis"), self._id[MESSAGE], *self._encode(text), self._id[END]]
-        return [*thought, self._id[START], *self._encode("assistant")]
 
     def final(self, text: str) -> list[int]:
         """Return the ids of a final answer."""
@@ -169,30 +142,14 @@ class HarmonyRenderer:
         return [self._id[START], *body, self._id[END]]
 
     def _encode(self, text: str) -> list[int]:
-        # Said on every call: transformers resets the tokenizer's own switch, and a ticket's `<|end|>` would be a token.
+        # With special tokens off nobody can forge a message. Said on every call: transformers resets the tokenizer's
+        # own switch, and a ticket's `<|end|>` would be a token.
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-
-def demonstration_arrays(
-    renderer: HarmonyRenderer, system: str, demonstration: Demonstration
-) -> tuple[list[int], list[bool]]:
-    """Return (token ids, loss mask) of a whole demonstration; the mask is True on the assistant's own tokens."""
-    ids = renderer.prompt(system, [("user", demonstration.prompt)])
-    mask = [False] * len(ids)
-    for turn in demonstration.turns:
-        completion = renderer.completion(turn)
-        ids += completion
-        mask += [True] * len(completion)
-        if turn.kind != "final":
-            observation = renderer.observation(PLAN_TOOL if turn.kind == "plan" else turn.tool, turn.observation)
-            ids += observation
-            mask += [False] * len(observation)
-    return ids, mask
 
 
 def demonstration_texts(system: str, demonstration: Demonstration) -> list[str]:
     """Return the plain texts of a demonstration, for training a tokenizer on."""
-    texts = [system, demonstration.prompt]
+    texts = [system, demonstration.prompt]  # plain: special tokens get their ids by name, not by training
     for turn in demonstration.turns:
         header = f"{_TOOL_PREFIX}{turn.tool or PLAN_TOOL} "
         texts += [turn.text] if turn.kind == "final" else [header, json.dumps(turn.arguments, separators=(",", ":"))]
@@ -201,10 +158,34 @@ def demonstration_texts(system: str, demonstration: Demonstration) -> list[str]:
 
 
 def _json_object(text: str) -> Mapping[str, Any] | None:
-    """Return the JSON object in `text`, or None; NaN, lone surrogates and integers too long to print count as none."""
+    """Return the JSON object in `text`, or None."""
     try:
         value = json.loads(text)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # what cannot be passed on is no argument
+        # NaN, lone surrogates, integers too long to print: what cannot be passed on to a tool is no argument.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train byte-level BPE on `texts`; ids 0..7 are the Harmony tokens in the order of `HARMONY_TOKENS`."""
+    tokenizer = Tokenizer(models.BPE())
+    # Digits in pairs: a small model copies an order number of a few tokens far more exactly than one of many digits.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d{1,2}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(HARMONY_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=RETURN, clean_up_tokenization_spaces=False
+    )

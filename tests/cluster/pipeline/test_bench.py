@@ -25,8 +25,8 @@ from cluster.simulation import traffic as traffic_thread
 from cluster.simulation.ticket_book import TicketBook, TicketResult
 from cluster.simulation.traffic import TrafficDriver, TrafficProgress
 from cluster.workflows.support_desk import SupportDesk
-from rl_actors.contracts.cost import CostModel
 from rl_actors.contracts.errors import BadInputError, EngineError, InfrastructureError
+from rl_actors.contracts.reports import CostModel
 from rl_actors.contracts.tasks import Task
 from rl_actors.contracts.versions import DataSnapshot
 from serving.contracts.release import Canary, Promoted, Promoting, ReleasePlan, ReleaseState, RolledBack, SplitRecord

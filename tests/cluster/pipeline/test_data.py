@@ -22,10 +22,9 @@ from transformers import (
 
 from cluster.pipeline.data import NUM_RELEASES, build_base, freeze_snapshot, read_demonstrations, read_tasks
 from cluster.pipeline.run import Run
-from rl_actors.agent.renderers.harmony import HarmonyRenderer
-from rl_actors.agent.renderers.tokenizer import HARMONY_TOKENS
+from rl_actors.agent.renderers.harmony import HARMONY_TOKENS, HarmonyRenderer
+from rl_actors.contracts import Demonstration, Split, Task
 from rl_actors.contracts.errors import BadDataError, TamperedError
-from rl_actors.contracts.tasks import Demonstration, Split, Task
 from rl_actors.contracts.versions import DataSnapshot, PolicyVersion
 from rl_actors.durable.hashing import sha256_directory
 from tests.cluster.pipeline.fakes import NUM_TASKS, FaultyDesk, make_run

@@ -13,9 +13,9 @@ from cluster.pipeline.data import freeze_snapshot, read_tasks
 from cluster.pipeline.evaluation import SUITE_SPLITS, evaluate, evaluate_together, read_suites, require_offline_gates
 from cluster.pipeline.release import release_plan
 from cluster.pipeline.run import Run
+from rl_actors.contracts import Outcome, RolloutRequest
 from rl_actors.contracts.errors import InfrastructureError, StageRefusedError, TamperedError
 from rl_actors.contracts.reports import EvalReport
-from rl_actors.contracts.tasks import Outcome, RolloutRequest
 from rl_actors.contracts.versions import DataSnapshot
 from rl_actors.durable.codec import decode
 from serving.contracts.release import ReleasePlan

@@ -31,10 +31,10 @@ from cluster.workflows import PATH_VARIABLE, find_workflow, locate_workflow
 from rl_actors.agent.executor import Toolset
 from rl_actors.agent.renderers.harmony import HarmonyRenderer
 from rl_actors.agent.rollout import RolloutPorts, run_rollout
+from rl_actors.contracts import Demonstration, RolloutRequest, Task
 from rl_actors.contracts.errors import BadDataError, BadInputError
 from rl_actors.contracts.rollouts import Rollout
-from rl_actors.contracts.tasks import Demonstration, RolloutRequest, Task
-from rl_actors.sandbox.tool_client import ToolHostPool
+from rl_actors.sandbox.process import ProcessSandbox
 from tests.cluster.pipeline.fakes import SMALL, RecordingWatch
 from tests.rl_actors.fakes import ScriptedEngine
 
@@ -263,9 +263,9 @@ def attempt(run: Run, task: Task, renderer: HarmonyRenderer, script: list[list[i
     tools = __import__(run.workflow.tools_module, fromlist=["WORLD"]).WORLD.tools
 
     async def roll() -> Rollout:
-        hosts = ToolHostPool(run.workflow.tools_module, num_hosts=1)
+        hosts = ProcessSandbox(run.workflow.tools_module, num_hosts=1)
         ports = RolloutPorts(
-            workflow=run.workflow_ref.load(), renderer=renderer, toolset=Toolset(tools), hosts=hosts,
+            workflow=run.workflow_ref.load(), renderer=renderer, toolset=Toolset(tools), sandbox=hosts,
             generate=ScriptedEngine(script), limits=replace(run.limits, max_context_tokens=4096),
         )  # fmt: skip
         try:

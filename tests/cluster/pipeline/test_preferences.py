@@ -24,9 +24,9 @@ from cluster.pipeline.preferences import (
 )
 from cluster.pipeline.run import Run
 from cluster.pipeline.snapshot import read_table, write_snapshot
+from rl_actors.contracts import Outcome, Task
 from rl_actors.contracts.errors import BadDataError, InfrastructureError, StageRefusedError, TamperedError
 from rl_actors.contracts.rollouts import Rollout, RolloutStatus
-from rl_actors.contracts.tasks import Outcome, Task
 from rl_actors.contracts.versions import DataSnapshot, PolicyVersion
 from rl_actors.durable.metrics_log import read_metrics
 from rl_actors.environment.workflow import RolloutView, RubricCriterion

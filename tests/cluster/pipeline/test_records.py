@@ -37,7 +37,7 @@ from cluster.registry.registry import Registry
 from cluster.workflows.support_desk import WORKFLOW
 from rl_actors.contracts.errors import BadInputError, InfrastructureError, InstabilityError, TamperedError
 from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyVersion
-from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.files import ChainedLog
 from rl_actors.durable.metrics_log import MetricsLog
 from serving.store.ledger import RequestLedger
 from serving.store.served import ReleaseFiles

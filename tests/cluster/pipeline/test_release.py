@@ -17,8 +17,8 @@ from cluster.pipeline.release import degrade_policy, describe_release, release_a
 from cluster.pipeline.run import Run
 from cluster.records.bundle import MEMBERS, Bundle, Component, diff_bundles
 from rl_actors.agent.renderers.harmony import HarmonyRenderer
+from rl_actors.contracts import Outcome
 from rl_actors.contracts.errors import BadInputError, InfrastructureError
-from rl_actors.contracts.tasks import Outcome
 from rl_actors.contracts.versions import DataSnapshot, PolicyVersion
 from serving.contracts.gates import ARTICLE_GATES
 from serving.contracts.release import Canary, ReleasePlan, RollBack

@@ -29,8 +29,8 @@ from cluster.pipeline.snapshot import (
     verify_snapshot,
     write_snapshot,
 )
+from rl_actors.contracts import Demonstration, DemonstrationTurn, Split, Task
 from rl_actors.contracts.errors import BadDataError, TamperedError
-from rl_actors.contracts.tasks import Demonstration, DemonstrationTurn, Split, Task
 from rl_actors.environment.workflow import RubricCriterion, WorkflowRef
 
 RUBRIC = (RubricCriterion(name="tone", question="Polite?", low=1, high=5, weight=1.0),)

@@ -33,12 +33,10 @@ from cluster.plan.placement import NUM_THREADS
 from cluster.registry.entries import metric_points
 from cluster.reports.rows import _learning
 from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources
-from rl_actors.agent.renderers.harmony import HarmonyRenderer
-from rl_actors.agent.renderers.tokenizer import HARMONY_TOKENS
+from rl_actors.agent.renderers.harmony import HARMONY_TOKENS, HarmonyRenderer
 from rl_actors.contracts.errors import InstabilityError, StageRefusedError, TamperedError
-from rl_actors.contracts.recipe import RECIPES, RESAMPLE_ROUNDS
+from rl_actors.contracts.recipe import MICROBATCH_TOKENS, RECIPES, RESAMPLE_ROUNDS
 from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyVersion
-from rl_actors.contracts.working_sizes import MICROBATCH_TOKENS
 from rl_actors.durable.hashing import sha256_directory
 from rl_actors.durable.metrics_log import read_metrics
 from rl_actors.learner.update import PpoSettings

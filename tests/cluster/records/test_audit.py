@@ -21,8 +21,7 @@ from cluster.records.journal import Journal
 from cluster.records.run_folder import RunFolder
 from cluster.spec.spec import WorkflowSpec, load_spec
 from rl_actors.contracts.errors import InfrastructureError, TamperedError
-from rl_actors.durable.chained_log import ChainedLog
-from rl_actors.durable.files import append_row, write_json
+from rl_actors.durable.files import ChainedLog, append_row, write_json
 from serving.contracts.release import SplitRecord
 from serving.split.record import SplitStore
 from serving.store.served import ReleaseFiles

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.reports.release_rows import ReleaseLog, canary_curve, live_gates, release_row, triggers_of
-from rl_actors.durable.chained_log import ChainedLog
+from rl_actors.durable.files import ChainedLog
 from serving.contracts.release import Canary, Drilling
 from serving.gates.gates import LiveEvidence
 from tests.serving.fakes import RELEASE, Harness, arm_events, good_evidence, harness, make_evidence

@@ -8,8 +8,8 @@ import pytest
 
 from cluster.simulation.ticket_book import TicketBook, TicketResult
 from cluster.workflows.support_desk import WORKFLOW
+from rl_actors.contracts import Outcome, Task
 from rl_actors.contracts.errors import InfrastructureError, TamperedError
-from rl_actors.contracts.tasks import Outcome, Task
 
 WRONG = Outcome(success=False, violations=("refund_out_of_policy",), reasons=())
 

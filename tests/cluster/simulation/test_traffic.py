@@ -25,8 +25,8 @@ from cluster.simulation.traffic import (
 )
 from cluster.workflows.support_desk import WORKFLOW
 from cluster.workflows.support_desk.tools import WORLD
+from rl_actors.contracts import Demonstration, Task
 from rl_actors.contracts.errors import InfrastructureError
-from rl_actors.contracts.tasks import Demonstration, Task
 from tests.cluster.workflows.desk_runs import calls_of, reply_of, right, try_call, wrong
 
 NUM_TASKS = 12

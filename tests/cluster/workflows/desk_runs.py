@@ -11,7 +11,7 @@ from cluster.workflows.support_desk import WORKFLOW
 from cluster.workflows.support_desk.database import Desk
 from cluster.workflows.support_desk.expert import demonstrate
 from cluster.workflows.support_desk.tools import WORLD
-from rl_actors.contracts.tasks import Demonstration, Outcome, Split, Task
+from rl_actors.contracts import Demonstration, Outcome, Split, Task
 from rl_actors.environment.tools import ToolFailure
 from rl_actors.environment.workflow import RolloutView
 

@@ -14,7 +14,7 @@ from cluster.workflows.support_desk import WORKFLOW, SupportDesk
 from cluster.workflows.support_desk.expert import demonstrate, plan_steps
 from cluster.workflows.support_desk.tickets import INTENTS, Ticket
 from cluster.workflows.support_desk.tools import TOOLS, WORLD
-from rl_actors.contracts.tasks import Demonstration
+from rl_actors.contracts import Demonstration
 from rl_actors.environment.tools import ToolFailure, render_error, render_observation
 from rl_actors.sandbox.tool_host import ToolHost
 from tests.cluster.workflows.desk_runs import calls_of, one_task, reply_of, right, score, wrong

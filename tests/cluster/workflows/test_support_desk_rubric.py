@@ -9,7 +9,7 @@ import pytest
 
 from cluster.workflows.support_desk import WORKFLOW
 from cluster.workflows.support_desk.rubric import ANNOTATORS, RUBRIC, true_labels, utility
-from rl_actors.contracts.tasks import Outcome
+from rl_actors.contracts import Outcome
 from rl_actors.environment.workflow import RolloutView
 from tests.cluster.workflows.desk_runs import calls_of, one_task, reply_of, right, view, wrong
 

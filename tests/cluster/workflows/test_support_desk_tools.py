@@ -16,10 +16,9 @@ from jsonschema import Draft202012Validator
 from cluster.workflows.support_desk import WORKFLOW, database
 from cluster.workflows.support_desk.database import ARTICLES, Desk, transaction
 from cluster.workflows.support_desk.tools import TOOLS, WORLD
-from rl_actors.agent.executor import PLAN_ACCEPTED
 from rl_actors.contracts.errors import BadInputError
 from rl_actors.contracts.tasks import Task
-from rl_actors.environment.tools import ToolFailure, render_error, render_observation, render_plan_accepted
+from rl_actors.environment.tools import PLAN_ACCEPTED, ToolFailure, render_error, render_observation
 from tests.cluster.workflows.desk_runs import calls_of, outcome_of, reply_of, right, try_call
 
 ORDERS = ("O48-213", "O48-214", "O48-215")
@@ -243,7 +242,7 @@ def test_observations_are_compact_ordered_json() -> None:
 
 
 def test_plan_observation_is_the_one_of_the_agent_loop() -> None:
-    assert render_plan_accepted() == PLAN_ACCEPTED
+    assert PLAN_ACCEPTED == '{"plan":"accepted"}'
 
 
 def test_every_article_can_be_found(desk: Desk) -> None:

@@ -223,16 +223,19 @@ def test_an_error_of_the_tool_itself_is_counted():
     assert (one.tool_calls_count, one.tool_error_count) == (1, 1)
 
 
-def test_the_log_holds_every_call_with_its_error():
+def test_the_last_calls_error_is_kept():
     one = executor()
-    run(one, planned(2), tool("look"), ToolCall(name="pay", arguments=None, raw="{"), tool("pay"))
-    assert one.log == [("look", ORDER, ""), ("pay", {}, "bad_arguments"), ("pay", ORDER, "over_budget")]
+    seen = []
+    for call in (planned(2), tool("look"), ToolCall(name="pay", arguments=None, raw="{"), tool("pay")):
+        (answer,) = run(one, call)
+        seen.append((answer.error, one.last_error))
+    assert seen == [("", ""), ("", ""), ("bad_arguments", "bad_arguments"), ("over_budget", "over_budget")]
 
 
 def test_a_plan_is_no_tool_call():
     one = executor()
     run(one, planned(2), planned(-1))
-    assert (one.tool_calls_count, one.tool_error_count, one.log) == (0, 0, [])
+    assert (one.tool_calls_count, one.tool_error_count, one.last_error) == (0, 0, "")
 
 
 def test_a_denial_is_an_observation_the_policy_can_read():
@@ -247,7 +250,7 @@ def test_two_requests_share_a_toolset_and_nothing_else():
     second = Executor(toolset=toolset, world=FakeWorld(), max_tool_calls=3)
     run(first, planned(2), tool("look"))
     assert not second.has_plan
-    assert second.log == []
+    assert (second.tool_calls_count, second.last_error) == (0, "")
 
 
 kinds = st.sampled_from(["plan", "bad_plan", "look", "bad_look", "refund"])

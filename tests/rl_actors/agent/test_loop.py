@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_actors.agent.executor import PLAN_ACCEPTED, Executor
-from rl_actors.agent.loop import AgentResult, run_agent, turn_sampling
-from rl_actors.agent.renderers.harmony import demonstration_arrays
+from rl_actors.agent.loop import (
+    AgentEvent,
+    AgentResult,
+    ToolAnswered,
+    ToolCalled,
+    TurnSampled,
+    run_agent,
+    turn_sampling,
+)
+from rl_actors.agent.renderers.renderer import demonstration_arrays
+from rl_actors.contracts import AgentLimits, Demonstration, DemonstrationTurn
 from rl_actors.contracts.errors import EngineError, ToolHostError
 from rl_actors.contracts.rollouts import SamplingParams
-from rl_actors.contracts.tasks import AgentLimits, Demonstration, DemonstrationTurn
 from tests.rl_actors.fakes import (
     LIMITS,
     PROMPT,
@@ -44,6 +52,7 @@ def attempt(
     world: FakeWorld | None = None,
     one: Executor | None = None,
     sampling: SamplingParams = SAMPLING,
+    on_event: Callable[[AgentEvent], None] = lambda event: None,
 ) -> tuple[AgentResult, ScriptedEngine]:
     engine = ScriptedEngine(script)
     run = asyncio.run(
@@ -54,6 +63,7 @@ def attempt(
             executor=one or executor(world, max_tool_calls=limits.max_tool_calls),
             sampling=sampling,
             limits=limits,
+            on_event=on_event,
         )
     )
     return run, engine
@@ -185,6 +195,104 @@ def test_a_cancelled_request_is_cancelled_and_not_a_timeout():
 
     with pytest.raises(asyncio.CancelledError):
         asyncio.run(cancelled())
+
+
+# --- events ---------------------------------------------------------------------------------------
+
+
+def test_events_come_in_order_and_say_what_happened():
+    events: list[AgentEvent] = []
+    script = [JUNK, plan(1), LOOK, call("refund", order="1"), final("It is open.")]
+    run, engine = attempt(script, world=FakeWorld(content='{"status":"open"}'), on_event=events.append)
+    assert [type(event) for event in events] == [
+        TurnSampled,  # no message: nothing was called
+        TurnSampled, ToolCalled, ToolAnswered,
+        TurnSampled, ToolCalled, ToolAnswered,
+        TurnSampled, ToolCalled, ToolAnswered,
+        TurnSampled,
+        AgentResult,
+    ]  # fmt: skip
+    sampled = [event for event in events if isinstance(event, TurnSampled)]
+    assert [event.prompt_token_ids for event in sampled] == engine.prompts
+    assert [event.completion for event in sampled] == [turn.completion for turn in run.turns]
+    assert [event.parsed.kind for event in sampled] == [turn.kind for turn in run.turns]
+    assert [event.call.name for event in events if isinstance(event, ToolCalled)] == ["plan", "look", "refund"]
+    answers = [(event.call.name, event.result.error) for event in events if isinstance(event, ToolAnswered)]
+    assert answers == [("plan", ""), ("look", ""), ("refund", "over_budget")]
+    assert events[-1] is run
+
+
+def test_an_event_comes_before_what_follows_it():
+    """A call is announced before it runs: who shows a run while it happens sees what it waits for."""
+    world = FakeWorld()
+    calls_seen: list[int] = []
+
+    def count(event: AgentEvent) -> None:
+        if isinstance(event, ToolCalled | ToolAnswered):
+            calls_seen.append(len(world.calls))
+
+    attempt([plan(1), LOOK, final("ok")], world=world, on_event=count)
+    assert calls_seen == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("script", "limits", "kinds"),
+    [
+        ([plan(2), LOOK[:-1]], LIMITS, [TurnSampled, ToolCalled, ToolAnswered, TurnSampled, AgentResult]),
+        ([LOOK], replace(LIMITS, max_tool_calls=0), [TurnSampled, AgentResult]),
+        ([None], replace(LIMITS, timeout_s=0.1), [AgentResult]),
+        ([], replace(LIMITS, max_context_tokens=1), [AgentResult]),
+    ],
+    ids=["cut", "budget", "timeout", "no room"],
+)
+def test_every_ending_is_the_last_event(script: list[Step], limits: AgentLimits, kinds: list[type]):
+    events: list[AgentEvent] = []
+    run, _ = attempt(script, limits=limits, on_event=events.append)
+    assert [type(event) for event in events] == kinds
+    assert events[-1] is run
+
+
+def test_a_run_that_raises_has_no_last_event():
+    events: list[AgentEvent] = []
+    with pytest.raises(EngineError):
+        attempt([plan(1), EngineError("gone")], on_event=events.append)
+    assert [type(event) for event in events] == [TurnSampled, ToolCalled, ToolAnswered]
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), TimeoutError(), EngineError("not the engine's")])
+@pytest.mark.parametrize("at", range(8))
+def test_a_hook_that_raises_changes_nothing_and_hears_no_more(
+    error: Exception, at: int, caplog: pytest.LogCaptureFixture
+):
+    """Whichever event it fails at, the run is the one that nobody watched, and the log says so once."""
+    heard: list[AgentEvent] = []
+
+    def fail(event: AgentEvent) -> None:
+        heard.append(event)
+        if len(heard) == at + 1:
+            raise error
+
+    script = [plan(1), LOOK, final("It is open.")]
+    unwatched, _ = attempt(script)
+    watched, _ = attempt(script, on_event=fail)
+    assert watched == unwatched
+    assert len(heard) == at + 1
+    assert [record.message for record in caplog.records if record.name == "rl_actors.agent.loop"] == [
+        "an event hook failed and hears no more of this run"
+    ]
+
+
+def test_one_broken_hook_leaves_the_next_run_its_own():
+    events: list[AgentEvent] = []
+
+    def fail_once(event: AgentEvent) -> None:
+        events.append(event)
+        if len(events) == 1:
+            raise ValueError
+
+    attempt([final("a")], on_event=fail_once)
+    attempt([final("b")], on_event=fail_once)
+    assert len(events) == 3
 
 
 # --- token in, token out --------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from rl_actors.agent.rollout import (
     successful_calls,
     training_sample,
 )
+from rl_actors.contracts import Outcome, RolloutRequest, Task
 from rl_actors.contracts.errors import BadInputError, EngineError, ToolHostError
 from rl_actors.contracts.rollouts import Rollout, Routes, Turn
-from rl_actors.contracts.tasks import Outcome, RolloutRequest, Task
 from rl_actors.environment.workflow import RolloutView
 from tests.rl_actors.fakes import (
     BAD,
@@ -33,7 +33,6 @@ from tests.rl_actors.fakes import (
     ScriptedEngine,
     Step,
     call,
-    executor,
     final,
     make_rollout,
     make_task,
@@ -118,7 +117,7 @@ class Site:
             workflow=cast(Any, self.workflow),
             renderer=renderer(),
             toolset=Toolset(TOOLS),
-            hosts=cast(Any, self.hosts),
+            sandbox=cast(Any, self.hosts),
             generate=self.engine,
             limits=self.limits,
             clock=lambda: next(ticks),
@@ -223,9 +222,14 @@ def test_a_timeout_after_a_turn_is_a_rollout():
 
 
 def test_successful_calls_leave_out_refused_and_failed_ones():
-    one = executor()
-    one.log = [("look", {"order": "1"}, ""), ("pay", {}, "bad_arguments"), ("pay", {"order": "1"}, "")]
-    assert successful_calls(one) == (("look", {"order": "1"}), ("pay", {"order": "1"}))
+    turns = Site([plan(3), LOOK, call("pay", order=1), PAY, final("It is paid.")]).run().turns
+    assert [turn.tool_result.error for turn in turns if turn.tool_result] == ["", "", "bad_arguments", ""]
+    assert successful_calls(turns) == (("look", {"order": "48213"}), ("pay", {"order": "48213"}))
+
+
+def test_a_call_that_nobody_answered_took_no_effect():
+    site = Site([plan(3), LOOK, PAY], limits=replace(LIMITS, max_tool_calls=1))
+    assert successful_calls(site.run().turns) == (("look", {"order": "48213"}),)
 
 
 def test_a_finished_rollout_looks_the_same_to_an_annotator_as_to_the_checks():

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from rl_actors.algorithms import rewards
 from rl_actors.algorithms.rewards import RewardMix
+from rl_actors.contracts import Outcome
 from rl_actors.contracts.rollouts import Score
-from rl_actors.contracts.tasks import Outcome
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout
 
 MIX = RewardMix(outcome_weight=0.75)

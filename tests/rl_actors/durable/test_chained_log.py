@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from rl_actors.contracts.errors import InfrastructureError, TamperedError
 from rl_actors.durable import files
-from rl_actors.durable.chained_log import ChainedLog
-from rl_actors.durable.files import append_row, open_rows, read_rows
+from rl_actors.durable.files import ChainedLog, append_row, open_rows, read_rows
 from tests.serving.fakes import Killed
 
 ROWS = [{"n": 1, "text": "é\n"}, {"n": 2, "deep": {"b": [1.5, None], "a": True}}, {"n": 3}, {"n": 4}]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,15 +19,15 @@ from rl_actors.agent.executor import Toolset
 from rl_actors.agent.rollout import RolloutPorts, run_rollout
 from rl_actors.contracts.rollouts import Rollout
 from rl_actors.contracts.tasks import RolloutRequest
-from rl_actors.environment.workflow import WorkflowRef
-from rl_actors.sandbox.tool_client import ToolHostPool
+from rl_actors.environment import Annotator, Demonstrator, TaskSource, Verifier, WorkflowRef
+from rl_actors.sandbox.process import ProcessSandbox
 from tests.rl_actors.fakes import LIMITS, ScriptedEngine, Step, call, final, plan, renderer
 
 NAME = "parcel_counter"
 PACKAGE = """
 from __future__ import annotations
 
-from rl_actors.contracts.rollouts import Demonstration, DemonstrationTurn, Outcome, Task
+from rl_actors.contracts import Outcome, Task
 
 
 class ParcelCounter:
@@ -62,7 +63,7 @@ WORKFLOW = ParcelCounter()
 TOOLS = """
 from __future__ import annotations
 
-from rl_actors.environment.workflow import ToolFailure, ToolSpec
+from rl_actors.environment import ToolFailure, ToolSpec
 
 _SHELF = {"type": "object", "properties": {"shelf": {"type": "integer"}}, "required": ["shelf"]}
 
@@ -111,9 +112,9 @@ def attempt(script: list[Step]) -> Rollout:
     tools = __import__(workflow.tools_module, fromlist=["WORLD"]).WORLD.tools
 
     async def run() -> Rollout:
-        hosts = ToolHostPool(workflow.tools_module, num_hosts=1)
+        hosts = ProcessSandbox(workflow.tools_module, num_hosts=1)
         ports = RolloutPorts(
-            workflow=workflow, renderer=renderer(), toolset=Toolset(tools), hosts=hosts,
+            workflow=workflow, renderer=renderer(), toolset=Toolset(tools), sandbox=hosts,
             generate=ScriptedEngine(script), limits=LIMITS,
         )  # fmt: skip
         try:
@@ -164,6 +165,21 @@ def test_a_reference_loads_in_a_process_that_knows_nothing(folder: Path):
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "parcel_counter shelf 0\n"
+
+
+def test_a_workflow_says_by_its_methods_which_parts_it_has(folder: Path):
+    parts = (TaskSource, Verifier, Demonstrator, Annotator)
+    desk, counter = locate_workflow("support_desk").load(), locate_workflow(NAME).load()
+    assert [isinstance(desk, part) for part in parts] == [True] * 4
+    assert [isinstance(counter, part) for part in parts] == [True, True, False, False]
+
+
+def test_a_rubric_without_annotators_is_no_part():
+    """Half of a part must not pass for one: the stage that needs it would fail after hours."""
+    half = SimpleNamespace(rubric=(), num_annotators=3, annotate=lambda run, annotator, rng: {})
+    assert not isinstance(half, Annotator)
+    half.prefer = lambda first, second, annotator, rng: 0
+    assert isinstance(half, Annotator)
 
 
 def test_a_reference_without_a_search_path_leaves_the_path_alone(monkeypatch: pytest.MonkeyPatch):

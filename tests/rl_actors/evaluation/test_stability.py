@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_actors.contracts.errors import BadDataError, StageRefusedError
-from rl_actors.evaluation.stability import (
+from rl_actors.evaluation.suites import (
     BaselineStability,
     SeededAttempt,
     StabilityBounds,

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from scipy.stats import binom
 
-from rl_actors.contracts.cost import CostModel
+from rl_actors.contracts import Outcome
 from rl_actors.contracts.errors import InfrastructureError, TamperedError
-from rl_actors.contracts.reports import SuiteResult
+from rl_actors.contracts.reports import CostModel, SuiteResult
 from rl_actors.contracts.rollouts import Rollout
-from rl_actors.contracts.tasks import Outcome
 from rl_actors.evaluation.suites import Suite, compare, suite_result
 from tests.rl_actors.fakes import BAD, GOOD, make_rollout, make_task
 

@@ -13,8 +13,7 @@ from typing import Any
 import httpx
 
 from rl_actors.agent.executor import Toolset
-from rl_actors.agent.renderers.harmony import HarmonyRenderer
-from rl_actors.agent.renderers.tokenizer import train_tokenizer
+from rl_actors.agent.renderers.harmony import HarmonyRenderer, train_tokenizer
 from rl_actors.contracts.errors import EngineError, InfrastructureError, TamperedError, ToolHostError
 from rl_actors.contracts.rollouts import Completion, SamplingParams, ToolResult
 from rl_actors.contracts.tasks import AgentLimits

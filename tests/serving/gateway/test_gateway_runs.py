@@ -13,10 +13,9 @@ import pytest
 
 from rl_actors.agent.executor import Toolset
 from rl_actors.agent.rollout import RolloutPorts, run_rollout
-from rl_actors.contracts.cost import CostModel
+from rl_actors.contracts import Outcome, RolloutRequest, Task
 from rl_actors.contracts.errors import EngineError
-from rl_actors.contracts.reports import SuiteResult
-from rl_actors.contracts.tasks import Outcome, RolloutRequest, Task
+from rl_actors.contracts.reports import CostModel, SuiteResult
 from rl_actors.evaluation.suites import Suite, suite_result
 from serving.gateway.answer import UNREAD
 from serving.store.served import ApiLimits
@@ -78,7 +77,7 @@ class TestCost:
             workflow=self.Workflow(),  # type: ignore[arg-type]
             renderer=renderer(),
             toolset=Toolset(TOOLS),
-            hosts=self.Worlds(),  # type: ignore[arg-type]
+            sandbox=self.Worlds(),  # type: ignore[arg-type]
             generate=ScriptedEngine(script),
             limits=rig.ports.config.limits,
         )

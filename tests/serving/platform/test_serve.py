@@ -427,7 +427,7 @@ class TestServePolicies:
         config = replace(make_config(tmp_path), engine_timeout_s=timeout_s)
         ServedPolicies(config.files.served).add(make_policy())
         monkeypatch.setattr(gateway_module.serve, "get_app_handle", lambda name: FakeHandle(answer))
-        monkeypatch.setattr(gateway_module.HarmonyRenderer, "from_directory", lambda path: renderer())
+        monkeypatch.setattr(gateway_module, "renderer_of", lambda path: renderer())
         return ServePolicies(config)
 
     def test_loads_a_version_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from rl_actors.contracts.errors import BadInputError, EngineError, InfrastructureError, StageRefusedError
-from rl_actors.durable.chained_log import ChainedLog
-from rl_actors.durable.files import file_lock
+from rl_actors.durable.files import ChainedLog, file_lock
 from serving.contracts.release import (
     Canary,
     Drilling,

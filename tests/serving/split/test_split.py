@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from rl_actors.contracts.errors import BadInputError, InfrastructureError, StageRefusedError, TamperedError
-from rl_actors.durable.chained_log import ChainedLog
-from rl_actors.durable.files import append_row, file_lock, read_rows, write_atomic
+from rl_actors.durable.files import ChainedLog, append_row, file_lock, read_rows, write_atomic
 from serving.contracts.release import SplitRecord
 from serving.split.record import BLOCK, SplitStore, route, slot_position
 from tests.serving.fakes import START, Killed

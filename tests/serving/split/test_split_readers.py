@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_actors.contracts.errors import InfrastructureError, StageRefusedError, TamperedError
-from rl_actors.durable.chained_log import ChainedLog
-from rl_actors.durable.files import append_row, file_lock, read_rows, write_atomic
+from rl_actors.durable.files import ChainedLog, append_row, file_lock, read_rows, write_atomic
 from serving.contracts.release import SplitRecord
 from serving.split.record import SplitStore, route, slot_position
 from serving.split.watch import SplitWatcher, acknowledged_epoch, is_live, read_acks

@@ -60,7 +60,7 @@ class TestPolicyThatCannotBeLoaded:
         ServedPolicies(config.files.served).add(make_policy())
         handle = SimpleNamespace(generate=SimpleNamespace(remote=None))
         monkeypatch.setattr(gateway_module.serve, "get_app_handle", lambda name: handle)
-        monkeypatch.setattr(gateway_module.HarmonyRenderer, "from_directory", load)
+        monkeypatch.setattr(gateway_module, "renderer_of", load)
         return ServePolicies(config)
 
     @pytest.mark.parametrize("error", [OSError("no such directory"), ValueError("no tokenizer in it")])

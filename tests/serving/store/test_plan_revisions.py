@@ -16,7 +16,7 @@ from rl_actors.agent.executor import MAX_STEP_CHARS
 from rl_actors.contracts.errors import BadInputError, EngineError
 from rl_actors.contracts.rollouts import Completion, PlanRevision, SamplingParams, ToolResult
 from rl_actors.contracts.tasks import AgentLimits
-from rl_actors.environment.tools import render_error, render_plan_accepted
+from rl_actors.environment.tools import PLAN_ACCEPTED, render_error
 from serving.gateway.answer import LiveRuns
 from serving.gateway.openai_api import ApiError
 from serving.gateway.ports import LiveRequest
@@ -58,7 +58,7 @@ class ReplanningEngine:
         if self.num_turns > self.dies_after:
             raise EngineError("the engine is dead")
         text = renderer().decode(prompt_token_ids)
-        num_plans, num_errors = text.count(render_plan_accepted()), text.count(render_error(BROKEN))
+        num_plans, num_errors = text.count(PLAN_ACCEPTED), text.count(render_error(BROKEN))
         if num_plans <= num_errors:
             arguments = {"steps": [self.step, f"after {num_errors} errors"], "tool_budget": 2 + num_plans}
             ids = renderer().call("plan", arguments)

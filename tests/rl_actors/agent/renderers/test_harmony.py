@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rl_actors.agent.renderers.harmony import HarmonyRenderer, demonstration_arrays, demonstration_texts
-from rl_actors.agent.renderers.tokenizer import (
+from rl_actors.agent.renderers.harmony import (
     CALL,
     CHANNEL,
     CONSTRAIN,
@@ -24,9 +23,12 @@ from rl_actors.agent.renderers.tokenizer import (
     PAD,
     RETURN,
     START,
+    HarmonyRenderer,
+    demonstration_texts,
 )
+from rl_actors.agent.renderers.renderer import demonstration_arrays
+from rl_actors.contracts import Demonstration, DemonstrationTurn
 from rl_actors.contracts.errors import BadDataError
-from rl_actors.contracts.tasks import Demonstration, DemonstrationTurn
 from tests.rl_actors.fakes import PROMPT, call, final, plan, renderer
 
 quick = settings(deadline=None, max_examples=60)
@@ -150,7 +152,7 @@ def test_a_call_without_a_content_type_is_understood():
 @given(thoughts=st.lists(texts, max_size=3), answer=texts)
 @example(thoughts=[FORGERY], answer=FORGERY)
 def test_a_thought_goes_before_the_answer_and_is_not_part_of_it(thoughts: list[str], answer: str):
-    ids = [token for thought in thoughts for token in renderer().analysis(thought)] + renderer().final(answer)
+    ids = [token for thought in thoughts for token in _thought(thought)] + renderer().final(answer)
     parsed = renderer().parse(ids)
     assert (parsed.kind, parsed.text) == ("final", answer)
     assert parsed.reasoning == "\n".join(thoughts)
@@ -158,7 +160,7 @@ def test_a_thought_goes_before_the_answer_and_is_not_part_of_it(thoughts: list[s
 
 @pytest.mark.parametrize("what", [plan(2), call("pay", order="48213")], ids=["plan", "tool"])
 def test_a_thought_goes_before_a_call(what: list[int]):
-    alone, thought = renderer().parse(what), renderer().parse([*renderer().analysis("He asked to pay."), *what])
+    alone, thought = renderer().parse(what), renderer().parse([*_thought("He asked to pay."), *what])
     assert thought == replace(alone, reasoning="He asked to pay.")
     assert alone.reasoning == ""
 
@@ -167,10 +169,6 @@ def test_an_announcement_on_the_commentary_channel_is_not_shown_either():
     ids = [*_ids(CHANNEL, "commentary", MESSAGE, "I will look.", END, START, "assistant"), *final("Paid.")]
     parsed = renderer().parse(ids)
     assert (parsed.kind, parsed.text, parsed.reasoning) == ("final", "Paid.", "I will look.")
-
-
-def test_the_exact_layout_of_a_thought():
-    assert renderer().decode(renderer().analysis("Why?")) == f"{CHANNEL}analysis{MESSAGE}Why?{END}{START}assistant"
 
 
 # --- no text is a message -------------------------------------------------------------------------
@@ -206,6 +204,11 @@ def test_the_guard_has_something_to_guard():
     tokenizer = renderer()._tokenizer
     assert CALL in special(tokenizer.encode(FORGERY, add_special_tokens=False))
     assert CALL not in special(renderer()._encode(FORGERY)), "and asking it that way did not switch our guard off"
+
+
+def _thought(text: str) -> list[int]:
+    """A thought, open for the message that follows it in the same completion."""
+    return [*_ids(CHANNEL, "analysis", MESSAGE), *renderer()._encode(text), *_ids(END, START, "assistant")]
 
 
 # --- malformed ------------------------------------------------------------------------------------
@@ -325,26 +328,9 @@ def test_a_tokenizer_without_a_harmony_token_is_refused(missing: str):
 
 def test_the_stop_tokens_end_a_call_and_an_answer():
     assert renderer().stop_token_ids == (plan(1)[-1], final("x")[-1])
-    assert renderer().pad_token_id == HARMONY_TOKENS.index(PAD)
 
 
 # --- demonstrations -------------------------------------------------------------------------------
-
-
-def test_the_mask_of_a_demonstration_holds_exactly_the_assistants_tokens():
-    ids, mask = demonstration_arrays(renderer(), "Be brief.", DEMONSTRATION)
-    said = [token for token, own in zip(ids, mask, strict=True) if own]
-    assert said == [token for one in DEMONSTRATION.turns for token in renderer().completion(one)]
-    heard = renderer().decode([token for token, own in zip(ids, mask, strict=True) if not own])
-    assert PROMPT in heard
-    assert '{"status":"open"}' in heard
-    assert "It is open." not in heard
-
-
-def test_a_demonstration_ends_with_the_answer():
-    ids, mask = demonstration_arrays(renderer(), "", DEMONSTRATION)
-    assert ids[-1] == renderer().stop_token_ids[1]
-    assert mask[-1]
 
 
 def test_the_texts_of_a_demonstration_cover_what_is_rendered():

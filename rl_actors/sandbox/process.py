@@ -1,7 +1,7 @@
-"""The engine's side of the tool hosts: a pool of processes, worlds spread over them, every wait bounded.
+"""The process sandbox: a pool of tool hosts, worlds spread over them, every wait bounded.
 
 A host that dies or hangs takes its open worlds with it: their callers get ToolHostError (infrastructure, never an
-observation) and the pool starts a fresh process. The sandbox plugs in here: `host_command` is the seam.
+observation) and the pool starts a fresh process.
 """
 
 from __future__ import annotations
@@ -17,42 +17,38 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final, Self
 
 from rl_actors.contracts import ToolHostError, ToolResult
 
-SANDBOX_LEVEL = "process"  # a process of its own with limits; no namespace or seccomp filter yet
-
-
-_MAX_LINE = 1 << 22
-
-
-_KEPT_VARIABLES = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "SEATRIAL_WORKFLOWS")
+_MAX_LINE: Final = 1 << 22
+_KEPT_VARIABLES: Final = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "SEATRIAL_WORKFLOWS")
 
 
 def host_command(module: str) -> list[str]:
-    """Return the command that starts one tool host; a sandbox wraps this. `-P`: no module of the working directory."""
+    """Return the command that starts one tool host."""
+    # -P: no module of the working directory is imported, or whoever can write there runs code with our rights.
     return [sys.executable, "-P", "-m", "rl_actors.sandbox.tool_host", module]
 
 
 def host_environment() -> dict[str, str]:
-    """Return the environment of a tool host: no secret of ours is in it."""
+    """Return the environment of a tool host."""
+    # Named, not inherited: keys and tokens of ours must not reach a tool. Seed 0: sets iterate alike in every host.
     kept = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     return {**kept, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "PYTHONHASHSEED": "0"}
 
 
 class ToolHostProcess:
-    """One host process, the leader of its own session, in a directory of its own; and the replies it owes."""
+    """One host process and the replies it owes; its `directory` goes with it."""
 
     def __init__(self, process: asyncio.subprocess.Process, directory: str) -> None:
-        """Start reading replies; `directory` goes with the process."""
         self._process, self._directory = process, directory
         self._owed: dict[int, asyncio.Future[Any]] = {}
         self._ids = itertools.count()
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, command: Sequence[str]) -> ToolHostProcess:
+    async def start(cls, command: Sequence[str]) -> Self:
         """Spawn the process with no inherited descriptor, in a directory that nobody else can write."""
         directory = tempfile.mkdtemp(prefix="seatrial-tools-")
         try:
@@ -63,7 +59,7 @@ class ToolHostProcess:
                 cwd=directory,
                 env=host_environment(),
                 close_fds=True,
-                start_new_session=True,
+                start_new_session=True,  # a signal to our group spares it, and killing its group ends its children
                 limit=_MAX_LINE,
             )
         except BaseException:
@@ -100,7 +96,7 @@ class ToolHostProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     async def close(self) -> None:
-        """Kill and wait."""
+        """End the process and wait until it is gone."""
         self.kill()
         await self._process.wait()
         await asyncio.gather(self._reader, return_exceptions=True)
@@ -111,9 +107,10 @@ class ToolHostProcess:
         self._process.stdin.write(json.dumps(message, separators=(",", ":")).encode() + b"\n")
 
     async def _read(self) -> None:
-        """Settle replies until the output ends, or a line is too long or no JSON: then nothing after it counts."""
+        """Settle replies until the output ends."""
         assert self._process.stdout is not None
         try:
+            # Too long a line, or no JSON: half a reply cannot be resynchronised, so nothing after it counts.
             with suppress(ValueError):
                 while line := await self._process.stdout.readline():
                     self._settle(json.loads(line))
@@ -126,7 +123,7 @@ class ToolHostProcess:
 
     def _settle(self, message: Mapping[str, Any]) -> None:
         reply = self._owed.get(message["id"])
-        if reply is None or reply.done():
+        if reply is None or reply.done():  # late: its caller was cancelled or has given up
             return
         if "failure" in message:
             reply.set_exception(ToolHostError(f"tool host failed: {message['failure']}"))
@@ -134,55 +131,55 @@ class ToolHostProcess:
             reply.set_result(message["value"])
 
 
-class OpenWorld:
-    """One open world: calls, final state, close. Also an async context manager."""
+class ProcessWorld:
+    """One world in a host process; `wait_s` bounds everything but a tool's own limit."""
 
     def __init__(self, host: ToolHostProcess, world_id: int, wait_s: float, clock: Callable[[], float]) -> None:
-        """Remember where the world lives; `wait_s` bounds everything but a tool's own limit."""
         self._host, self._world_id, self._wait_s, self._clock = host, world_id, wait_s, clock
 
     async def call(self, tool: str, arguments: Mapping[str, Any]) -> ToolResult:
         """Run one tool that the executor has already approved."""
         started = self._clock()
-        value = await self._host.request(
-            self._wait_s, op="call", world_id=self._world_id, tool=tool, arguments=dict(arguments)
-        )
+        value = await self._request("call", tool=tool, arguments=dict(arguments))
         duration_ms = (self._clock() - started) * 1000.0
         return ToolResult(content=value["content"], error=value["error"], duration_ms=duration_ms)
 
     async def read_state(self, selector: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the rows that decide the outcome."""
-        return await self._host.request(self._wait_s, op="read_state", world_id=self._world_id, selector=dict(selector))
+        return await self._request("read_state", selector=dict(selector))
 
-    async def __aenter__(self) -> OpenWorld:
-        """Return the world itself."""
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        """Close the world; a dead host has already forgotten it."""
-        with suppress(ToolHostError):
-            await self._host.request(self._wait_s, op="close", world_id=self._world_id)
+        with suppress(ToolHostError):  # a dead host has already forgotten it
+            await self._request("close")
+
+    async def _request(self, op: str, **fields: Any) -> Any:
+        return await self._host.request(self._wait_s, op=op, world_id=self._world_id, **fields)
 
 
-class ToolHostPool:
+class ProcessSandbox:
     """A few tool hosts of one workflow; worlds go to them in turn."""
+
+    level = "process"  # a process of its own with limits; no namespace or seccomp filter yet
 
     def __init__(
         self, module: str, *, num_hosts: int, wait_s: float = 30.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Start nothing yet: hosts start at first use, on the caller's event loop."""
+        # Hosts start at first use: before that there may be no event loop to read them on.
         self._command = host_command(module)
         self._hosts: list[ToolHostProcess | None] = [None] * num_hosts
         self._locks = [asyncio.Lock() for _ in range(num_hosts)]
         self._ids = itertools.count()
         self._wait_s, self._clock = wait_s, clock
 
-    async def open(self, world: Mapping[str, Any]) -> OpenWorld:
+    async def open(self, world: Mapping[str, Any]) -> ProcessWorld:
         """Open a world on the next host, starting or replacing the host when needed."""
         world_id = next(self._ids)
-        host = await self._host(world_id % len(self._hosts))
+        host = await self._running_host(world_id % len(self._hosts))
         await host.request(self._wait_s, op="open", world_id=world_id, world=dict(world))
-        return OpenWorld(host, world_id, self._wait_s, self._clock)
+        return ProcessWorld(host, world_id, self._wait_s, self._clock)
 
     async def close(self) -> None:
         """Stop every host."""
@@ -191,8 +188,8 @@ class ToolHostPool:
                 await host.close()
         self._hosts = [None] * len(self._hosts)
 
-    async def _host(self, index: int) -> ToolHostProcess:
-        async with self._locks[index]:
+    async def _running_host(self, index: int) -> ToolHostProcess:
+        async with self._locks[index]:  # two worlds opened at once must not start two processes for one place
             host = self._hosts[index]
             if host is None or not host.alive:
                 host = await ToolHostProcess.start(self._command)

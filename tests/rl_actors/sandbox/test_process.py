@@ -1,4 +1,4 @@
-"""The tool client against real processes: hangs, deaths, secrets and descriptors."""
+"""The process sandbox against real processes: hangs, deaths, secrets and descriptors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from typing import Any
 import pytest
 
 from rl_actors.contracts.errors import ToolHostError
-from rl_actors.sandbox.tool_client import OpenWorld, ToolHostPool, ToolHostProcess, host_command, host_environment
+from rl_actors.sandbox.process import ProcessSandbox, ProcessWorld, ToolHostProcess, host_command, host_environment
 from rl_actors.sandbox.tool_host import MEMORY_LIMIT_BYTES
 
 MODULE = "tests.rl_actors.sandbox.strange_world"
 WAIT_S = 30.0
-Test = Callable[[ToolHostPool], Awaitable[Any]]
+Test = Callable[[ProcessSandbox], Awaitable[Any]]
 
 
 def with_pool(test: Test, *, num_hosts: int = 1, wait_s: float = WAIT_S) -> Any:
     """Run a test on a pool of real hosts and stop them."""
 
     async def run() -> Any:
-        pool = ToolHostPool(MODULE, num_hosts=num_hosts, wait_s=wait_s)
+        pool = ProcessSandbox(MODULE, num_hosts=num_hosts, wait_s=wait_s)
         try:
             return await test(pool)
         finally:
@@ -38,14 +38,14 @@ def with_pool(test: Test, *, num_hosts: int = 1, wait_s: float = WAIT_S) -> Any:
     return asyncio.run(run())
 
 
-async def ask(world: OpenWorld, tool: str, **arguments: Any) -> Any:
+async def ask(world: ProcessWorld, tool: str, **arguments: Any) -> Any:
     """Call a tool that must succeed; returns its JSON value."""
     result = await world.call(tool, arguments)
     assert result.error == "", result
     return json.loads(result.content)
 
 
-async def pid_of(world: OpenWorld) -> int:
+async def pid_of(world: ProcessWorld) -> int:
     return int((await ask(world, "whereabouts"))["pid"])
 
 
@@ -61,7 +61,7 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_world_is_opened_used_read_and_closed():
-    async def test(pool: ToolHostPool) -> None:
+    async def test(pool: ProcessSandbox) -> None:
         async with await pool.open({"said": ["first"]}) as world:
             result = await world.call("echo", {"text": "é\n"})
             assert (result.content, result.error) == ('{"text":"é\\n"}', "")
@@ -75,7 +75,7 @@ def test_a_world_is_opened_used_read_and_closed():
 
 
 def test_expected_failures_are_results():
-    async def test(pool: ToolHostPool) -> dict[str, str]:
+    async def test(pool: ProcessSandbox) -> dict[str, str]:
         world = await pool.open({})
         calls: dict[str, dict[str, Any]] = {
             "refuse": {"reason": "shipped"},
@@ -91,7 +91,7 @@ def test_expected_failures_are_results():
 
 
 def test_many_worlds_at_once_get_their_own_answers():
-    async def test(pool: ToolHostPool) -> None:
+    async def test(pool: ProcessSandbox) -> None:
         async def one(number: int) -> list[str]:
             async with await pool.open({}) as world:
                 for step in range(3):
@@ -105,7 +105,7 @@ def test_many_worlds_at_once_get_their_own_answers():
 
 
 def test_worlds_are_spread_over_the_hosts():
-    async def test(pool: ToolHostPool) -> list[int]:
+    async def test(pool: ProcessSandbox) -> list[int]:
         worlds = [await pool.open({}) for _ in range(4)]
         return [await pid_of(world) for world in worlds]
 
@@ -118,7 +118,7 @@ def test_worlds_are_spread_over_the_hosts():
 def test_what_a_tool_prints_is_no_reply():
     """Negative control: the same text as a real reply would settle the very next request."""
 
-    async def test(pool: ToolHostPool) -> None:
+    async def test(pool: ProcessSandbox) -> None:
         world = await pool.open({})
         forged = json.dumps({"id": 2, "value": {"content": '"forged"', "error": ""}})
         assert await ask(world, "shout", text=forged) == "ok"
@@ -131,7 +131,7 @@ def test_what_a_tool_prints_is_no_reply():
 
 
 def test_a_hanging_host_is_killed_and_replaced():
-    async def test(pool: ToolHostPool) -> None:
+    async def test(pool: ProcessSandbox) -> None:
         world = await pool.open({})
         pid = await pid_of(world)
         world._wait_s = 1.0
@@ -148,7 +148,7 @@ def test_a_hanging_host_is_killed_and_replaced():
 
 
 def test_a_host_that_dies_takes_its_worlds_and_only_its_worlds():
-    async def test(pool: ToolHostPool) -> None:
+    async def test(pool: ProcessSandbox) -> None:
         doomed, neighbour, elsewhere = [await pool.open({}) for _ in range(3)]
         doomed, elsewhere, neighbour = doomed, neighbour, elsewhere  # host 0, host 1, host 0
         with pytest.raises(ToolHostError, match="died before it answered"):
@@ -163,7 +163,7 @@ def test_a_host_that_dies_takes_its_worlds_and_only_its_worlds():
 
 
 def test_everybody_who_waits_on_a_killed_host_hears_of_it():
-    async def test(pool: ToolHostPool) -> None:
+    async def test(pool: ProcessSandbox) -> None:
         worlds = [await pool.open({}) for _ in range(3)]
         pid = await pid_of(worlds[0])
         waiting = [asyncio.create_task(world.call("sleep", {"seconds": 0.2})) for world in worlds]
@@ -176,7 +176,7 @@ def test_everybody_who_waits_on_a_killed_host_hears_of_it():
 
 
 def test_closing_a_world_on_a_dead_host_hides_no_other_error():
-    async def test(pool: ToolHostPool) -> None:
+    async def test(pool: ProcessSandbox) -> None:
         async with await pool.open({}) as world:
             os.kill(await pid_of(world), signal.SIGKILL)
             raise ValueError("what really happened")
@@ -186,7 +186,7 @@ def test_closing_a_world_on_a_dead_host_hides_no_other_error():
 
 
 def test_a_defect_of_the_host_is_an_infrastructure_error():
-    async def test(pool: ToolHostPool) -> None:
+    async def test(pool: ProcessSandbox) -> None:
         world = await pool.open({})
         with pytest.raises(ToolHostError, match="RuntimeError: a defect of the tool"):
             await world.call("crash", {})
@@ -200,7 +200,7 @@ def test_a_defect_of_the_host_is_an_infrastructure_error():
 def test_a_reply_too_long_for_the_pipe_ends_that_host():
     """Half a reply cannot be resynchronised; a process left behind would never end."""
 
-    async def test(pool: ToolHostPool) -> None:
+    async def test(pool: ProcessSandbox) -> None:
         world = await pool.open({})
         pid = await pid_of(world)
         with pytest.raises(ToolHostError):
@@ -217,7 +217,7 @@ def test_a_reply_too_long_for_the_pipe_ends_that_host():
 
 
 def test_a_late_reply_is_dropped_and_the_next_one_is_right():
-    async def test(pool: ToolHostPool) -> None:
+    async def test(pool: ProcessSandbox) -> None:
         world = await pool.open({})
         late = asyncio.create_task(world.call("sleep", {"seconds": 0.15}))
         await asyncio.sleep(0.05)
@@ -231,7 +231,7 @@ def test_a_late_reply_is_dropped_and_the_next_one_is_right():
 
 def test_a_module_that_does_not_exist_is_an_infrastructure_error():
     async def test() -> None:
-        pool = ToolHostPool("tests.rl_actors.agent.no_such_world", num_hosts=1, wait_s=WAIT_S)
+        pool = ProcessSandbox("tests.rl_actors.agent.no_such_world", num_hosts=1, wait_s=WAIT_S)
         with pytest.raises(ToolHostError, match="died"):
             await pool.open({})
         await pool.close()
@@ -277,7 +277,7 @@ def test_no_secret_of_ours_reaches_a_tool(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SEATRIAL_WORKFLOWS", "/flows")
 
-    async def test(pool: ToolHostPool) -> dict[str, str]:
+    async def test(pool: ProcessSandbox) -> dict[str, str]:
         return await ask(await pool.open({}), "environment")
 
     seen = with_pool(test)
@@ -301,7 +301,7 @@ def test_no_descriptor_of_ours_reaches_a_tool(tmp_path: Path):
     secret = (tmp_path / "secret").open("w")
     os.set_inheritable(secret.fileno(), True)
 
-    async def test(pool: ToolHostPool) -> list[str]:
+    async def test(pool: ProcessSandbox) -> list[str]:
         return await ask(await pool.open({}), "descriptors")
 
     with secret:
@@ -311,7 +311,7 @@ def test_no_descriptor_of_ours_reaches_a_tool(tmp_path: Path):
 
 
 def test_a_host_stands_apart():
-    async def test(pool: ToolHostPool) -> dict[str, Any]:
+    async def test(pool: ProcessSandbox) -> dict[str, Any]:
         return await ask(await pool.open({}), "whereabouts")
 
     seen = with_pool(test)
@@ -324,7 +324,7 @@ def test_a_host_stands_apart():
 def test_a_host_has_a_folder_that_nobody_else_can_write_and_runs_nothing_from_it():
     """In a shared folder such as /tmp anybody could put a `json.py`; it would run with the order desk's rights."""
 
-    async def test(pool: ToolHostPool) -> Path:
+    async def test(pool: ProcessSandbox) -> Path:
         folder = Path((await ask(await pool.open({}), "whereabouts"))["folder"])
         assert folder.stat().st_mode & 0o077 == 0
         return folder
@@ -352,7 +352,7 @@ def test_a_poisoned_module_beside_a_host_is_not_imported(tmp_path: Path, options
 
 
 def test_what_a_tool_started_ends_with_its_host():
-    async def test(pool: ToolHostPool) -> int:
+    async def test(pool: ProcessSandbox) -> int:
         return int((await ask(await pool.open({}), "start_child"))["pid"])
 
     child = with_pool(test)
@@ -360,3 +360,15 @@ def test_what_a_tool_started_ends_with_its_host():
     while is_running(child):
         assert time.monotonic() < deadline, "the child outlived its host"
         time.sleep(0.05)
+
+
+def test_the_level_is_the_kind_of_isolation_that_the_ledger_records():
+    assert ProcessSandbox.level == "process"
+
+
+def test_a_host_starts_without_anything_heavy():
+    """Every host pays for its imports in start-up time and in the memory that is left to its tools."""
+    probe = "import sys, rl_actors.sandbox.tool_host; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=True)
+    heavy = {"torch", "transformers", "tokenizers", "numpy", "scipy", "ray", "vllm", "pydantic", "jsonschema", "mlflow"}
+    assert not heavy & set(done.stdout.split())

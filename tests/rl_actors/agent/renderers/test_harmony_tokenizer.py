@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from rl_actors.agent.renderers.tokenizer import HARMONY_TOKENS, PAD, RETURN, train_tokenizer
+from rl_actors.agent.renderers.harmony import HARMONY_TOKENS, PAD, RETURN, train_tokenizer
 
 CORPUS = ["order 48213 is paid", "order 11 and order 12", '{"order":"48213","amount":"19.99"}'] * 3
 
