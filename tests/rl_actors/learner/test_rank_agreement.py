@@ -16,7 +16,8 @@ from rl_actors.actors.pools import share_by_group
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts.recipe import RECIPES
 from rl_actors.contracts.rollouts import TrainingSample
-from rl_actors.learner.update import PpoLearner, PpoSettings
+from rl_actors.learner.objective import PpoSettings
+from rl_actors.learner.update import PpoLearner
 from rl_actors.ports import free_port
 
 pytestmark = pytest.mark.slow
