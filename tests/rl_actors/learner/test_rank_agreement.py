@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from rl_actors.actors.learner_actor import LearnerRank, join_process_group
-from rl_actors.actors.pools import share_by_group
+from rl_actors.actors.learners import LearnerRank, join_process_group, share_by_group
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts.recipe import RECIPES
 from rl_actors.contracts.rollouts import TrainingSample
