@@ -44,6 +44,7 @@ def wait_for(references: Sequence[Any], *, timeout_s: float = START_TIMEOUT_S, w
         # Ray wraps an error once per border that it crossed.
         while isinstance(cause, RayTaskError) and isinstance(cause.cause, BaseException):
             cause = cause.cause
+        # Ours as itself: it has its own exit code and remedy.
         if isinstance(cause, SeatrialError):
             raise cause from error
         raise InfrastructureError(f"{what} failed: {one_line(cause)}{where}; {LOGS}") from error

@@ -100,6 +100,7 @@ class LearnerGroup:
         """Update on all ranks; each gets whole groups of about equal size and reports metrics of the whole batch."""
         shares = share_by_group(samples, len(self._ranks))
         calls = [actor.update.remote(share) for actor, share in zip(self._ranks, shares, strict=True)]
+        # The first speaks for all: metrics and decisions are merged over ranks before they return.
         update: LearnerUpdate = wait_for(calls, timeout_s=UPDATE_TIMEOUT_S, what="learners")[0]
         if update.restore_factor:
             self._restore(update)
@@ -140,6 +141,7 @@ class LearnerGroup:
         # The name comes last: a directory that has it is complete, whenever this process dies.
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
+        # Two, because a tripwire goes behind the newest when its weights are those that tripped.
         for old in complete_checkpoints(self._checkpoints)[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 

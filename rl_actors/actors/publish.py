@@ -68,16 +68,14 @@ class AttestedSync:
         """
         weights, expected = self._learners.weights(), self._learners.probe(self._probes)
         found = self._try(range(len(self._pool.workers)), weights, weights_version, expected)
-        failed = [rank for rank, result in found.items() if not self._is_attested(result)]
-        for rank in failed:
-            if isinstance(found[rank], InfrastructureError):
-                self._pool.restart(rank)
+        broken = [rank for rank, gap in found.items() if isinstance(gap, InfrastructureError)]
+        # Not `> tolerance`: a gap of NaN has failed too.
+        failed = [rank for rank, gap in found.items() if rank in broken or not gap <= self._tolerance]
+        for rank in broken:
+            self._pool.restart(rank)
         self.num_resyncs += len(failed)
         found |= self._try(failed, weights, weights_version, expected)
         return max(self._require(rank, result, weights_version) for rank, result in found.items())
-
-    def _is_attested(self, result: float | InfrastructureError) -> bool:
-        return not isinstance(result, InfrastructureError) and result <= self._tolerance
 
     def _try(
         self, ranks: Sequence[int], weights: Any, weights_version: int, expected: list[list[float]]

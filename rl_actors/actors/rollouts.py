@@ -95,6 +95,7 @@ class RolloutWorker:
     async def run(self, requests: Sequence[RolloutRequest], temperature: float) -> RolloutBatch:
         """Attempt every request; one that infrastructure broke is re-issued exactly once, then dropped and named."""
         first = await self._attempt(requests, temperature)
+        # Once more, because a lost one would otherwise thin out its group; not twice, because a broken engine stays so.
         failed = [request for request, result in zip(requests, first, strict=True) if isinstance(result, str)]
         second = await self._attempt(failed, temperature)
         finished = [result for result in (*first, *second) if not isinstance(result, str)]
@@ -161,6 +162,7 @@ class RolloutPool:
     def rollouts(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout]:
         """Attempt all requests; the result is ordered by request, with dropped ones left out."""
         count = len(self.workers)
+        # A group on one worker: its attempts begin alike, and share that engine's prefix cache.
         shares = [[r for r in requests if r.group_id % count == index] for index in range(count)]
         calls = [w.run.remote(share, temperature) for w, share in zip(self.workers, shares, strict=True) if share]
         batches: list[RolloutBatch] = wait_for(calls, timeout_s=self._timeout_s, what="rollout workers")
@@ -171,6 +173,7 @@ class RolloutPool:
 
     def close(self) -> None:
         """Stop the workers."""
+        # Tool hosts are processes of their own, which a kill alone would leave behind.
         close_actors(self.workers, graceful=True)
         self.workers = []
 

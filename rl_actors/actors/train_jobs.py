@@ -108,6 +108,7 @@ def _fit(
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=START_RETRIES),
         ),
     )
+    # The first rank appends a row a step: a file that does not grow is a job that stands still.
     metrics = Path(job.metrics)
     fit = start_in_thread(trainer.fit, name)
     if not wait_while_moving(fit, lambda: metrics.stat().st_size if metrics.exists() else 0, resources.max_silence_s):

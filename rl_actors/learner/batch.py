@@ -19,7 +19,12 @@ _NOTHING = torch.zeros(0)
 
 @dataclass(slots=True)
 class Microbatch:
-    """One forward pass: collated samples, and what old pass and advantages add; [B, T] unless a comment says so."""
+    """One forward pass: collated samples, and what the old pass and the advantages add to them, [B, T].
+
+    `correction` holds engine-learner weights, 0 where rejected, and `kept` the loss tokens that were not. Of other
+    shapes: `final_values` [B], the critic on the state after the last token, and `routes` [layers, B, T, K], the
+    experts of the old pass, with the share of them that the router would choose again.
+    """
 
     inputs: TrainingBatch
     old_logprobs: Tensor = _NOTHING
@@ -27,11 +32,11 @@ class Microbatch:
     values: Tensor = _NOTHING
     advantages: Tensor = _NOTHING
     returns: Tensor = _NOTHING
-    correction: Tensor = _NOTHING  # engine-learner weights, 0 where rejected
-    kept: Tensor = _NOTHING  # loss tokens that were not rejected
-    final_values: Tensor = _NOTHING  # [B], the critic on the state after the last token
-    routes: Tensor = _NOTHING  # [layers, B, T, K], experts of the old pass, for replay
-    route_agreement: float = 1.0  # share of those that the router would choose again
+    correction: Tensor = _NOTHING
+    kept: Tensor = _NOTHING
+    final_values: Tensor = _NOTHING
+    routes: Tensor = _NOTHING
+    route_agreement: float = 1.0
 
 
 Minibatch = list[Microbatch]

@@ -157,11 +157,10 @@ def gradient_norm(engine: Any, module: torch.nn.Module) -> float:
     from deepspeed.utils import safe_get_full_grad
 
     parameters = [p for p in module.parameters() if p.requires_grad]
-    if engine.zero_optimization_stage() > 0:
-        gradients = [gradient for p in parameters if (gradient := safe_get_full_grad(p)) is not None]
-    else:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    # Under ZeRO a gradient is not where autograd puts it: DeepSpeed keeps its own, in shards.
+    is_sharded = engine.zero_optimization_stage() > 0
+    gradients = [safe_get_full_grad(p) if is_sharded else p.grad for p in parameters]
+    return float(torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]))
 
 
 def scale_learning_rate(engine: Any, factor: float) -> None:

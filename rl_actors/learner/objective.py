@@ -23,6 +23,7 @@ from rl_actors.algorithms import (
     kl_estimate,
     kl_loss,
     masked_moments,
+    merge_metrics,
     moments_variance,
     overlong_penalty,
     policy_loss,
@@ -92,7 +93,11 @@ def shape_rewards(samples: Sequence[TrainingSample], recipe: Recipe) -> list[Tra
     advantages (or lose the mean of the group's other attempts, arXiv 2402.14740 eq. 8), truncated rollouts lose their
     loss tokens.
     """
-    kept = _drop_flat_groups([_penalise_overlong(sample, recipe) for sample in samples], recipe)
+    kept = list(samples)
+    if recipe.overlong_buffer:
+        kept = [_penalise_overlong(sample, recipe) for sample in kept]
+    if recipe.drop_flat_groups:
+        kept = _drop_flat_groups(kept)
     kind = recipe.advantages
     if kind == "gae" and recipe.group_baseline and _has_groups(kept):
         # Tasks differ far more than attempts at one task do, and after a few dozen steps the critic alone has not
@@ -108,17 +113,13 @@ def shape_rewards(samples: Sequence[TrainingSample], recipe: Recipe) -> list[Tra
 
 
 def _penalise_overlong(sample: TrainingSample, recipe: Recipe) -> TrainingSample:
-    if not recipe.overlong_buffer:
-        return sample
     length = torch.tensor(sum(sample.loss_mask))
     penalty = overlong_penalty(length, max_tokens=recipe.overlong_max, buffer_tokens=recipe.overlong_buffer)
     return replace(sample, reward=sample.reward + float(penalty))
 
 
-def _drop_flat_groups(samples: list[TrainingSample], recipe: Recipe) -> list[TrainingSample]:
+def _drop_flat_groups(samples: list[TrainingSample]) -> list[TrainingSample]:
     """Leave out groups whose attempts all had the same verified outcome; all stay where a rank would have nothing."""
-    if not recipe.drop_flat_groups:
-        return samples
     # By the outcome, not the reward: a reward model's score is never twice the same, and its noise is no signal.
     outcomes = torch.tensor([float(sample.succeeded) for sample in samples])
     has_signal = groups_with_signal(outcomes, _groups(samples)).tolist()
@@ -228,14 +229,8 @@ def microbatch_loss(
     if is_critic_warmup:
         loss = loss * 0.0  # it stays in the graph: its parameters take part in the reduction over ranks
     if recipe.has_critic:
-        value = value_loss(
-            outputs.values_BT,
-            batch.values,
-            batch.returns,
-            mask,
-            clip=recipe.value_clip,
-            num_loss_tokens=counts.num_loss_tokens,
-        )
+        values, total = outputs.values_BT, counts.num_loss_tokens
+        value = value_loss(values, batch.values, batch.returns, mask, clip=recipe.value_clip, num_loss_tokens=total)
         loss = loss + settings.value_coef * value.loss
         metrics["value_loss"] = float(value.loss.detach())
     if recipe.routing == "replay":
@@ -271,9 +266,25 @@ def correct_mismatch(batch: Microbatch, recipe: Recipe) -> None:
     batch.correction, batch.kept = found.weights_BT, found.mask_BT
 
 
+def mismatch_metrics(batches: Sequence[Microbatch], entropies_BT: Sequence[Tensor]) -> dict[str, float]:
+    """Return what is known of the whole batch before any step: engine-learner gap, entropy, KL to the reference.
+
+    Chi-squared is E[rho^2] - 1, the effective sample size E[rho]^2 / E[rho^2]. Nothing without an old pass.
+    """
+    if not entropies_BT:
+        return {}
+    counts = global_counts(batches)
+    parts = zip(batches, entropies_BT, strict=True)
+    merged = ranks.merge_ranks(merge_metrics([_mismatch_shares(batch, entropy, counts) for batch, entropy in parts]))
+    mean, square = merged.pop(_RHO), merged.pop(_RHO_SQUARE)
+    is_any = square > 0  # a batch without loss tokens has no gap
+    merged["mismatch_chi2"] = square - 1.0 if is_any else 0.0
+    merged["mismatch_ess_fraction"] = mean * mean / square if is_any else 1.0
+    return merged
+
+
 @torch.no_grad()
-def mismatch_shares(batch: Microbatch, entropy_BT: Tensor, counts: GlobalCounts) -> dict[str, float]:
-    """Return this microbatch's share of what is known before any step: engine-learner gap, entropy, KL to reference."""
+def _mismatch_shares(batch: Microbatch, entropy_BT: Tensor, counts: GlobalCounts) -> dict[str, float]:
     mask = batch.inputs.loss_mask_BT
     delta = zero_masked(batch.old_logprobs, mask) - zero_masked(batch.inputs.rollout_logprobs_BT, mask)
     rho = delta.clamp(-MAX_ABS_LOG_RATIO, MAX_ABS_LOG_RATIO).exp()
@@ -289,16 +300,6 @@ def mismatch_shares(batch: Microbatch, entropy_BT: Tensor, counts: GlobalCounts)
     }
     shares = {name: token_share(x, mask, counts.num_loss_tokens) for name, x in means.items()}
     return to_floats(shares | {"mismatch_abs_max": delta.abs().max()})
-
-
-def mismatch_metrics(merged: Mapping[str, float]) -> dict[str, float]:
-    """Turn merged shares into metrics: chi-squared is E[rho^2] - 1, effective sample size E[rho]^2 / E[rho^2]."""
-    metrics = {name: value for name, value in merged.items() if name not in (_RHO, _RHO_SQUARE)}
-    mean, square = merged[_RHO], merged[_RHO_SQUARE]
-    is_any = square > 0  # a batch without loss tokens has no gap
-    metrics["mismatch_chi2"] = square - 1.0 if is_any else 0.0
-    metrics["mismatch_ess_fraction"] = mean * mean / square if is_any else 1.0
-    return metrics
 
 
 def update_summary(

@@ -42,7 +42,6 @@ from rl_actors.learner.objective import (
     kept_fraction,
     microbatch_loss,
     mismatch_metrics,
-    mismatch_shares,
     shape_rewards,
     update_summary,
 )
@@ -99,12 +98,10 @@ class LearnerModels:
 
     def place_reference(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Put a reference of its own beside the policy, and its weights into the policy's precision."""
-        if self._reference is None:
-            return
-        self._reference.to(device)
-        # Buffers keep theirs, as the policy's do: rotary frequencies in bfloat16 would be other positions.
-        for parameter in self._reference.parameters():
-            parameter.data = parameter.data.to(dtype)
+        if self._reference is not None:
+            # Buffers keep theirs, as the policy's do: rotary frequencies in bfloat16 would be other positions.
+            for parameter in self._reference.to(device).parameters():
+                parameter.data = parameter.data.to(dtype)
 
     def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
         """Return log p of each loss token under the frozen reference, [B, T] in nats; call it without gradients."""
@@ -319,7 +316,7 @@ class PpoLearner:
             batch.final_values = outputs.final_values_B
             correct_mismatch(batch, s.recipe)
             entropies.append(outputs.entropy_BT)
-        return _merge_mismatch(batches, entropies)
+        return mismatch_metrics(batches, entropies)
 
     def _epochs(
         self, parts: Sequence[Minibatch], seen: Mapping[str, float]
@@ -358,8 +355,8 @@ class PpoLearner:
             return loss * ranks.num_ranks()  # DeepSpeed averages gradients over ranks; the shares must add up
 
         norm = accumulate(self._engine, part, loss_of)
-        metrics = ranks.merge_ranks(merge_metrics(shares)) | {"grad_norm": norm}
-        return _merge_mismatch(part, entropies) | metrics
+        metrics = ranks.merge_ranks(merge_metrics(shares))
+        return mismatch_metrics(part, entropies) | metrics | {"grad_norm": norm}
 
     def _act(self, decision: StabilityDecision, grad_norm: float) -> bool:
         """Step or discard; returns False when this update is over. Raises InstabilityError when the run is."""
@@ -382,15 +379,6 @@ class PpoLearner:
         self._num_checked += has_gradient
         if has_gradient and self._num_checked == num_due:
             require_moved(self._before, fingerprints(policy), trainable=list(self._models.trainable()))
-
-
-def _merge_mismatch(batches: Sequence[Microbatch], entropies: Sequence[Tensor]) -> dict[str, float]:
-    """Return the engine-learner gap, entropy and KL of the whole batch; nothing where there was no old pass."""
-    if not entropies:
-        return {}
-    counts = global_counts(batches)
-    shares = [mismatch_shares(batch, entropy, counts) for batch, entropy in zip(batches, entropies, strict=True)]
-    return mismatch_metrics(ranks.merge_ranks(merge_metrics(shares)))
 
 
 def _build_engine(models: LearnerModels, settings: PpoSettings) -> Any:

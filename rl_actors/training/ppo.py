@@ -56,6 +56,7 @@ class DivergenceWatch:
         self._steps.append((critic, [float(rollout.outcome.success) for rollout in rollouts]))
         if len(self._steps) > 2 * WINDOW_STEPS:
             del self._steps[WINDOW_STEPS]  # between the two windows
+        # Windows that overlap would compare steps with themselves.
         if len(self._steps) < 2 * WINDOW_STEPS:
             return 0.0
         early, late = self._steps[:WINDOW_STEPS], self._steps[-WINDOW_STEPS:]
@@ -142,6 +143,7 @@ def requests_for_step(
         position = (resample_round * plan.num_steps + step) * plan.tasks_per_step + offset
         task = tasks[position % len(tasks)]
         for attempt in range(plan.rollouts_per_task):
+            # A seed of its own for each attempt of a run; 7919 is a prime, so that runs of near seeds share none.
             seed = (plan.seed * 7919 + position) * plan.rollouts_per_task + attempt
             requests.append(RolloutRequest(task=task, group_id=offset, seed=seed))
     return requests
@@ -176,7 +178,7 @@ def run_ppo(
         first, *others = (requests_for_step(tasks, plan, step, n) for n in range(plan.resample_rounds + 1))
         try:
             metrics = run_step(first, ports, step, plan.temperature, watch, others)
-            ports.report(step + 1, metrics)
+            ports.report(step + 1, metrics)  # first, so that the row which ends a run is written
             require_stable(metrics, limits)
         except InstabilityError as error:
             # A step that is stopped half-way has no metrics: without this nothing would say what ended the run.
@@ -203,6 +205,7 @@ def run_step(
     seconds: dict[str, float] = {}
     with _timed(seconds, "generate_s", ports.clock):
         rollouts, num_resampled = sample_groups(requests, others, ports.source, temperature)
+    # Before anything is scored: nothing that other weights sampled may reach the learner.
     require_attested_rollouts(rollouts, weights_version)
     with _timed(seconds, "score_s", ports.clock):
         scores = ports.scorer.score(rollouts)
@@ -292,6 +295,7 @@ def require_stable(metrics: Mapping[str, float], limits: StabilityLimits) -> Non
 
 def summarise(rollouts: Sequence[Rollout], scores: Sequence[Score], seconds: Mapping[str, float]) -> dict[str, float]:
     """Return the step's means: reward, success, violations, tool errors, tokens per second."""
+    # Not empty: a pool that lost more than a quarter of them has already ended the run.
     count = len(rollouts)
     tokens = sum(rollout.tokens_out for rollout in rollouts)
     calls = sum(rollout.tool_calls_count for rollout in rollouts)

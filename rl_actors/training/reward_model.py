@@ -71,6 +71,7 @@ def train_reward_model(
     num_steps = settings.epochs * num_batches
     order: list[PreferencePair] = []
     for step in range(num_steps):
+        # The rest of an epoch's order is left out: a smaller last batch would weigh its pairs more.
         if step % num_batches == 0:
             order = rng.sample(list(pairs), len(pairs))
         start = (step % num_batches) * settings.batch_pairs
@@ -101,6 +102,7 @@ def pair_microbatches(pairs: Sequence[PreferencePair], max_tokens: int) -> list[
     """Group pairs of similar length so that a padded group holds at most `max_tokens` tokens, one pair at the least."""
     groups: list[list[PreferencePair]] = [[]]
     for pair in sorted(pairs, key=_pair_length):
+        # Sorted: this pair is the longest so far, and all runs of the group are padded to it.
         if groups[-1] and 2 * (len(groups[-1]) + 1) * _pair_length(pair) > max_tokens:
             groups.append([])
         groups[-1].append(pair)
@@ -123,6 +125,7 @@ def pair_loss(
     preference = torch.tensor([pair.preference for pair in batch], device=device)
     loss = bradley_terry_loss(margin, preference).loss
     loss = loss + rubric_weight * rubric_loss(rubric, targets, kind="regression").loss
+    # A tie has no right order; where all are ties the mean would be NaN, and a half is what chance gives.
     decided = preference != 0.5
     accuracy = ((margin > 0) == (preference > 0.5))[decided].float().mean()
     return loss, float(accuracy) if bool(decided.any()) else 0.5

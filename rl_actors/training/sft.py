@@ -49,6 +49,7 @@ class Example:
 
 def copy_drill(rng: random.Random, number_ids: Sequence[int], other_ids: Sequence[int]) -> Example:
     """Return one drill of about 50 tokens; the loss is on what is repeated: numbers, or any other tokens."""
+    # Half of them over other tokens: the model is to learn copying, not which tokens are numbers.
     pool = number_ids if rng.random() < 0.5 else other_ids
     numbers = [[rng.choice(pool) for _ in range(rng.choice((2, 3)))] for _ in range(rng.randint(2, 4))]
     markers = rng.sample(list(other_ids), len(numbers))
@@ -84,6 +85,7 @@ def batches_by_tokens(examples: Sequence[Example], batch_tokens: int, rng: rando
     shuffled = list(examples)
     rng.shuffle(shuffled)  # before a stable sort: those of equal length meet others in each epoch
     ordered = sorted(shuffled, key=lambda example: len(example.token_ids))
+    # Neighbours in length share a batch: what is padding is computed all the same.
     batches: list[list[Example]] = [[]]
     for example in ordered:
         if batches[-1] and (len(batches[-1]) + 1) * len(example.token_ids) > batch_tokens:
@@ -105,6 +107,7 @@ def cross_entropy(model: Any, examples: Sequence[Example], device: torch.device)
     ids, attention, mask = pad(examples, device)
     logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
     targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+    # In float32: bfloat16 logits would round the loss. A sum, because the mean is over all ranks.
     total = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
     )
