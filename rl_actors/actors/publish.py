@@ -68,9 +68,10 @@ class AttestedSync:
         """
         weights, expected = self._learners.weights(), self._learners.probe(self._probes)
         found = self._try(range(len(self._pool.workers)), weights, weights_version, expected)
-        broken = [rank for rank, gap in found.items() if isinstance(gap, InfrastructureError)]
+        gaps = {rank: gap for rank, gap in found.items() if not isinstance(gap, InfrastructureError)}
+        broken = sorted(found.keys() - gaps.keys())
         # Not `> tolerance`: a gap of NaN has failed too.
-        failed = [rank for rank, gap in found.items() if rank in broken or not gap <= self._tolerance]
+        failed = [*broken, *(rank for rank, gap in gaps.items() if not gap <= self._tolerance)]
         for rank in broken:
             self._pool.restart(rank)
         self.num_resyncs += len(failed)
