@@ -160,7 +160,7 @@ def train_policy(
         # A row of its own: the first rollouts are sampled by weights that were proved too.
         report(start, {"attestation_gap": sync.publish(start), "weights_version": float(start)})
         ports = PpoPorts(
-            source=pool, scorer=scorers, learner=learners, sync=sync, report=report, tripped=report_trips(run)
+            source=pool, scorer=scorers, learner=learners, sync=sync, report=report, report_trips=report_trips(run)
         )
         run_ppo(tasks, ppo_plan(run), ports, stability_limits(run), start=start, loop_state=loop_state)
         learners.save_policy(str(directory))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,19 +13,15 @@ from threading import Thread
 from typing import Any
 
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
-from ray.train.torch import TorchTrainer
 
-from rl_actors.actors.pools import LOGS, one_line
+from rl_actors.actors.calls import LOGS, one_line
 from rl_actors.contracts import InfrastructureError, SeatrialError
 from rl_actors.durable import MetricsLog
 from rl_actors.models import RewardModel, load_backbone, load_causal_lm
 from rl_actors.training import (
     Example,
     PreferencePair,
-    RewardProgress,
     RewardSettings,
-    SftProgress,
     SftSettings,
     calibrate,
     train_reward_model,
@@ -80,21 +77,25 @@ def run_sft_job(job: SftJob, resources: TrainResources) -> None:
         InfrastructureError: The Ray Train job found no room, failed, or logged no step for `max_silence_s`.
         SeatrialError: What a worker raised on purpose, as itself.
     """
-    _fit("sft", _sft_worker, {"job": job, "num_threads": resources.num_threads}, resources)
+    _fit("sft", _sft_worker, job, resources)
 
 
 def run_reward_job(job: RewardJob, resources: TrainResources) -> None:
-    """Train, calibrate and write the reward model; its calibration lies beside it as calibration.json."""
-    _fit("reward_model", _reward_worker, {"job": job, "num_threads": resources.num_threads}, resources)
+    """Train, calibrate and write the reward model with its calibration.json; raises as `run_sft_job` does."""
+    _fit("reward_model", _reward_worker, job, resources)
 
 
 def _fit(
-    name: str, worker: Callable[[dict[str, Any]], None], config: Mapping[str, Any], resources: TrainResources
+    name: str, worker: Callable[[dict[str, Any]], None], job: SftJob | RewardJob, resources: TrainResources
 ) -> None:
+    # Here and not above: Ray Train takes seconds to import, and every actor's process imports this room.
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
     per_worker = {"CPU": 1.0} | ({"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {})
     trainer = TorchTrainer(
         worker,
-        train_loop_config=dict(config),
+        train_loop_config={"job": job, "num_threads": resources.num_threads},
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
             use_gpu=resources.gpus_per_worker > 0,
@@ -107,9 +108,10 @@ def _fit(
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=START_RETRIES),
         ),
     )
-    metrics = Path(config["job"].metrics)
-    fit = in_thread(trainer.fit, name)
-    if not ends(fit, lambda: metrics.stat().st_size if metrics.exists() else 0, resources.max_silence_s):
+    # The first rank appends a row a step: a file that does not grow is a job that stands still.
+    metrics = Path(job.metrics)
+    fit = start_in_thread(trainer.fit, name)
+    if not wait_while_moving(fit, lambda: metrics.stat().st_size if metrics.exists() else 0, resources.max_silence_s):
         raise InfrastructureError(
             f"the {name} job wrote no step to {metrics} for {resources.max_silence_s:.0f} s and was given up; "
             "ray status says whether its workers are alive, their logs are under the Ray session's logs/train"
@@ -120,11 +122,8 @@ def _fit(
         raise failure_of(name, error) from error
 
 
-def in_thread(call: Callable[[], Any], name: str) -> Future[Any]:
-    """Start a call that nothing can interrupt in a thread that may be left behind; returns its outcome to come.
-
-    In a thread of ours Ray Train also leaves Ctrl-C alone; in the main thread it takes it, and keeps it.
-    """
+def start_in_thread(call: Callable[[], Any], name: str) -> Future[Any]:
+    """Start a call that nothing can interrupt in a thread that may be left behind; returns its outcome to come."""
     outcome: Future[Any] = Future()
 
     def run() -> None:
@@ -133,11 +132,12 @@ def in_thread(call: Callable[[], Any], name: str) -> Future[Any]:
         except BaseException as error:  # noqa: BLE001 - raised again by whoever asks for the result
             outcome.set_exception(error)
 
+    # In a thread of ours Ray Train also leaves Ctrl-C alone; in the main thread it takes it, and keeps it.
     Thread(target=run, name=f"ray-train-{name}", daemon=True).start()
     return outcome
 
 
-def ends(
+def wait_while_moving(
     outcome: Future[Any],
     sign: Callable[[], object],
     max_silence_s: float,
@@ -169,24 +169,22 @@ def failure_of(name: str, error: Exception) -> SeatrialError:
     return InfrastructureError(f"the {name} job failed on Ray Train: {one_line(cause)};{hint} {LOGS}")
 
 
-def _prepare_worker(num_threads: int) -> tuple[int, int]:
-    """Cap threads and return (rank, number of ranks); Ray Train has already joined the process group."""
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    torch.set_num_threads(num_threads)
+def _join(config: Mapping[str, Any], stage: str) -> tuple[int, int, Callable[[int, Mapping[str, float]], None]]:
+    """Cap threads; returns rank, number of ranks and where steps go. Ray Train has already joined the process group."""
+    from ray.train import get_context
+
+    os.environ["OMP_NUM_THREADS"] = str(config["num_threads"])
+    torch.set_num_threads(config["num_threads"])
     context = get_context()
-    return context.get_world_rank(), context.get_world_size()
+    log = MetricsLog(config["job"].metrics, stage)
+    rank = context.get_world_rank()
+    return rank, context.get_world_size(), log.write if rank == 0 else lambda step, metrics: None
 
 
 def _sft_worker(config: dict[str, Any]) -> None:
     job: SftJob = config["job"]
-    rank, num_ranks = _prepare_worker(config["num_threads"])
+    rank, num_ranks, report = _join(config, "sft")
     model = load_causal_lm(job.base)
-    log = MetricsLog(job.metrics, "sft")
-
-    def report(progress: SftProgress) -> None:
-        if rank == 0:
-            log.write(progress.step, asdict(progress))
-
     train_sft(model, job.examples, job.settings, report, drills=job.drills, rank=rank, num_ranks=num_ranks)
     if rank == 0:
         model.save_pretrained(job.output)
@@ -194,24 +192,12 @@ def _sft_worker(config: dict[str, Any]) -> None:
 
 def _reward_worker(config: dict[str, Any]) -> None:
     job: RewardJob = config["job"]
-    rank, num_ranks = _prepare_worker(config["num_threads"])
+    rank, num_ranks, report = _join(config, "reward_model")
     torch.manual_seed(job.settings.seed)
     model = RewardModel(load_backbone(job.backbone), job.criteria)
-    log = MetricsLog(job.metrics, "reward_model")
-
-    def report(progress: RewardProgress) -> None:
-        if rank == 0:
-            log.write(progress.step, asdict(progress))
-
     train_reward_model(model, job.pairs, job.settings, report, rank=rank, num_ranks=num_ranks)
     if rank == 0:
         calibration = calibrate(model.eval(), job.calibration_pairs)
         model.save(job.output)
-        write_calibration(job.output, asdict(calibration))
-
-
-def write_calibration(directory: str, calibration: Mapping[str, Any]) -> None:
-    """Write what the reward model was accepted on beside its weights."""
-    import json
-
-    (Path(directory) / "calibration.json").write_text(json.dumps(calibration, indent=1), encoding="utf8")
+        text = json.dumps(asdict(calibration), indent=1)
+        (Path(job.output) / "calibration.json").write_text(text, encoding="utf8")

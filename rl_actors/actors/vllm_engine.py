@@ -1,6 +1,4 @@
-"""What a complete publish holds: every tensor of the checkpoint the engine was loaded from, in the same shape.
-
-One vLLM engine behind an async door: many requests in flight, one thread that steps it.
+"""One vLLM engine behind an async door: many requests in flight, one thread that steps it.
 
 Training rollouts and the Serve deployment both use this class, so that nothing differs between the two. Callers await
 `generate` from any event loop; `call` runs a function on the engine thread between steps (weight updates, probes).
@@ -16,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,16 @@ from safetensors import safe_open
 from rl_actors.contracts import AttestationError, Completion, EngineError, Routes, SamplingParams
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
 _MAX_NAMED = 3
+_ENGINE_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # on CPU the first call would compile for 20 s
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in-process: weights arrive by reference from the object store
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_RECORDING_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "1"}  # the only runner that records routes; it needs a GPU
 
 
 def checkpoint_shapes(directory: str | Path) -> Shapes:
@@ -45,37 +51,19 @@ def require_complete(weights: Mapping[str, torch.Tensor], shapes: Shapes) -> Non
     Raises:
         AttestationError: A tensor of the checkpoint is missing, or has another shape.
     """
-    missing = sorted(shapes.keys() - weights.keys())
-    if missing:
-        raise AttestationError(f"{len(missing)} tensors were not published and would stay old: {_some(missing)}")
-    wrong = sorted(name for name, shape in shapes.items() if tuple(weights[name].shape) != shape)
-    if wrong:
-        name = wrong[0]
+    if missing := sorted(shapes.keys() - weights.keys()):
+        rest = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
+        names = ", ".join(missing[:_MAX_NAMED]) + rest
+        raise AttestationError(f"{len(missing)} tensors were not published and would stay old: {names}")
+    for name, shape in sorted(shapes.items()):
         found = tuple(weights[name].shape)
-        raise AttestationError(f"{name} was published with shape {found}, the engine was loaded with {shapes[name]}")
-
-
-def _some(names: list[str]) -> str:
-    rest = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-_ENGINE_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "TORCHDYNAMO_DISABLE": "1",  # on CPU the first call would compile for 20 s
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in-process: weights arrive by reference from the object store
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-
-
-_RECORDING_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "1"}  # the only runner that records routes; it needs a GPU
+        if found != shape:
+            raise AttestationError(f"{name} was published with shape {found}, the engine was loaded with {shape}")
 
 
 @dataclass(frozen=True, slots=True)
 class _Command:
-    """Something to do on the engine's thread, and whoever waits for it: run it or fail it, never forget it."""
+    """A call for the engine's thread, and the future of its caller: it is run or failed, never forgotten."""
 
     run: Callable[[], None]
     done: Future[Any]
@@ -111,16 +99,9 @@ class VllmEngine:
         self._llm: Any = None
         loaded: Future[Any] = Future()
         num_threads = torch.get_num_threads()
+        load = partial(_load, model_path, max_model_len, max_num_seqs, transfer_backend, record_routes, num_threads)
         # Loaded on the thread that steps it: vLLM's CPU attention dies when two threads differ in OpenMP threads.
-        self._thread = threading.Thread(
-            target=self._run,
-            args=(
-                lambda: _load(model_path, max_model_len, max_num_seqs, transfer_backend, record_routes, num_threads),
-                loaded,
-            ),
-            name="vllm-engine",
-            daemon=True,
-        )
+        self._thread = threading.Thread(target=self._run, args=(load, loaded), name="vllm-engine", daemon=True)
         self._thread.start()
         self._llm = loaded.result()
 
@@ -131,6 +112,7 @@ class VllmEngine:
         try:
             return await asyncio.wrap_future(done)
         except asyncio.CancelledError:
+            # An engine that has ended has nothing left to abort.
             with suppress(EngineError):
                 self._submit(_Command(lambda: self._abort_request(done), Future()))
             raise
@@ -162,8 +144,9 @@ class VllmEngine:
         return self.call(lambda: self._probe(sequences))
 
     def close(self) -> None:
-        """Stop the thread; idempotent. Whoever still waits is told."""
+        """Stop the thread and fail what still waits; idempotent."""
         self._commands.put(None)
+        # Bounded: an engine that hangs in a kernel must not hold up the exit of its process.
         self._thread.join(timeout=10.0)
 
     def _submit(self, command: _Command) -> None:
@@ -173,22 +156,19 @@ class VllmEngine:
             self._commands.put(command)
 
     def _run(self, load: Callable[[], Any], loaded: Future[Any]) -> None:
-        """Load the engine, hand it over, and pump until closed; a failure ends everyone who waits."""
+        """Load the engine, hand it over, and step while there is work, until closed or broken; then fail what waits."""
         _settle(loaded, load)
         self._failure = loaded.exception()
         try:
             if self._failure is None:
                 self._llm = loaded.result()
-                self._pump()
+            # Looked at twice: a publish that broke half-way ends the engine before its next step.
+            while self._failure is None and self._take_commands():
+                if self._waiting and self._failure is None:
+                    self._step()
         except BaseException as error:  # noqa: BLE001 - the thread's last word must reach every waiter
             self._failure = error
         self._end(self._failure or EngineError("the vLLM engine was closed"))
-
-    def _pump(self) -> None:
-        """Take commands, step while there is work, until closed or broken."""
-        while self._take_commands() and self._failure is None:
-            if self._waiting:
-                self._step()
 
     def _take_commands(self) -> bool:
         """Run every queued command; block when idle. Returns False when asked to stop."""
@@ -205,6 +185,7 @@ class VllmEngine:
 
     def _end(self, error: BaseException) -> None:
         """Refuse what comes later, and fail what waits: in the engine, and in the queue behind the closing mark."""
+        # Under the lock: a command is either refused or in the queue when it is emptied below.
         with self._ending:
             self._has_ended = True
         waiting, self._waiting = list(self._waiting.values()), {}
@@ -241,10 +222,9 @@ class VllmEngine:
 
     def _completion(self, output: Any) -> Completion:
         sampled = output.outputs[0]
-        logprobs = [entry[token].logprob for token, entry in zip(sampled.token_ids, sampled.logprobs, strict=True)]
         return Completion(
             token_ids=tuple(sampled.token_ids),
-            logprobs=tuple(logprobs),
+            logprobs=tuple(_chosen_logprobs(sampled.token_ids, sampled.logprobs)),
             weights_version=self.weights_version,
             finished=sampled.finish_reason == "stop",
             cached_tokens=output.num_cached_tokens or 0,
@@ -271,7 +251,8 @@ class VllmEngine:
         params = VllmSamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         prompts = [{"prompt_token_ids": list(sequence)} for sequence in sequences]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [_prompt_logprobs(output) for output in outputs]
+        # The first token has nothing before it, and so no probability.
+        return [_chosen_logprobs(output.prompt_token_ids[1:], output.prompt_logprobs[1:]) for output in outputs]
 
     def _require_idle(self, what: str) -> None:
         if self._waiting:
@@ -356,7 +337,6 @@ def _routes(output: Any) -> Routes:
     return Routes(num_layers=found.shape[1], top_k=found.shape[2], experts=tuple(found.ravel().tolist()))
 
 
-def _prompt_logprobs(output: Any) -> list[float]:
-    """Return the logprob of each prompt token after the first."""
-    entries = zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True)
-    return [entry[token].logprob for token, entry in entries]
+def _chosen_logprobs(token_ids: Sequence[int], entries: Sequence[Any]) -> list[float]:
+    """Return the log-probability of each token out of the engine's candidates at its place."""
+    return [entry[token].logprob for token, entry in zip(token_ids, entries, strict=True)]

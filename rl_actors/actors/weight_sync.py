@@ -3,7 +3,7 @@
 vLLM's layerwise reload leaves GPT-OSS experts and attention sinks at their old values without raising: the model
 copies them with `param.copy_()` while the parameters sit on the meta device, so the copy vanishes. On CPU the experts
 are prepacked too. `ObjectStoreTransferEngine` reloads everything the stock way and then writes those tensors itself.
-Nothing here is trusted: `attestation` proves after every publish that the engine computes what the learner does.
+Nothing here is trusted: `publish` proves after every publish that the engine computes what the learner does.
 """
 
 from __future__ import annotations

@@ -8,5 +8,6 @@ from rl_actors.learner.engine import (
     ensure_operators,
     scale_learning_rate,
 )
+from rl_actors.learner.objective import PpoSettings
 from rl_actors.learner.ranks import summed
-from rl_actors.learner.update import PpoLearner, PpoSettings
+from rl_actors.learner.update import PpoLearner

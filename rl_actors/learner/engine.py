@@ -20,8 +20,10 @@ from rl_actors.contracts import BadInputError
 from rl_actors.durable import file_lock
 
 INITIAL_MICRO_STEP = -1  # DeepSpeed's own mark of "no backward pass yet" in ZeRO 1 and 2; in ZeRO-3 it is 0
+DIRECTORY_VARIABLE: Final = "TORCH_EXTENSIONS_DIR"
+BUILD_TIMEOUT_S: Final = 600.0
 
-
+# Before anything imports DeepSpeed: it chooses its accelerator once.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -44,10 +46,8 @@ class OptimizerSettings:
 
 
 def deepspeed_config(settings: OptimizerSettings) -> dict[str, Any]:
-    """Return DeepSpeed's own configuration. Microbatches vary in size, so the loss is scaled by us, not by it.
-
-    Muon trains in float32: only models built from nothing use it, and it wants whole matrices.
-    """
+    """Return DeepSpeed's own configuration."""
+    # Muon trains in float32: only models built from nothing use it, and it wants whole matrices.
     is_bf16 = settings.is_bf16 and not settings.muon_learning_rate
     parameters = {
         "lr": settings.learning_rate,
@@ -58,7 +58,7 @@ def deepspeed_config(settings: OptimizerSettings) -> dict[str, Any]:
     }
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": 1,  # microbatches vary in size: the loss is scaled by us, not by it
         "gradient_clipping": settings.max_grad_norm,
         "optimizer": {"type": "AdamW", "params": parameters},
         # Stage 1 is the least with float32 masters of bfloat16 weights; stage 0 would round small steps away.
@@ -94,6 +94,7 @@ def build_engine(
         del config["optimizer"]
     made = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=trainable, config=config)
     engine: Any = made[0]
+    # In the group, not beside it: a checkpoint then carries the peak along.
     for group in engine.optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return engine
@@ -103,12 +104,13 @@ def _muon(module: torch.nn.Module, settings: OptimizerSettings) -> torch.optim.O
     """Return DeepSpeed's Muon over the matrices, experts included, with AdamW beside it for the rest."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in named if is_muon_matrix(name, p)]
-    others = [p for name, p in named if not is_muon_matrix(name, p)]
+    parts: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parts[is_muon_matrix(name, parameter)].append(parameter)
     muon = {"lr": settings.muon_learning_rate, "momentum": 0.95, "ns_method": "standard", "use_muon": True}
     adam = {"lr": settings.learning_rate, "betas": (0.9, settings.beta2), "eps": 1e-8, "use_muon": False}
-    groups = [{"params": matrices, **muon}, {"params": others, **adam}]
+    groups = [{"params": parts[True], **muon}, {"params": parts[False], **adam}]
     return MuonWithAuxAdam([{"weight_decay": settings.weight_decay, **group} for group in groups])
 
 
@@ -155,11 +157,10 @@ def gradient_norm(engine: Any, module: torch.nn.Module) -> float:
     from deepspeed.utils import safe_get_full_grad
 
     parameters = [p for p in module.parameters() if p.requires_grad]
-    if engine.zero_optimization_stage() > 0:
-        gradients = [gradient for p in parameters if (gradient := safe_get_full_grad(p)) is not None]
-    else:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+    # Under ZeRO a gradient is not where autograd puts it: DeepSpeed keeps its own, in shards.
+    is_sharded = engine.zero_optimization_stage() > 0
+    gradients = [safe_get_full_grad(p) if is_sharded else p.grad for p in parameters]
+    return float(torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]))
 
 
 def scale_learning_rate(engine: Any, factor: float) -> None:
@@ -179,17 +180,11 @@ def whole_parameters(module: torch.nn.Module, *, is_sharded: bool) -> dict[str, 
     return found
 
 
-DIRECTORY_VARIABLE: Final = "TORCH_EXTENSIONS_DIR"
-
-
-BUILD_TIMEOUT_S: Final = 600.0
-
-
 def extensions_directory() -> Path:
     """Return where this environment's operators are built: the user's choice, or a folder of the user's cache."""
-    chosen = os.environ.get(DIRECTORY_VARIABLE)
-    if chosen:
+    if chosen := os.environ.get(DIRECTORY_VARIABLE):
         return Path(chosen)
+    # A folder for each environment: an operator built against another torch does not load.
     environment = hashlib.sha256(f"{sys.prefix} {torch.__version__}".encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "seatrial" / "torch_extensions" / environment
@@ -210,6 +205,7 @@ def ensure_operators() -> None:
     builder = accelerator.create_op_builder("ShareMemCommBuilder")
     directory = extensions_directory()
     with build_lock(directory, timeout_s=BUILD_TIMEOUT_S):
+        # torch's own lock is the file's existence: one that a killed builder left would be waited for for ever.
         for left_behind in directory.glob("*/lock"):
             left_behind.unlink()
         if builder is not None and builder.is_compatible():

@@ -1,4 +1,4 @@
-"""What data-parallel ranks agree on (counts, moments, metrics of the whole batch), and the random state of each."""
+"""Sums, maxima and gathers over data-parallel ranks, and the random state of each rank."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MAX_SUFFIX = "_max"
 
-def captured(own: random.Random) -> dict[str, Any]:
+
+def capture_random_state(own: random.Random) -> dict[str, Any]:
     """Return the states of `own` and of the process-wide generators of Python, NumPy, torch and (with a GPU) CUDA."""
     return {
         "own": own.getstate(),
@@ -22,8 +24,8 @@ def captured(own: random.Random) -> dict[str, Any]:
     }
 
 
-def put_back(state: dict[str, Any], own: random.Random) -> tuple[str, ...]:
-    """Set all generators to what `captured` saw; returns what could not be, by name."""
+def restore_random_state(state: dict[str, Any], own: random.Random) -> tuple[str, ...]:
+    """Set all generators to what `capture_random_state` saw; returns the names of those that could not be set."""
     own.setstate(state["own"])
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
@@ -34,9 +36,6 @@ def put_back(state: dict[str, Any], own: random.Random) -> tuple[str, ...]:
     if has_cuda != (state["cuda"] is not None):
         return ("random state of CUDA (saved with and resumed without a GPU, or the other way round)",)
     return ()
-
-
-MAX_SUFFIX = "_max"
 
 
 def num_ranks() -> int:
@@ -76,10 +75,11 @@ def rank() -> int:
 def merge_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
     """Merge additive shares of all ranks, names ending in `_max` by maximum; every rank gets the same numbers.
 
-    Every rank must hold the same names: they are sorted, so that their order does not matter.
+    Every rank must hold the same names.
     """
     merged: dict[str, float] = {}
     for is_max in (False, True):
+        # Sorted: ranks may have filled their dicts in another order, and the collective pairs numbers by place.
         names = sorted(name for name in metrics if name.endswith(MAX_SUFFIX) == is_max)
         if not names:
             continue
@@ -92,6 +92,7 @@ def merge_ranks(metrics: Mapping[str, float]) -> dict[str, float]:
 def _reduced(values: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> Tensor:
     if num_ranks() == 1:
         return values.double()
+    # NCCL reduces on the GPU only, wherever the numbers are.
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     wide = values.double().to(device)
     torch.distributed.all_reduce(wide, operation)

@@ -1,25 +1,26 @@
-"""One update: look (old and reference pass), aim (advantages), clipped epochs through DeepSpeed. No Ray here."""
+"""One rank's learner: the models it trains, and the update: look (old and reference pass), aim, clipped epochs."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rl_actors.algorithms import (
     Continue,
     RestoreLastGood,
     SkipUpdate,
     StabilityDecision,
-    StabilityLimits,
     StopUpdate,
     merge_metrics,
     require_strictly_on_policy,
 )
-from rl_actors.contracts import InstabilityError, LearnerUpdate, Recipe, TrainingSample
+from rl_actors.contracts import BadInputError, InstabilityError, LearnerUpdate, Recipe, TrainingSample
 from rl_actors.learner import ranks
 from rl_actors.learner.batch import Microbatch, Minibatch, minibatches
 from rl_actors.learner.engine import (
@@ -29,46 +30,130 @@ from rl_actors.learner.engine import (
     discard,
     gradient_norm,
     scale_learning_rate,
+    whole_parameters,
 )
-from rl_actors.learner.first_step_check import Fingerprint, fingerprints, require_moved, require_unchanged
-from rl_actors.learner.loss import (
+from rl_actors.learner.objective import (
     GlobalCounts,
-    LossTerms,
-    correct,
-    finish_look,
+    KLCoefficient,
+    PpoSettings,
+    correct_mismatch,
+    fill_advantages,
     global_counts,
-    look_shares,
+    kept_fraction,
     microbatch_loss,
+    mismatch_metrics,
+    shape_rewards,
     update_summary,
 )
-from rl_actors.learner.models import LearnerModels
-from rl_actors.learner.ranks import captured, put_back
-from rl_actors.learner.targets import KLCoefficient, fill_advantages, kept_fraction, shaped
-from rl_actors.learner.tripwires import Tripwires
+from rl_actors.learner.tripwires import Fingerprint, Tripwires, fingerprints, require_moved, require_unchanged
+from rl_actors.models import (
+    PolicyWithValue,
+    TokenOutputs,
+    adapters_off,
+    add_adapters,
+    engine_routes,
+    freeze_router,
+    load_causal_lm,
+    merged,
+    record_routes,
+    replay_routes,
+    route_agreement,
+    router_parameters,
+    score_tokens,
+)
+
+_TAG = "state"  # DeepSpeed itself writes a file called "latest" beside it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PpoSettings:
-    """Numbers of an update; `recipe` holds its choices, `limits` bounds every step. `kl_coef` turns nats to reward."""
+class LearnerModels:
+    """The policy that the recipe trains (all weights or adapters, with or without a critic), and its reference.
 
-    learning_rate: float
-    kl_coef: float
-    clip_low: float
-    clip_high: float
-    gamma: float
-    lam: float
-    epochs: int
-    num_minibatches: int
-    max_grad_norm: float
-    temperature: float
-    microbatch_tokens: int
-    seed: int
-    recipe: Recipe = field(default_factory=Recipe)
-    limits: StabilityLimits = field(default_factory=StabilityLimits)
-    value_coef: float = 0.5
-    critic_learning_rate_factor: float = 10.0
-    zero_stage: int = 0
-    is_bf16: bool = field(default_factory=torch.cuda.is_available)
+    With adapters the reference is the policy with its adapters off; otherwise it is a model of its own.
+    """
+
+    def __init__(self, policy_path: str, reference_path: str, recipe: Recipe) -> None:
+        """Load them in float32 on the CPU.
+
+        Raises:
+            BadInputError: Adapters on another model than the reference, or a choice about experts without experts.
+        """
+        self._recipe = recipe
+        policy = load_causal_lm(policy_path)
+        if recipe.routing != "free" and not router_parameters(policy):
+            raise BadInputError("recipe.routing", recipe.routing, "the model has no experts to choose from; use free")
+        if recipe.routing == "frozen":
+            freeze_router(policy)
+        if recipe.lora_rank:
+            if Path(policy_path).resolve() != Path(reference_path).resolve():
+                remedy = "with adapters the reference is the policy without them; give one directory"
+                raise BadInputError("recipe.lora_rank", recipe.lora_rank, remedy)
+            add_adapters(policy, recipe.lora_rank)
+        self.module = PolicyWithValue(policy, int(policy.config.hidden_size), has_critic=recipe.has_critic)
+        self.policy: Any = self.module.policy  # the causal LM without the critic
+        self._reference = None if recipe.lora_rank else load_causal_lm(reference_path).eval().requires_grad_(False)
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Return the policy's parameters that train, by name."""
+        return {name: parameter for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
+
+    def place_reference(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Put a reference of its own beside the policy, and its weights into the policy's precision."""
+        if self._reference is not None:
+            # Buffers keep theirs, as the policy's do: rotary frequencies in bfloat16 would be other positions.
+            for parameter in self._reference.to(device).parameters():
+                parameter.data = parameter.data.to(dtype)
+
+    def reference_logprobs(self, batch: Microbatch, temperature: float) -> Tensor:
+        """Return log p of each loss token under the frozen reference, [B, T] in nats; call it without gradients."""
+        model = self.policy if self._reference is None else self._reference
+        with adapters_off(model) if self._reference is None else nullcontext():
+            ids, attention, _, mask = _inputs(batch, temperature)
+            scores = score_tokens(model, ids, attention, temperature=temperature, mask_BT=mask, with_entropy=False)
+            return scores.logprobs_BT
+
+    def old_pass(self, engine: Any, batch: Microbatch, temperature: float) -> TokenOutputs:
+        """Score a microbatch before the update; where routes are replayed, the batch keeps the experts it visited.
+
+        Those are the engine's where it recorded them (R3, arXiv 2510.11370), else the router's own choice now.
+        """
+        if self._recipe.routing != "replay":
+            return engine(*_inputs(batch, temperature))
+        recorded = engine_routes(self.policy, batch.inputs.routes_LBTK)
+        replayed = nullcontext() if recorded is None else replay_routes(self.policy, recorded)
+        with record_routes(self.policy) as routes, replayed:
+            outputs = engine(*_inputs(batch, temperature))
+        batch.routes = routes.joined()
+        return outputs
+
+    def update_pass(self, engine: Any, batch: Microbatch, temperature: float) -> TokenOutputs:
+        """Score a microbatch within the update, with gradients; on the old pass's experts where they are replayed.
+
+        The batch then keeps the share of its choices that the router would make again.
+        """
+        if self._recipe.routing != "replay":
+            return engine(*_inputs(batch, temperature))
+        with replay_routes(self.policy, batch.routes) as live:
+            outputs = engine(*_inputs(batch, temperature))
+        batch.route_agreement = route_agreement(batch.routes, live.joined(), batch.inputs.loss_mask_BT)
+        return outputs
+
+    def frozen_fingerprints(self) -> dict[str, Fingerprint]:
+        """Return marks of the weights that the policy is held near, in memory; all ranks must call it."""
+        if self._reference is not None:
+            return fingerprints(self._reference)
+        trainable = self.trainable()
+        return {name: mark for name, mark in fingerprints(self.policy).items() if name not in trainable}
+
+    def weights(self, *, is_sharded: bool) -> dict[str, Tensor]:
+        """Return a CPU copy of the policy by Hugging Face name, adapters merged; all ranks must call it."""
+        state = whole_parameters(self.policy, is_sharded=is_sharded)
+        return merged(self.policy, state) if self._recipe.lora_rank else state
+
+
+def _inputs(batch: Microbatch, temperature: float) -> tuple[Tensor, Tensor, float, Tensor]:
+    """Return the arguments of `PolicyWithValue`."""
+    found = batch.inputs
+    return found.token_ids_BT, found.attention_mask_BT.long(), temperature, found.loss_mask_BT
 
 
 class PpoLearner:
@@ -104,7 +189,7 @@ class PpoLearner:
         self._tripwires.begin_update()
         if s.recipe.skip_old_pass:
             self._require_on_policy(samples)
-        kept = shaped(samples, s.recipe)
+        kept = shape_rewards(samples, s.recipe)
         parts = minibatches(
             kept,
             count=s.num_minibatches,
@@ -120,25 +205,25 @@ class PpoLearner:
         if steps["num_optimizer_steps"] and not self._is_critic_warmup:
             self._kl.observe(metrics["kl_to_reference"], int(ranks.summed(torch.tensor([float(len(samples))]))))
         self.weights_version += 1
-        factor = restore.learning_rate_factor if restore else 0.0
         return LearnerUpdate(
             weights_version=self.weights_version,
             metrics=metrics,
             trips=tuple(self._tripwires.trips),
-            restore_factor=factor,
+            restore_factor=restore.learning_rate_factor if restore else 0.0,
         )
 
+    @torch.no_grad()
     def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Return log p(token t | before), t = 1.., of each sequence at temperature 1, for attestation."""
         rows = []
-        with torch.no_grad():
-            for sequence in sequences:
-                ids = torch.tensor([list(sequence)], device=self._engine.device)
-                outputs = self._engine(ids, torch.ones_like(ids), 1.0)
-                rows.append(outputs.logprobs_BT[0, 1:].tolist())
+        # One by one: a padded batch may round otherwise, and attestation compares these numbers.
+        for sequence in sequences:
+            ids = torch.tensor([list(sequence)], device=self._engine.device)
+            outputs = self._engine(ids, torch.ones_like(ids), 1.0)
+            rows.append(outputs.logprobs_BT[0, 1:].tolist())
         return rows
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """Return a copy of the policy's parameters on the CPU, by Hugging Face name (critic excluded).
 
         All ranks must call it: under ZeRO-3 each holds a shard of every parameter.
@@ -169,7 +254,7 @@ class PpoLearner:
             "learning_rate_factor": self._learning_rate_factor,
             "num_restores": self._tripwires.num_restores,
             "num_skipped": self._tripwires.num_skipped,
-            "random": ranks.gathered(captured(self._rng)),
+            "random": ranks.gathered(ranks.capture_random_state(self._rng)),
         }
         self._engine.save_checkpoint(directory, tag=_TAG, client_state=state)
 
@@ -182,14 +267,12 @@ class PpoLearner:
         own = state["random"]
         if len(own) != ranks.num_ranks():
             return (f"random state of {ranks.num_ranks()} ranks (the checkpoint has {len(own)})",)
-        return put_back(own[ranks.rank()], self._rng)
+        return ranks.restore_random_state(own[ranks.rank()], self._rng)
 
     def restore(self, directory: str, learning_rate_factor: float) -> None:
-        """Go back to a checkpoint's weights, optimizer and KL coefficient with a lower learning rate.
-
-        The weights version, the random state and the counts go on: engines must see a new version, and going over the
-        same minibatches again would lead to the same place.
-        """
+        """Go back to a checkpoint's weights, optimizer and KL coefficient with a lower learning rate."""
+        # The weights version, the random state and the counts go on: engines must see a new version, and going over
+        # the same minibatches again would lead to the same place.
         self._load_weights(directory)
         self._set_learning_rate(self._learning_rate_factor * learning_rate_factor)
 
@@ -231,14 +314,9 @@ class PpoLearner:
             outputs = self._models.old_pass(self._engine, batch, s.temperature)
             batch.old_logprobs, batch.values = outputs.logprobs_BT, outputs.values_BT
             batch.final_values = outputs.final_values_B
-            correct(batch, s.recipe)
+            correct_mismatch(batch, s.recipe)
             entropies.append(outputs.entropy_BT)
-        return self._seen(batches, entropies) if entropies else {}
-
-    def _seen(self, batches: Sequence[Microbatch], entropies: Sequence[torch.Tensor]) -> dict[str, float]:
-        counts = global_counts(batches)
-        shares = [look_shares(batch, entropy, counts) for batch, entropy in zip(batches, entropies, strict=True)]
-        return finish_look(ranks.merge_ranks(merge_metrics(shares)))
+        return mismatch_metrics(batches, entropies)
 
     def _epochs(
         self, parts: Sequence[Minibatch], seen: Mapping[str, float]
@@ -263,27 +341,22 @@ class PpoLearner:
     def _gradients(self, part: Minibatch, counts: GlobalCounts) -> dict[str, float]:
         """Accumulate one minibatch's gradients, to be judged before they are applied; returns the metrics of it all."""
         s, shares, entropies = self._settings, [], []
-        terms = LossTerms(
-            clip_low=s.clip_low,
-            clip_high=s.clip_high,
-            kl_coef=self._kl.value,
-            value_coef=s.value_coef,
-            is_critic_warmup=self._is_critic_warmup,
-        )
 
-        def loss_of(batch: Microbatch) -> torch.Tensor:
+        def loss_of(batch: Microbatch) -> Tensor:
             outputs = self._models.update_pass(self._engine, batch, s.temperature)
             if s.recipe.skip_old_pass:
                 batch.old_logprobs = outputs.logprobs_BT.detach()
-                correct(batch, s.recipe)
+                correct_mismatch(batch, s.recipe)
                 entropies.append(outputs.entropy_BT.detach())
-            loss, metrics = microbatch_loss(outputs, batch, s.recipe, terms, counts)
+            loss, metrics = microbatch_loss(
+                outputs, batch, counts, s, kl_coef=self._kl.value, is_critic_warmup=self._is_critic_warmup
+            )
             shares.append(metrics)
-            return loss * ranks.num_ranks()
+            return loss * ranks.num_ranks()  # DeepSpeed averages gradients over ranks; the shares must add up
 
         norm = accumulate(self._engine, part, loss_of)
-        metrics = ranks.merge_ranks(merge_metrics(shares)) | {"grad_norm": norm}
-        return self._seen(part, entropies) | metrics if entropies else metrics
+        metrics = ranks.merge_ranks(merge_metrics(shares))
+        return mismatch_metrics(part, entropies) | metrics | {"grad_norm": norm}
 
     def _act(self, decision: StabilityDecision, grad_norm: float) -> bool:
         """Step or discard; returns False when this update is over. Raises InstabilityError when the run is."""
@@ -297,27 +370,15 @@ class PpoLearner:
 
     def _step(self, grad_norm: float) -> None:
         """Apply the gradients; the first time the policy has any, prove that they reach what they should."""
-        is_due = self._num_checked < self._settings.recipe.steps_to_move_all
-        is_counted = is_due and grad_norm > 0 and self._policy_gradient_norm() > 0
-        if is_counted and not self._before:
-            self._before = fingerprints(self._models.policy)
+        policy, num_due = self._models.policy, self._settings.recipe.steps_to_move_all
+        # A warming critic, or equal rewards, leave the policy's own part at 0: such a step proves nothing.
+        has_gradient = self._num_checked < num_due and grad_norm > 0 and gradient_norm(self._engine, policy) > 0
+        if has_gradient and not self._before:
+            self._before = fingerprints(policy)
         self._engine.step()
-        if is_counted:
-            self._num_checked += 1
-            self._check_first_step()
-
-    def _policy_gradient_norm(self) -> float:
-        """Return the norm without the critic's part: 0 with a warming critic, or equal rewards."""
-        return gradient_norm(self._engine, self._models.policy)
-
-    def _check_first_step(self) -> None:
-        if self._num_checked < self._settings.recipe.steps_to_move_all:
-            return
-        trainable = [name for name, p in self._models.policy.named_parameters() if p.requires_grad]
-        require_moved(self._before, fingerprints(self._models.policy), trainable=trainable)
-
-
-_TAG = "state"  # DeepSpeed itself writes a file called "latest" beside it
+        self._num_checked += has_gradient
+        if has_gradient and self._num_checked == num_due:
+            require_moved(self._before, fingerprints(policy), trainable=list(self._models.trainable()))
 
 
 def _build_engine(models: LearnerModels, settings: PpoSettings) -> Any:
@@ -328,7 +389,7 @@ def _build_engine(models: LearnerModels, settings: PpoSettings) -> Any:
         zero_stage=settings.zero_stage,
         is_bf16=settings.is_bf16,
     )
-    groups = [{"params": models.trainable(), "lr": settings.learning_rate}]
+    groups = [{"params": list(models.trainable().values()), "lr": settings.learning_rate}]
     if models.module.has_critic:
         critic_rate = settings.learning_rate * settings.critic_learning_rate_factor
         groups.append({"params": list(models.module.value_head.parameters()), "lr": critic_rate})

@@ -1,7 +1,4 @@
-"""Watches whether the learned reward still measures what the verifier verifies, over a whole run.
-
-The PPO loop: generate, score, train, publish, attest. Which process does what is behind four protocols.
-"""
+"""The PPO loop: generate, score, train, publish, attest. Which process does what is behind four protocols."""
 
 from __future__ import annotations
 
@@ -33,13 +30,16 @@ from rl_actors.contracts import (
 )
 
 WINDOW_STEPS = 4
-
-
 Window = tuple[Sequence[float], Sequence[float]]
+LoopState = Mapping[str, Any]
+"""Plain JSON: what the loop knows and the learner does not."""
 
 
 class DivergenceWatch:
-    """Compares the first steps it saw with the latest ones. `seen` is its whole state, plain JSON."""
+    """Whether the learned reward still measures what the verifier verifies: the first steps against the latest.
+
+    `seen` is its whole state, plain JSON.
+    """
 
     def __init__(self, seen: Sequence[Window] = ()) -> None:
         """Go on from what another watch has seen."""
@@ -56,15 +56,12 @@ class DivergenceWatch:
         self._steps.append((critic, [float(rollout.outcome.success) for rollout in rollouts]))
         if len(self._steps) > 2 * WINDOW_STEPS:
             del self._steps[WINDOW_STEPS]  # between the two windows
+        # Windows that overlap would compare steps with themselves.
         if len(self._steps) < 2 * WINDOW_STEPS:
             return 0.0
         early, late = self._steps[:WINDOW_STEPS], self._steps[-WINDOW_STEPS:]
         columns = [[x for step in window for x in step[column]] for window in (early, late) for column in (0, 1)]
         return reward_outcome_divergence(*columns)
-
-
-LoopState = Mapping[str, Any]
-"""Plain JSON: what the loop knows and the learner does not."""
 
 
 class RolloutSource(Protocol):
@@ -105,7 +102,7 @@ class WeightSync(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PpoSchedule:
-    """What the loop does; the update itself is the learner's business.
+    """Numbers of the loop; those of the update are the learner's.
 
     `resample_rounds` is how often a step tries other tasks in place of groups without signal (dynamic sampling).
     """
@@ -123,8 +120,8 @@ class PpoSchedule:
 class PpoPorts:
     """The four protocols, and where metrics go.
 
-    `tripped` is told the step and what its tripwires said, reason code first, with metric, value and limit: those the
-    learner acted on, and the one that ends the run.
+    `report_trips` gets the step and its tripwires, each with reason code, metric, value and limit: those the learner
+    acted on, and the one that ends the run.
     """
 
     source: RolloutSource
@@ -132,22 +129,21 @@ class PpoPorts:
     learner: Learner
     sync: WeightSync
     report: Callable[[int, Mapping[str, float]], None]
-    tripped: Callable[[int, Sequence[str]], None] = lambda step, trips: None
+    report_trips: Callable[[int, Sequence[str]], None] = lambda step, trips: None
     clock: Callable[[], float] = time.monotonic
 
 
 def requests_for_step(
     tasks: Sequence[Task], plan: PpoSchedule, step: int, resample_round: int = 0
 ) -> list[RolloutRequest]:
-    """Return the rollout requests of a step: tasks in order over the shuffled list, a group of attempts per task.
-
-    Those of `resample_round` 1, 2, ... lie behind all first requests of the run, so that no step draws another's.
-    """
+    """Return the rollout requests of a step: tasks in order over the shuffled list, a group of attempts per task."""
     requests = []
     for offset in range(plan.tasks_per_step):
+        # Rounds 1, 2, ... lie behind all first requests of the run, so that no step draws another's tasks.
         position = (resample_round * plan.num_steps + step) * plan.tasks_per_step + offset
         task = tasks[position % len(tasks)]
         for attempt in range(plan.rollouts_per_task):
+            # A seed of its own for each attempt of a run; 7919 is a prime, so that runs of near seeds share none.
             seed = (plan.seed * 7919 + position) * plan.rollouts_per_task + attempt
             requests.append(RolloutRequest(task=task, group_id=offset, seed=seed))
     return requests
@@ -172,30 +168,24 @@ def run_ppo(
         AttestationError: An engine does not serve what was published, or a rollout was made by other weights.
     """
     watch = DivergenceWatch((loop_state or {}).get("divergence_watch", ()))
+
+    def save(step: int) -> None:
+        ports.learner.save_checkpoint(step, {"divergence_watch": watch.seen})
+
     if start == 0:
-        ports.learner.save_checkpoint(0, _loop_state(watch))  # what a tripwire of the first steps goes back to
+        save(0)  # what a tripwire of the first steps goes back to
     for step in range(start, plan.num_steps):
-        with _telling(ports, step + 1):
-            first, *others = (requests_for_step(tasks, plan, step, n) for n in range(plan.resample_rounds + 1))
+        first, *others = (requests_for_step(tasks, plan, step, n) for n in range(plan.resample_rounds + 1))
+        try:
             metrics = run_step(first, ports, step, plan.temperature, watch, others)
-            ports.report(step + 1, metrics)
+            ports.report(step + 1, metrics)  # first, so that the row which ends a run is written
             require_stable(metrics, limits)
+        except InstabilityError as error:
+            # A step that is stopped half-way has no metrics: without this nothing would say what ended the run.
+            ports.report_trips(step + 1, (str(error),))
+            raise
         if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.num_steps:
-            ports.learner.save_checkpoint(step + 1, _loop_state(watch))
-
-
-@contextmanager
-def _telling(ports: PpoPorts, step: int) -> Iterator[None]:
-    """Tell the end of a run before it is one: a step that is stopped half-way has no metrics."""
-    try:
-        yield
-    except InstabilityError as error:
-        ports.tripped(step, (str(error),))
-        raise
-
-
-def _loop_state(watch: DivergenceWatch) -> LoopState:
-    return {"divergence_watch": watch.seen}
+            save(step + 1)
 
 
 def run_step(
@@ -215,6 +205,7 @@ def run_step(
     seconds: dict[str, float] = {}
     with _timed(seconds, "generate_s", ports.clock):
         rollouts, num_resampled = sample_groups(requests, others, ports.source, temperature)
+    # Before anything is scored: nothing that other weights sampled may reach the learner.
     require_attested_rollouts(rollouts, weights_version)
     with _timed(seconds, "score_s", ports.clock):
         scores = ports.scorer.score(rollouts)
@@ -222,7 +213,7 @@ def run_step(
     with _timed(seconds, "train_s", ports.clock):
         update = ports.learner.update(samples)
     if update.trips:
-        ports.tripped(weights_version + 1, update.trips)
+        ports.report_trips(weights_version + 1, update.trips)
     with _timed(seconds, "sync_s", ports.clock):
         gap = ports.sync.publish(update.weights_version)
     return {
@@ -247,8 +238,8 @@ def sample_groups(
 ) -> tuple[list[Rollout], int]:
     """Return a step's rollouts, and how many groups are not those first asked for.
 
-    Groups whose attempts all ended alike teach nothing; each round asks for other tasks in their place, and takes those
-    that do teach something (dynamic sampling, DAPO section 3.2, arXiv 2503.14476, with a bound on the tries).
+    Each round asks for other tasks in place of flat groups, and takes those that are not flat (dynamic sampling, DAPO
+    section 3.2, arXiv 2503.14476, with a bound on the tries).
     """
     rollouts, taken = source.rollouts(requests, temperature), 0
     for candidates in others:
@@ -289,13 +280,12 @@ def require_attested_rollouts(rollouts: Sequence[Rollout], weights_version: int)
 def require_stable(metrics: Mapping[str, float], limits: StabilityLimits) -> None:
     """Stop training when a step's own metrics say so: non-finite, collapsed, or optimising the wrong thing.
 
-    Skipping a minibatch, ending an update early and going back to a checkpoint were decided in the learner, before
-    anything was applied; what it has acted on is not judged again.
-
     Raises:
         InstabilityError: Its message begins with the reason code.
     """
     decision = check_stability(metrics, limits)
+    # Skipping a minibatch, ending an update and going back to a checkpoint were decided in the learner, before
+    # anything was applied; what it has acted on is not judged again.
     is_handled = any(name.startswith("trip_") for name in metrics)
     is_non_finite = isinstance(decision, SkipUpdate) and decision.reason_code == "non_finite"
     is_open = (is_non_finite or isinstance(decision, RestoreLastGood)) and not is_handled
@@ -304,7 +294,8 @@ def require_stable(metrics: Mapping[str, float], limits: StabilityLimits) -> Non
 
 
 def summarise(rollouts: Sequence[Rollout], scores: Sequence[Score], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Return the means a person watches: reward, success, violations, tool errors, tokens per second."""
+    """Return the step's means: reward, success, violations, tool errors, tokens per second."""
+    # Not empty: a pool that lost more than a quarter of them has already ended the run.
     count = len(rollouts)
     tokens = sum(rollout.tokens_out for rollout in rollouts)
     calls = sum(rollout.tool_calls_count for rollout in rollouts)

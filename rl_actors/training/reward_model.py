@@ -54,26 +54,16 @@ class RewardSettings:
     microbatch_tokens: int = 2048
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardProgress:
-    """One optimizer step."""
-
-    step: int
-    num_steps: int
-    loss: float
-    pair_accuracy: float
-
-
 def train_reward_model(
     model: RewardModel,
     pairs: Sequence[PreferencePair],
     settings: RewardSettings,
-    report: Callable[[RewardProgress], None],
+    report: Callable[[int, Mapping[str, float]], None],
     *,
     rank: int = 0,
     num_ranks: int = 1,
 ) -> None:
-    """Train in place; each rank takes every `num_ranks`-th pair of a batch."""
+    """Train in place; each rank takes every `num_ranks`-th pair of a batch, and `report` gets every step, from 1."""
     optimizer = OptimizerSettings(learning_rate=settings.learning_rate, max_grad_norm=settings.max_grad_norm)
     engine = build_engine(model, optimizer)
     rng = random.Random(settings.seed)
@@ -81,12 +71,13 @@ def train_reward_model(
     num_steps = settings.epochs * num_batches
     order: list[PreferencePair] = []
     for step in range(num_steps):
+        # The rest of an epoch's order is left out: a smaller last batch would weigh its pairs more.
         if step % num_batches == 0:
             order = rng.sample(list(pairs), len(pairs))
         start = (step % num_batches) * settings.batch_pairs
         batch = order[start : start + settings.batch_pairs][rank::num_ranks]
         loss, accuracy = _step(engine, batch, model.criteria, settings)
-        report(RewardProgress(step=step + 1, num_steps=num_steps, loss=loss, pair_accuracy=accuracy))
+        report(step + 1, {"num_steps": num_steps, "loss": loss, "pair_accuracy": accuracy})
 
 
 def _step(
@@ -111,6 +102,7 @@ def pair_microbatches(pairs: Sequence[PreferencePair], max_tokens: int) -> list[
     """Group pairs of similar length so that a padded group holds at most `max_tokens` tokens, one pair at the least."""
     groups: list[list[PreferencePair]] = [[]]
     for pair in sorted(pairs, key=_pair_length):
+        # Sorted: this pair is the longest so far, and all runs of the group are padded to it.
         if groups[-1] and 2 * (len(groups[-1]) + 1) * _pair_length(pair) > max_tokens:
             groups.append([])
         groups[-1].append(pair)
@@ -129,26 +121,35 @@ def pair_loss(
     device: torch.device,
 ) -> tuple[torch.Tensor, float]:
     """Return the joint loss (scalar) and the share of pairs ranked as the annotators' majority does."""
-    ids, attention = pad_sequences([pair.first for pair in batch] + [pair.second for pair in batch], device)
-    scores, rubric = model(ids, attention)
-    margin = scores[: len(batch)] - scores[len(batch) :]
+    margin, rubric, targets = _score_pairs(model, batch, criteria, device)
     preference = torch.tensor([pair.preference for pair in batch], device=device)
-    labels = [pair.first_rubric for pair in batch] + [pair.second_rubric for pair in batch]
-    targets = torch.tensor([[row[name] for name in criteria] for row in labels], device=device)
     loss = bradley_terry_loss(margin, preference).loss
     loss = loss + rubric_weight * rubric_loss(rubric, targets, kind="regression").loss
+    # A tie has no right order; where all are ties the mean would be NaN, and a half is what chance gives.
     decided = preference != 0.5
     accuracy = ((margin > 0) == (preference > 0.5))[decided].float().mean()
     return loss, float(accuracy) if bool(decided.any()) else 0.5
 
 
+def _score_pairs(
+    model: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    batch: Sequence[PreferencePair],
+    criteria: Sequence[str],
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return margins [N] in logits, and rubric values and their labels [2 N, criteria], all first runs first."""
+    # One pass over both runs: dropout and padding treat them alike.
+    ids, attention = pad_sequences([pair.first for pair in batch] + [pair.second for pair in batch], device)
+    scores, rubric = model(ids, attention)
+    labels = [pair.first_rubric for pair in batch] + [pair.second_rubric for pair in batch]
+    targets = torch.tensor([[row[name] for name in criteria] for row in labels], device=device)
+    return scores[: len(batch)] - scores[len(batch) :], rubric, targets
+
+
 @torch.no_grad()
 def calibrate(model: RewardModel, pairs: Sequence[PreferencePair], *, batch_pairs: int = 64) -> Calibration:
-    """Cross-fit: fit the temperature on one half, measure on the other, both ways; then fit on all and set it.
-
-    Halves are split by task id. A pair counts once per direction, so that the order in which runs were shown carries
-    no information.
-    """
+    """Cross-fit: fit the temperature on one half, measure on the other, both ways; then fit on all and set it."""
+    # By task id: pairs of one task on both sides would let the fit see what it is measured on.
     task_ids = sorted({pair.task_id for pair in pairs})
     first_half = set(task_ids[::2])
     halves = (
@@ -160,6 +161,7 @@ def calibrate(model: RewardModel, pairs: Sequence[PreferencePair], *, batch_pair
     scaled = [m / t for (m, _, _), t in zip(measured, reversed(temperatures), strict=True)]
     probability, label = torch.sigmoid(torch.cat(scaled)), torch.cat([part[1] for part in measured])
     model.temperature = fit_temperature(torch.cat([part[0] for part in measured]), label)
+    # Each pair once per direction: the order in which runs were shown carries no information.
     both, outcomes = torch.cat([probability, 1.0 - probability]), torch.cat([label, 1.0 - label])
     return Calibration(
         num_pairs=label.numel(),
@@ -184,11 +186,8 @@ def _margins(
     errors: list[torch.Tensor] = []
     for start in range(0, len(decided), batch_pairs):
         batch = decided[start : start + batch_pairs]
-        ids, attention = pad_sequences([pair.first for pair in batch] + [pair.second for pair in batch], device)
-        scores, rubric = model(ids, attention)
-        margins.append(scores[: len(batch)] - scores[len(batch) :])
-        labels = [pair.first_rubric for pair in batch] + [pair.second_rubric for pair in batch]
-        targets = torch.tensor([[row[name] for name in model.criteria] for row in labels], device=device)
+        margin, rubric, targets = _score_pairs(model, batch, model.criteria, device)
+        margins.append(margin)
         errors.append((rubric - targets).abs())
     label = torch.tensor([1.0 if pair.preference > 0.5 else 0.0 for pair in decided], device=device)
     mean_error = torch.cat(errors).mean(0).tolist()

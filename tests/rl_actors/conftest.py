@@ -25,7 +25,7 @@ def process_group() -> Iterator[None]:
     """A gloo group of this one process, joined as a learner joins its own."""
     import torch
 
-    from rl_actors.actors.learner_actor import LearnerRank, join_process_group
+    from rl_actors.actors.learners import LearnerRank, join_process_group
     from rl_actors.ports import free_port
 
     before = dict(os.environ)

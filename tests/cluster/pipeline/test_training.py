@@ -39,7 +39,7 @@ from rl_actors.contracts.recipe import MICROBATCH_TOKENS, RECIPES, RESAMPLE_ROUN
 from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyVersion
 from rl_actors.durable.hashing import sha256_directory
 from rl_actors.durable.metrics_log import read_metrics
-from rl_actors.learner.update import PpoSettings
+from rl_actors.learner import PpoSettings
 from rl_actors.training.ppo import LoopState, PpoPorts, PpoSchedule
 from rl_actors.training.sft import Example
 from tests.cluster.pipeline.fakes import CALIBRATION, NUM_TASKS, Places, make_reward_model, make_run, watch_of

@@ -84,10 +84,10 @@ class FakeLearner:
         trips = ("entropy_collapse: entropy = 0, limit 0.1",) if factor else ()
         return LearnerUpdate(weights_version=self.version, metrics=metrics, trips=trips, restore_factor=factor)
 
-    def probe(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[-1.0 for _ in sequence[1:]] for sequence in sequences]
 
-    def weights(self) -> dict[str, int]:
+    def put_weights(self) -> dict[str, int]:
         return {"version": self.version}
 
     def save_checkpoint(self, directory: str) -> None:
@@ -96,7 +96,7 @@ class FakeLearner:
         Path(directory).mkdir(parents=True, exist_ok=True)
         (Path(directory) / f"rank{self.place['rank']}").write_text(str(self.version))
 
-    def load_checkpoint(self, directory: str) -> tuple[int, tuple[str, ...]]:
+    def resume(self, directory: str) -> tuple[int, tuple[str, ...]]:
         self.version = int((Path(directory) / f"rank{self.place['rank']}").read_text())
         return self.version, ("its coffee",)
 
@@ -128,3 +128,8 @@ class Troubled:
 
     def well(self) -> str:
         return "well"
+
+
+def options(role: str, rank: int) -> dict[str, Any]:
+    """Ray's options of a fake actor."""
+    return {"num_cpus": 0.1, "max_concurrency": 4} if role == "rollout_worker" else {"num_cpus": 0.1}

@@ -7,12 +7,13 @@ import json
 import math
 import random
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import pytest
+import ray.train.torch
 import torch
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from transformers import AutoModelForCausalLM
@@ -45,7 +46,7 @@ class Context:
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(train_jobs, "get_context", lambda: Context(rank))
+    monkeypatch.setattr(ray.train, "get_context", lambda: Context(rank))
 
 
 def sft_job(base: Path, folder: Path) -> SftJob:
@@ -143,7 +144,7 @@ class FakeTrainer:
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> type[FakeTrainer]:
     kind = type("Trainer", (FakeTrainer,), {"seen": []})
-    monkeypatch.setattr(train_jobs, "TorchTrainer", kind)
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", kind)
     return kind
 
 
@@ -254,20 +255,13 @@ def test_a_slow_job_that_moves_is_waited_for():
         return number
 
     times = itertools.count(0.0, 5.0)
-    assert train_jobs.ends(outcome, sign, 6.0, clock=lambda: next(times), poll_s=0.0)
+    assert train_jobs.wait_while_moving(outcome, sign, 6.0, clock=lambda: next(times), poll_s=0.0)
     times = itertools.count(0.0, 5.0)
-    assert not train_jobs.ends(Future(), lambda: 3, 6.0, clock=lambda: next(times), poll_s=0.0), "negative control"
+    silent = train_jobs.wait_while_moving(Future(), lambda: 3, 6.0, clock=lambda: next(times), poll_s=0.0)
+    assert not silent, "negative control"
 
 
 def test_a_call_in_a_thread_hands_back_what_it_raised():
-    assert train_jobs.in_thread(lambda: 3, "three").result(timeout=10) == 3
+    assert train_jobs.start_in_thread(lambda: 3, "three").result(timeout=10) == 3
     with pytest.raises(KeyError, match="x"):
-        train_jobs.in_thread(lambda: {}["x"], "broken").result(timeout=10)
-
-
-def test_a_calibration_file_reads_back(tmp_path: Path):
-    calibration = Calibration(
-        num_pairs=3, pair_accuracy=0.5, ece=0.1, brier=0.2, temperature=1.5, criterion_mae={"correct": 0.25}
-    )
-    train_jobs.write_calibration(str(tmp_path), asdict(calibration))
-    assert Calibration(**json.loads((tmp_path / "calibration.json").read_text())) == calibration
+        train_jobs.start_in_thread(lambda: {}["x"], "broken").result(timeout=10)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rl_actors.actors.attested_sync import attestation_gap, require_attested
+from rl_actors.actors.publish import attestation_gap, require_attested
 from rl_actors.actors.vllm_engine import VllmEngine, _routes
 from rl_actors.agent.renderers.harmony import HarmonyRenderer
 from rl_actors.algorithms.batching import collate

@@ -1,9 +1,8 @@
-"""Rewards against the group, random minibatches of equal size, microbatches within a budget."""
+"""Random minibatches of equal size, microbatches within a budget."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +10,8 @@ from hypothesis import strategies as st
 
 from rl_actors.algorithms.batching import plan_microbatches
 from rl_actors.contracts.rollouts import TrainingSample
-from rl_actors.learner.batch import MAX_WASTE_FRACTION, Minibatch, against_group, minibatches
-from rl_actors.learner.loss import global_counts
+from rl_actors.learner.batch import MAX_WASTE_FRACTION, Minibatch, minibatches
+from rl_actors.learner.objective import global_counts
 
 
 def sample(number: int, length: int, reward: float) -> TrainingSample:
@@ -22,46 +21,6 @@ def sample(number: int, length: int, reward: float) -> TrainingSample:
         loss_mask=(False, False, *(True,) * (length - 2)), rollout_logprobs=(0.0,) * length, reward=reward,
         truncated=False,
     )  # fmt: skip
-
-
-# --- rewards against the group --------------------------------------------------------------------
-
-
-def grouped(*rewards_by_group: list[float]) -> list[TrainingSample]:
-    """One sample per reward; groups are interleaved as workers hand them back."""
-    pairs = [(group, reward) for group, rewards in enumerate(rewards_by_group) for reward in rewards]
-    made = [replace(sample(n, 8, reward), group_id=group) for n, (group, reward) in enumerate(pairs)]
-    return made[::2] + made[1::2]
-
-
-def test_a_reward_is_measured_against_the_other_attempts_at_its_task():
-    found = {one.rollout_id: one.reward for one in against_group(grouped([1.0, 0.0, 0.0], [5.0, 4.0]))}
-    assert found == {"r0": 1.0, "r1": -0.5, "r2": -0.5, "r3": 1.0, "r4": -1.0}
-
-
-@pytest.mark.parametrize("rewards", [[0.0, 0.0, 0.0], [1.0, 1.0]])
-def test_a_task_that_always_ends_the_same_teaches_nothing(rewards: list[float]):
-    assert {one.reward for one in against_group(grouped(rewards))} == {0.0}
-
-
-def test_single_attempts_keep_their_rewards_where_all_are_single():
-    assert [one.reward for one in against_group(grouped([0.7], [0.2]))] == [0.7, 0.2]
-
-
-def test_an_attempt_that_lost_its_group_is_worth_nothing():
-    """Its raw reward among centred ones would look like a huge success, whatever it was."""
-    found = {one.rollout_id: one.reward for one in against_group(grouped([0.9], [1.0, 0.0]))}
-    assert found == {"r0": 0.0, "r1": 1.0, "r2": -1.0}
-
-
-def test_nothing_but_the_reward_is_touched_and_the_order_is_kept():
-    samples = grouped([1.0, 0.0], [0.5, 0.25, 0.0])
-    centred = against_group(samples)
-    assert [replace(one, reward=0.0) for one in centred] == [replace(one, reward=0.0) for one in samples]
-    assert sum(one.reward for one in centred) == pytest.approx(0.0)
-
-
-# --- minibatches and microbatches -----------------------------------------------------------------
 
 
 def deal(samples: list[TrainingSample], count: int, budget: int = 10_000, seed: int = 0) -> list[Minibatch]:

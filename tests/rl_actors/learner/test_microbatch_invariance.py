@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from rl_actors.contracts.rollouts import TrainingSample
 from rl_actors.learner import batch as ppo_batch
 from rl_actors.learner import update as ppo_learner
 from rl_actors.learner.batch import Microbatch, Minibatch
-from rl_actors.learner.loss import GlobalCounts, LossTerms, global_counts, microbatch_loss
+from rl_actors.learner.objective import GlobalCounts, global_counts, microbatch_loss
 from rl_actors.learner.update import PpoLearner
 from rl_actors.models.value_head import TokenOutputs
 from tests.rl_actors.fakes import save_tiny_model
@@ -144,12 +145,12 @@ def mean_of_means(num_parts: int) -> Callable[..., tuple[Tensor, dict[str, float
     """The mistake: each microbatch divides by its own counts, and the step by the number of microbatches."""
 
     def loss(
-        outputs: TokenOutputs, batch: Microbatch, recipe: Recipe, terms: LossTerms, counts: GlobalCounts
+        outputs: TokenOutputs, batch: Microbatch, counts: GlobalCounts, *settings: Any, **state: Any
     ) -> tuple[Tensor, dict[str, float]]:
         own = global_counts([batch])
         tokens, sequences = own.num_loss_tokens * num_parts, own.num_sequences * num_parts
         local = GlobalCounts(num_loss_tokens=tokens, num_sequences=sequences)
-        return microbatch_loss(outputs, batch, recipe, terms, local)
+        return microbatch_loss(outputs, batch, local, *settings, **state)
 
     return loss
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from rl_actors.actors.learner_actor import LearnerRank, join_process_group
-from rl_actors.actors.pools import share_by_group
+from rl_actors.actors.learners import LearnerRank, join_process_group, share_by_group
 from rl_actors.algorithms.stability import StabilityLimits
 from rl_actors.contracts.recipe import RECIPES
 from rl_actors.contracts.rollouts import TrainingSample
-from rl_actors.learner.update import PpoLearner, PpoSettings
+from rl_actors.learner.objective import PpoSettings
+from rl_actors.learner.update import PpoLearner
 from rl_actors.ports import free_port
 
 pytestmark = pytest.mark.slow

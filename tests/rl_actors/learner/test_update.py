@@ -16,10 +16,9 @@ from rl_actors.contracts.errors import InstabilityError, TamperedError
 from rl_actors.contracts.recipe import Recipe
 from rl_actors.contracts.rollouts import TrainingSample
 from rl_actors.learner import update as ppo_learner_module
-from rl_actors.learner.first_step_check import require_moved
-from rl_actors.learner.loss import GlobalCounts
-from rl_actors.learner.tripwires import Tripwires
-from rl_actors.learner.update import PpoLearner, PpoSettings
+from rl_actors.learner.objective import GlobalCounts, PpoSettings
+from rl_actors.learner.tripwires import Tripwires, require_moved
+from rl_actors.learner.update import PpoLearner
 from rl_actors.models.scoring_head import token_logprobs_and_entropy
 
 torch.set_num_threads(1)

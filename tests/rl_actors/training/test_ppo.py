@@ -385,7 +385,9 @@ def test_what_the_learner_acted_on_is_recorded_and_the_run_goes_on():
 def test_what_tripped_is_told_with_its_step_values_and_limits():
     thin, told = "entropy_collapse: entropy = 0.0001, limit 0.0005", list[tuple[int, tuple[str, ...]]]()
     actors = Tripped(trips=(thin,), restore_factor=0.5)
-    run_ppo(TASKS, PLAN, replace(actors.ports(), tripped=lambda step, trips: told.append((step, tuple(trips)))), LIMITS)
+    run_ppo(
+        TASKS, PLAN, replace(actors.ports(), report_trips=lambda step, trips: told.append((step, tuple(trips)))), LIMITS
+    )
     assert told == [(1, (thin,)), (2, (thin,)), (3, (thin,))]
 
 
@@ -399,7 +401,7 @@ class Ending(Actors):
 
 def test_the_trip_that_ends_a_run_is_told_before_it_ends():
     told = list[tuple[int, tuple[str, ...]]]()
-    ports = replace(Ending().ports(), tripped=lambda step, trips: told.append((step, tuple(trips))))
+    ports = replace(Ending().ports(), report_trips=lambda step, trips: told.append((step, tuple(trips))))
     with pytest.raises(InstabilityError, match="repeated_restores"):
         run_ppo(TASKS, PLAN, ports, LIMITS)
     assert told == [(1, ("repeated_restores: restores = 3, limit 2",))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from rl_actors.contracts.errors import BadDataError
 from rl_actors.models.reward_model import RewardModel, pad_sequences
 from rl_actors.training.reward_model import (
     PreferencePair,
-    RewardProgress,
     RewardSettings,
     calibrate,
     pair_loss,
@@ -109,32 +109,37 @@ def test_accuracy_counts_decided_pairs_only(preferences: list[float], accuracy: 
 # --- training -------------------------------------------------------------------------------------
 
 
+def steps_into(seen: list[dict[str, float]]) -> Callable[[int, Mapping[str, float]], None]:
+    """Keeps every step's metrics, with its number."""
+    return lambda step, metrics: seen.append({"step": step, **metrics})
+
+
 def reward_model(tiny_dir: Path) -> RewardModel:
     backbone: Any = AutoModel.from_pretrained(tiny_dir, dtype=torch.float32)
     return RewardModel(backbone, CRITERIA)
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_dir: Path, process_group: None) -> tuple[RewardModel, list[RewardProgress]]:
+def trained(tiny_dir: Path, process_group: None) -> tuple[RewardModel, list[dict[str, float]]]:
     """One reward model, trained on 48 pairs."""
     torch.manual_seed(0)
     model, seen = reward_model(tiny_dir), []
-    train_reward_model(model, learnable_pairs(48, seed=1), SETTINGS, seen.append)
+    train_reward_model(model, learnable_pairs(48, seed=1), SETTINGS, steps_into(seen))
     return model.eval(), seen
 
 
 @pytest.mark.slow
-def test_the_loss_falls(trained: tuple[RewardModel, list[RewardProgress]]):
+def test_the_loss_falls(trained: tuple[RewardModel, list[dict[str, float]]]):
     _, seen = trained
-    assert [progress.step for progress in seen] == list(range(1, 61))
-    assert {progress.num_steps for progress in seen} == {60}
-    assert seen[0].loss == pytest.approx(math.log(2) + 0.5 * 0.5 * (1.0 + 0.25 + 0.0 + 0.25) / 4, rel=0.02)
-    assert seen[-1].loss < 0.5 * seen[0].loss
-    assert seen[-1].pair_accuracy > 0.9
+    assert [progress["step"] for progress in seen] == list(range(1, 61))
+    assert {progress["num_steps"] for progress in seen} == {60}
+    assert seen[0]["loss"] == pytest.approx(math.log(2) + 0.5 * 0.5 * (1.0 + 0.25 + 0.0 + 0.25) / 4, rel=0.02)
+    assert seen[-1]["loss"] < 0.5 * seen[0]["loss"]
+    assert seen[-1]["pair_accuracy"] > 0.9
 
 
 @pytest.mark.slow
-def test_it_ranks_pairs_it_never_saw_and_is_calibrated_on_them(trained: tuple[RewardModel, list[RewardProgress]]):
+def test_it_ranks_pairs_it_never_saw_and_is_calibrated_on_them(trained: tuple[RewardModel, list[dict[str, float]]]):
     model, _ = trained
     calibration = calibrate(model, learnable_pairs(40, seed=9))
     assert calibration.num_pairs == 40
@@ -145,7 +150,7 @@ def test_it_ranks_pairs_it_never_saw_and_is_calibrated_on_them(trained: tuple[Re
 
 
 @pytest.mark.slow
-def test_against_swapped_labels_it_is_worse_than_chance(trained: tuple[RewardModel, list[RewardProgress]]):
+def test_against_swapped_labels_it_is_worse_than_chance(trained: tuple[RewardModel, list[dict[str, float]]]):
     """Negative control: the same model against the opposite truth."""
     model, _ = trained
     calibration = calibrate(model, swapped(learnable_pairs(40, seed=9)))
@@ -156,12 +161,14 @@ def test_against_swapped_labels_it_is_worse_than_chance(trained: tuple[RewardMod
 @pytest.mark.slow
 def test_training_on_swapped_labels_ranks_the_other_way(tiny_dir: Path, process_group: None):
     model = reward_model(tiny_dir)
-    train_reward_model(model, swapped(learnable_pairs(48, seed=1)), replace(SETTINGS, epochs=5), lambda progress: None)
+    train_reward_model(
+        model, swapped(learnable_pairs(48, seed=1)), replace(SETTINGS, epochs=5), lambda step, metrics: None
+    )
     assert calibrate(model.eval(), learnable_pairs(40, seed=9)).pair_accuracy < 0.5
 
 
 @pytest.mark.slow
-def test_the_temperature_travels_with_the_model(trained: tuple[RewardModel, list[RewardProgress]], tmp_path: Path):
+def test_the_temperature_travels_with_the_model(trained: tuple[RewardModel, list[dict[str, float]]], tmp_path: Path):
     model, _ = trained
     calibration = calibrate(model, learnable_pairs(40, seed=9))
     model.save(tmp_path)
@@ -174,9 +181,9 @@ def test_ranks_share_a_batch(tiny_dir: Path, process_group: None):
     plan = replace(SETTINGS, epochs=1, batch_pairs=4)
     counts = []
     for rank in range(2):
-        seen: list[RewardProgress] = []
+        seen: list[dict[str, float]] = []
         train_reward_model(
-            reward_model(tiny_dir), learnable_pairs(8, seed=1), plan, seen.append, rank=rank, num_ranks=2
+            reward_model(tiny_dir), learnable_pairs(8, seed=1), plan, steps_into(seen), rank=rank, num_ranks=2
         )
         counts.append(len(seen))
     assert counts == [2, 2]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rl_actors.actors.reward_scorer import RewardScorer
+from rl_actors.actors.rollouts import RewardScorer
 from rl_actors.agent.rollout import rollout_token_ids
 from rl_actors.algorithms.rewards import RewardMix
 from rl_actors.contracts.errors import EngineError

@@ -11,7 +11,7 @@ from rl_actors.algorithms.batching import collate
 from rl_actors.contracts.recipe import RECIPES, Recipe
 from rl_actors.contracts.rollouts import TrainingSample
 from rl_actors.learner.batch import Microbatch
-from rl_actors.learner.targets import fill_advantages, kept_fraction, shaped
+from rl_actors.learner.objective import fill_advantages, kept_fraction, shape_rewards
 
 
 def sample(name: str, group: int, reward: float, *, length: int = 4, truncated: bool = False) -> TrainingSample:
@@ -45,11 +45,11 @@ def rewards(samples: list[TrainingSample]) -> list[float]:
     ],
 )
 def test_rewards_become_advantages_over_the_group(name: str, expected: list[float]):
-    assert rewards(shaped(PAIR, RECIPES[name])) == pytest.approx(expected, abs=1e-5)
+    assert rewards(shape_rewards(PAIR, RECIPES[name])) == pytest.approx(expected, abs=1e-5)
 
 
 def test_gae_without_a_group_baseline_keeps_rewards():
-    assert rewards(shaped(PAIR, Recipe(group_baseline=False))) == [0.0, 1.0, 5.0, 5.0]
+    assert rewards(shape_rewards(PAIR, Recipe(group_baseline=False))) == [0.0, 1.0, 5.0, 5.0]
 
 
 def test_groups_without_signal_are_left_out_unless_nothing_else_is_left():
@@ -57,26 +57,71 @@ def test_groups_without_signal_are_left_out_unless_nothing_else_is_left():
     recipe = replace(RECIPES["rloo"], drop_flat_groups=True)
     a, b, c, d = PAIR
     made = [a, replace(b, succeeded=True), replace(c, reward=0.11), replace(d, reward=0.13)]
-    assert [one.rollout_id for one in shaped(made, recipe)] == ["a", "b"]
-    assert kept_fraction(shaped(made, recipe), made) == 0.5
-    assert [one.rollout_id for one in shaped(made[2:], recipe)] == ["c", "d"]
-    assert len(shaped(made, RECIPES["rloo"])) == 4, "negative control: off by default"
+    assert [one.rollout_id for one in shape_rewards(made, recipe)] == ["a", "b"]
+    assert kept_fraction(shape_rewards(made, recipe), made) == 0.5
+    assert [one.rollout_id for one in shape_rewards(made[2:], recipe)] == ["c", "d"]
+    assert len(shape_rewards(made, RECIPES["rloo"])) == 4, "negative control: off by default"
 
 
 def test_the_overlong_penalty_enters_before_attempts_are_compared():
     """Sampled lengths 3 and 7 at a ramp of 4 tokens to 8: penalties 0 and -0.75."""
     two = [sample("short", 0, 1.0), sample("long", 0, 1.0, length=8)]
     recipe = replace(RECIPES["rloo"], overlong_max=8, overlong_buffer=4)
-    assert rewards(shaped(two, recipe)) == pytest.approx([0.75, -0.75])
-    assert rewards(shaped(two, RECIPES["rloo"])) == [0.0, 0.0]
+    assert rewards(shape_rewards(two, recipe)) == pytest.approx([0.75, -0.75])
+    assert rewards(shape_rewards(two, RECIPES["rloo"])) == [0.0, 0.0]
 
 
 def test_truncated_rollouts_train_nothing_but_still_are_a_baseline():
     two = [sample("whole", 0, 1.0), sample("cut", 0, 0.0, truncated=True)]
-    found = shaped(two, replace(RECIPES["rloo"], mask_truncated=True))
+    found = shape_rewards(two, replace(RECIPES["rloo"], mask_truncated=True))
     assert [sum(one.loss_mask) for one in found] == [3, 0]
     assert found[0].reward == 1.0
-    assert [sum(one.loss_mask) for one in shaped(two, RECIPES["rloo"])] == [3, 3]
+    assert [sum(one.loss_mask) for one in shape_rewards(two, RECIPES["rloo"])] == [3, 3]
+
+
+# --- rewards against the group --------------------------------------------------------------------
+
+
+def against_group(samples: list[TrainingSample]) -> list[TrainingSample]:
+    """As the default recipe does, with a critic: the reward less the mean of the other attempts."""
+    return shape_rewards(samples, Recipe())
+
+
+def grouped(*rewards_by_group: list[float]) -> list[TrainingSample]:
+    """One sample per reward; groups are interleaved as workers hand them back."""
+    pairs = [(group, reward) for group, rewards in enumerate(rewards_by_group) for reward in rewards]
+    made = [sample(f"r{n}", group, reward) for n, (group, reward) in enumerate(pairs)]
+    return made[::2] + made[1::2]
+
+
+def test_a_reward_is_measured_against_the_other_attempts_at_its_task():
+    found = {one.rollout_id: one.reward for one in against_group(grouped([1.0, 0.0, 0.0], [5.0, 4.0]))}
+    assert found == {"r0": 1.0, "r1": -0.5, "r2": -0.5, "r3": 1.0, "r4": -1.0}
+
+
+@pytest.mark.parametrize("rewards", [[0.0, 0.0, 0.0], [1.0, 1.0]])
+def test_a_task_that_always_ends_the_same_teaches_nothing(rewards: list[float]):
+    assert {one.reward for one in against_group(grouped(rewards))} == {0.0}
+
+
+def test_single_attempts_keep_their_rewards_where_all_are_single():
+    assert [one.reward for one in against_group(grouped([0.7], [0.2]))] == [0.7, 0.2]
+
+
+def test_an_attempt_that_lost_its_group_is_worth_nothing():
+    """Its raw reward among centred ones would look like a huge success, whatever it was."""
+    found = {one.rollout_id: one.reward for one in against_group(grouped([0.9], [1.0, 0.0]))}
+    assert found == {"r0": 0.0, "r1": 1.0, "r2": -1.0}
+
+
+def test_nothing_but_the_reward_is_touched_and_the_order_is_kept():
+    samples = grouped([1.0, 0.0], [0.5, 0.25, 0.0])
+    centred = against_group(samples)
+    assert [replace(one, reward=0.0) for one in centred] == [replace(one, reward=0.0) for one in samples]
+    assert sum(one.reward for one in centred) == pytest.approx(0.0)
+
+
+# --- advantages -----------------------------------------------------------------------------------
 
 
 def microbatch(samples: list[TrainingSample], value: float = 0.0, beyond: float = 0.0) -> Microbatch:

@@ -14,9 +14,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from rl_actors.contracts.errors import BadInputError, InstabilityError
 from rl_actors.contracts.recipe import Recipe
 from rl_actors.contracts.rollouts import Routes, TrainingSample
-from rl_actors.learner import first_step_check
-from rl_actors.learner.models import LearnerModels
-from rl_actors.learner.update import PpoLearner
+from rl_actors.learner import tripwires
+from rl_actors.learner.update import LearnerModels, PpoLearner
 from rl_actors.models.router_replay import record_routes
 from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 from tests.rl_actors.learner.test_update import PROBES, learner, logprobs, sample
@@ -199,7 +198,7 @@ def test_the_check_of_the_first_step_looks_at_the_masters(
 ):
     """Negative control: looking at bfloat16 weights, it would stop every run at its first step."""
     learner(tiny_dir, is_bf16=True, learning_rate=1e-4).update(batch)
-    monkeypatch.setattr(first_step_check, "_stepped", lambda parameter: parameter)
+    monkeypatch.setattr(tripwires, "_stepped", lambda parameter: parameter)
     with pytest.raises(InstabilityError, match="parameter_not_trained"):
         learner(tiny_dir, is_bf16=True, learning_rate=1e-4).update(batch)
 

@@ -1,15 +1,16 @@
-"""Proof that an engine computes what the learner does: same probe tokens, same log-probabilities.
+"""Publish, prove, and heal: no engine serves weights that it has not been shown to serve.
 
-Publish, prove, and heal: no engine serves weights that it has not been shown to serve.
+The proof: on the same probe tokens an engine has the learner's log-probabilities.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from rl_actors.actors.pools import START_TIMEOUT_S, LearnerGroup, RolloutPool, wait_for
+from rl_actors.actors.calls import wait_for
+from rl_actors.actors.learners import LearnerGroup
+from rl_actors.actors.rollouts import RolloutPool
 from rl_actors.contracts import AttestationError, InfrastructureError
 
 
@@ -19,6 +20,7 @@ def attestation_gap(engine: Sequence[Sequence[float]], learner: Sequence[Sequenc
     Raises:
         AttestationError: The two disagree in shape, or there is no probe token: nothing was proved.
     """
+    # A sequence that one side cut short must not pass on the tokens that are left.
     shapes = [len(row) for row in engine], [len(row) for row in learner]
     if shapes[0] != shapes[1]:
         raise AttestationError(
@@ -31,25 +33,17 @@ def attestation_gap(engine: Sequence[Sequence[float]], learner: Sequence[Sequenc
 
 
 def require_attested(gap: float, *, tolerance: float, worker: str, weights_version: int) -> None:
-    """Refuse an engine whose weights are not the learner's; NaN is refused too.
+    """Refuse an engine whose weights are not the learner's.
 
     Raises:
         AttestationError: The gap exceeds the tolerance.
     """
+    # Not `gap > tolerance`: NaN must be refused too.
     if not gap <= tolerance:
         raise AttestationError(
             f"{worker} does not serve weights version {weights_version}: mean |engine - learner logprob| is {gap:.4g}, "
             f"allowed {tolerance:.4g}; the worker is quarantined and its rollouts are rejected"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
-    """What every engine must compute after a publish: these weights, and their log-probabilities of the probes."""
-
-    weights: Any
-    weights_version: int
-    expected: list[list[float]]
 
 
 class AttestedSync:
@@ -72,40 +66,28 @@ class AttestedSync:
             AttestationError: A worker failed twice: it stays quarantined and nothing it makes is used.
             InfrastructureError: A worker broke twice.
         """
-        publication = Publication(
-            weights=self._learners.weights(),
-            weights_version=weights_version,
-            expected=self._learners.probe(self._probes),
-        )
-        found = self._try(range(len(self._pool.workers)), publication)
-        failed = {rank: result for rank, result in found.items() if not self._is_attested(result)}
-        for rank, result in failed.items():
-            if isinstance(result, InfrastructureError):
-                self._pool.restart(rank)
+        weights, expected = self._learners.weights(), self._learners.probe(self._probes)
+        found = self._try(range(len(self._pool.workers)), weights, weights_version, expected)
+        gaps = {rank: gap for rank, gap in found.items() if not isinstance(gap, InfrastructureError)}
+        broken = sorted(found.keys() - gaps.keys())
+        # Not `> tolerance`: a gap of NaN has failed too.
+        failed = [*broken, *(rank for rank, gap in gaps.items() if not gap <= self._tolerance)]
+        for rank in broken:
+            self._pool.restart(rank)
         self.num_resyncs += len(failed)
-        found |= self._try(failed, publication)
+        found |= self._try(failed, weights, weights_version, expected)
         return max(self._require(rank, result, weights_version) for rank, result in found.items())
 
-    def _is_attested(self, result: float | InfrastructureError) -> bool:
-        return not isinstance(result, InfrastructureError) and result <= self._tolerance
-
-    def _try(self, ranks: Sequence[int] | dict[int, Any], what: Publication) -> dict[int, float | InfrastructureError]:
+    def _try(
+        self, ranks: Sequence[int], weights: Any, weights_version: int, expected: list[list[float]]
+    ) -> dict[int, float | InfrastructureError]:
         """Publish to these workers at once, then probe them; returns each one's gap, or what broke it."""
         workers = {rank: self._pool.workers[rank] for rank in ranks}
-        published = [worker.publish.remote(what.weights, what.weights_version) for worker in workers.values()]
-        sent = {rank: _outcome(call) for rank, call in zip(workers, published, strict=True)}
+        published = {rank: worker.publish.remote(weights, weights_version) for rank, worker in workers.items()}
+        broken = {rank: _error_of(call) for rank, call in published.items()}
+        # Only now: an actor works on several calls at once, and a probe must not overtake the publish.
         probed = {rank: worker.probe.remote(self._probes) for rank, worker in workers.items()}
-        return {rank: sent[rank] or self._gap(call, what) for rank, call in probed.items()}
-
-    def _gap(self, call: Any, what: Publication) -> float | InfrastructureError:
-        """Return a worker's gap, or why there is none."""
-        try:
-            ((version, logprobs),) = wait_for([call], timeout_s=START_TIMEOUT_S, what="rollout worker")
-            if version != what.weights_version:
-                raise AttestationError(f"it serves weights version {version}, published was {what.weights_version}")
-            return attestation_gap(logprobs, what.expected)
-        except InfrastructureError as error:
-            return error
+        return {rank: broken[rank] or _gap_of(call, weights_version, expected) for rank, call in probed.items()}
 
     def _require(self, rank: int, result: float | InfrastructureError, weights_version: int) -> float:
         worker = f"rollout worker {rank}"
@@ -115,10 +97,21 @@ class AttestedSync:
         return result
 
 
-def _outcome(call: Any) -> InfrastructureError | None:
+def _error_of(call: Any) -> InfrastructureError | None:
     """Wait for a publish; returns what broke it."""
     try:
-        wait_for([call], timeout_s=START_TIMEOUT_S, what="rollout worker")
+        wait_for([call], what="rollout worker")
     except InfrastructureError as error:
         return error
     return None
+
+
+def _gap_of(call: Any, weights_version: int, expected: list[list[float]]) -> float | InfrastructureError:
+    """Wait for a probe; returns the worker's gap, or why there is none."""
+    try:
+        ((version, logprobs),) = wait_for([call], what="rollout worker")
+        if version != weights_version:
+            raise AttestationError(f"it serves weights version {version}, published was {weights_version}")
+        return attestation_gap(logprobs, expected)
+    except InfrastructureError as error:
+        return error
