@@ -209,7 +209,7 @@ import asyncio
 from cluster.workflows import find_workflow
 from rl_actors.agent import RolloutPorts, Toolset, run_rollout
 from rl_actors.contracts import RolloutRequest
-from rl_actors.sandbox import ToolHostPool
+from rl_actors.sandbox import ProcessSandbox
 from tests.rl_actors.fakes import LIMITS, ScriptedEngine, call, final, plan, renderer
 from cluster.workflows.support_desk.tools import WORLD
 
@@ -218,7 +218,7 @@ async def attempt():
     task = next(task for task in workflow.build_tasks("train", 60, 0) if task.intent == "order_status")
     customer = task.world["customers"][0]["customer_id"]
     script = [plan(1), call("count_orders", customer_id=customer), call("count_orders", customer_id="x"), final("ok")]
-    hosts = ToolHostPool(workflow.tools_module, num_hosts=1)
+    hosts = ProcessSandbox(workflow.tools_module, num_hosts=1)
     ports = RolloutPorts(workflow=workflow, renderer=renderer(), toolset=Toolset(WORLD.tools), hosts=hosts,
                          generate=ScriptedEngine(script), limits=LIMITS)
     try:

@@ -223,20 +223,20 @@ def audit(
 
 @app.command()
 def override(
-    run_id: Annotated[str, typer.Argument(metavar="RUN_ID", help="the run's id, as in its x-seatrial headers")],
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="as in the header x-seatrial-run-id")],
     actor: Annotated[str, typer.Option("--actor", help="who overrides")],
     reason: Annotated[str, typer.Option("--reason", help="why, for the record")],
     url: Annotated[str, typer.Option("--url", help="the gateway; by default the one of seatrial up")] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Record that a human overrode a served run."""
+    """Record that a human overrode the reply to a request."""
 
     def work(_: Scene) -> Reply:
         from cluster.cli.override import Override, record_override
 
-        where = record_override(Override(run_id=run_id, actor=actor, reason=reason, url=url), seatrial_home())
-        line = f"recorded: {actor} overrode {run_id} ({where})"
-        return Reply(data={"run_id": run_id, "human_override": True, "recorded_by": where}, show=line)
+        where = record_override(Override(request_id=request_id, actor=actor, reason=reason, url=url), seatrial_home())
+        line = f"recorded: {actor} overrode {request_id} ({where})"
+        return Reply(data={"run_id": request_id, "human_override": True, "recorded_by": where}, show=line)
 
     answer(work, as_json)
 

@@ -1,4 +1,4 @@
-"""`override`: a human overrode a served run; told to the gateway, or written to its ledger when none answers."""
+"""`override`: records that a human overrode the reply to a request, at the gateway or, without one, in its ledger."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ TIMEOUT_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Override:
-    """Who overrode which served run, and why. `url` empty asks the gateway of `seatrial up`."""
+    """A human's override of the reply to a request. `url` empty asks the gateway of `seatrial up`."""
 
-    run_id: str
+    request_id: str
     actor: str
     reason: str
     url: str = ""
@@ -35,10 +35,10 @@ def record_override(override: Override, home: Path) -> str:
     """Record it once; returns where.
 
     Raises:
-        BadInputError: no such run, or an empty actor or reason.
+        BadInputError: no such request, or an empty actor or reason.
         InfrastructureError: a gateway named by `url` does not answer, or there is neither gateway nor ledger.
     """
-    for field in ("run_id", "actor", "reason"):
+    for field in ("request_id", "actor", "reason"):
         if not getattr(override, field).strip():
             raise BadInputError(field, getattr(override, field), "must say something: it is kept for the audit")
     gateway = load_service(home).find("gateway")
@@ -54,31 +54,31 @@ def record_override(override: Override, home: Path) -> str:
 
 def _post(override: Override, url: str) -> None:
     body = {"actor": override.actor, "reason": override.reason}
-    target = f"{url.rstrip('/').removesuffix('/v1')}/v1/runs/{quote(override.run_id, safe='')}/override"
+    target = f"{url.rstrip('/').removesuffix('/v1')}/v1/requests/{quote(override.request_id, safe='')}/override"
     # Proxies of the environment are for the outside world; a gateway is ours.
     reply = httpx.post(target, json=body, timeout=TIMEOUT_S, follow_redirects=True, trust_env=False)
     said = reply.text[:2000]
     if reply.status_code in {400, 404, 422}:
-        raise BadInputError("RUN_ID", override.run_id, f"the gateway refuses it ({said}); copy the id")
+        raise BadInputError("REQUEST_ID", override.request_id, f"the gateway refuses it ({said}); copy the id")
     if not reply.is_success:
         raise InfrastructureError(f"gateway {url}: status {reply.status_code}: {said}; see `seatrial status`")
 
 
 def _write_to_ledger(override: Override, home: Path) -> str:
-    """Find the ledger that holds the run, newest first."""
+    """Find the ledger that holds the request, newest first."""
     # Imported here: with a gateway nobody needs it.
     from serving.store import RequestLedger
 
     for path in _ledgers(home):
         ledger = RequestLedger(path, owner="seatrial-override")
         try:
-            record = ledger.find(override.run_id.removeprefix("run-"))
+            record = ledger.find(override.request_id.removeprefix("run-"))
             if record is not None:
                 ledger.override(record.run_id, actor=override.actor, reason=override.reason, at=time.time())
                 return f"ledger {path}"
         finally:
             ledger.close()
-    raise BadInputError("RUN_ID", override.run_id, f"no gateway answers and no ledger under {home} holds it")
+    raise BadInputError("REQUEST_ID", override.request_id, f"no gateway answers and no ledger under {home} holds it")
 
 
 def _ledgers(home: Path) -> list[Path]:

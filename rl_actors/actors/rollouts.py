@@ -13,7 +13,7 @@ import torch
 
 from rl_actors.actors.calls import Options, close_actors, start_actor, wait_for
 from rl_actors.actors.vllm_engine import VllmEngine
-from rl_actors.agent import HarmonyRenderer, RolloutPorts, Toolset, rollout_token_ids, run_rollout
+from rl_actors.agent import RolloutPorts, Toolset, renderer_of, rollout_token_ids, run_rollout
 from rl_actors.algorithms import RewardMix
 from rl_actors.contracts import (
     MAX_IN_FLIGHT,
@@ -27,7 +27,7 @@ from rl_actors.contracts import (
 )
 from rl_actors.environment import WorkflowRef
 from rl_actors.models import RewardModel
-from rl_actors.sandbox import ToolHostPool
+from rl_actors.sandbox import ProcessSandbox
 
 MAX_DROPPED_FRACTION = 0.25
 
@@ -81,9 +81,9 @@ class RolloutWorker:
         self._slots = asyncio.Semaphore(settings.max_in_flight)
         self._ports = RolloutPorts(
             workflow=workflow,
-            renderer=HarmonyRenderer.from_directory(model_path),
+            renderer=renderer_of(model_path),
             toolset=Toolset(tools),
-            hosts=ToolHostPool(workflow.tools_module, num_hosts=settings.num_tool_hosts),
+            sandbox=ProcessSandbox(workflow.tools_module, num_hosts=settings.num_tool_hosts),
             generate=self._engine.generate,
             limits=limits,
         )
@@ -118,7 +118,7 @@ class RolloutWorker:
 
     async def close(self) -> None:
         """Stop tool hosts and engine."""
-        await self._ports.hosts.close()
+        await self._ports.sandbox.close()
         await asyncio.to_thread(self._engine.close)
 
     async def _attempt(self, requests: Sequence[RolloutRequest], temperature: float) -> list[Rollout | str]:

@@ -30,6 +30,7 @@ from serving.contracts.requests import (
     UNSCORED,
     EventKind,
     ReleaseChannel,
+    RequestCompletion,
     RequestEvent,
     RequestRecord,
     RequestSample,

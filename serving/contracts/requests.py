@@ -1,6 +1,6 @@
 """One live request as a row, and the rows of a version as a window: what gates read.
 
-Times are Unix seconds (UTC); no field is ever null.
+Times are Unix seconds (UTC); no field is ever null. `run_id` names a request, in rows, headers and on disk.
 """
 
 from __future__ import annotations
@@ -8,44 +8,39 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from rl_actors.contracts import PlanRevision
 
 ReleaseChannel = Literal["offline_eval", "canary", "general"]
-
-
 RequestStatus = Literal["running", "ok", "truncated", "tool_budget", "timeout", "engine_error", "aborted"]
-
-
 Success = Literal["yes", "no", "unknown"]
-
-
 EventKind = Literal["violation", "override", "failure"]
 
-
-UNSCORED: Final = -1.0  # critic_score of a run that the critic has not scored yet: no column is ever null
+UNSCORED: Final = -1.0  # critic_score of a request that the critic has not scored yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
-    """One run, one row (the article's observability schema); no field is ever null.
+    """One request, one row (the article's observability schema).
 
-    A row is written ahead with status `running` and the defaults below, then completed once. `request_id` is the
-    idempotency key. `task_id` is empty outside tests. `release_channel` comes from the router, never from the caller.
+    A row is written ahead with status `running` and the defaults below, then completed once.
     """
 
     run_id: str
-    request_id: str
+    request_id: str  # the idempotency key
     session_key: str
     model_version: str
     reward_model_version: str
     policy_version: str
     bundle_id: str
-    release_channel: ReleaseChannel
+    release_channel: ReleaseChannel  # from the router, never from the caller
     split_epoch: int
     started_at: float
     intent: str
     sandbox_level: str
-    task_id: str = ""
+    task_id: str = ""  # only tests and simulated users know one
     status: RequestStatus = "running"
     success: Success = "unknown"
     tool_calls_count: int = 0
@@ -60,8 +55,24 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RequestCompletion:
+    """The second half of a row, known only when the request ends. `policy_checks` maps check -> held."""
+
+    status: RequestStatus
+    success: Success
+    tool_calls_count: int
+    tool_error_count: int
+    tokens_in: int
+    tokens_out: int
+    duration_ms: float
+    cost: float
+    policy_checks: Mapping[str, bool]
+    plans: tuple[PlanRevision, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RequestSample:
-    """What gates need of one finished run, in order of completion."""
+    """A finished request as gates see it, in order of completion."""
 
     session_key: str
     duration_ms: float
@@ -84,7 +95,7 @@ class RequestEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrafficWindow:
-    """All finished runs of a version in one channel and split epoch; unlabelled ones are not in `num_labelled`."""
+    """All finished requests of a version in one channel and split epoch; `num_labelled` have a known outcome."""
 
     policy_version: str
     release_channel: ReleaseChannel
@@ -97,17 +108,17 @@ class TrafficWindow:
     num_overrides: int
     tool_calls_count: int
     tool_error_count: int
-    failed_checks: Mapping[str, int]  # runs by failed policy check
+    failed_checks: Mapping[str, int]  # requests by failed policy check
     samples: tuple[RequestSample, ...]
 
     @property
     def success_rate(self) -> float:
-        """Successes over labelled runs; 0 without labels."""
+        """Successes over labelled requests; 0 without labels."""
         return self.num_successes / self.num_labelled if self.num_labelled else 0.0
 
     @property
     def human_override_rate(self) -> float:
-        """Overridden runs over finished runs; 0 without runs."""
+        """Overridden requests over finished ones; 0 without any."""
         return self.num_overrides / self.num_runs if self.num_runs else 0.0
 
     @property
@@ -117,5 +128,6 @@ class TrafficWindow:
 
     @property
     def cost_per_success(self) -> float:
-        """Cost of ALL runs, failures included, over successes; infinite when nothing succeeded, never 0."""
+        """Cost of all requests over successes; infinite when nothing succeeded, never 0."""
+        # Failures cost, too: a version that fails cheaply must not look cheap.
         return sum(sample.cost for sample in self.samples) / self.num_successes if self.num_successes else math.inf

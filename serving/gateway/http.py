@@ -1,6 +1,6 @@
 """The gateway's HTTP application: plain FastAPI over ports, so that it runs and is tested without Ray.
 
-Chat completions in OpenAI's format, the models list, health, and what humans say about a run afterwards.
+Chat completions in OpenAI's format, the models list, health, and what humans say about a request afterwards.
 """
 
 from __future__ import annotations
@@ -9,20 +9,18 @@ import asyncio
 import hashlib
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from rl_actors.contracts import BadInputError, InfrastructureError
-from serving.gateway.answer import LiveRuns
-from serving.gateway.answer_book import AnswerBook
 from serving.gateway.openai_api import (
+    SHOULD_RETRY,
     ApiError,
     ChatAnswer,
     ChatRequest,
@@ -30,45 +28,45 @@ from serving.gateway.openai_api import (
     OverrideRequest,
     completion_body,
     parse_chat_request,
+    require_size,
     stream_events,
+    validated,
 )
-from serving.gateway.orphans import watch_orphans
 from serving.gateway.ports import LivePorts, LiveRequest
 from serving.gateway.request_origin import OriginGuard, trusted_names
 
+Answering = Coroutine[Any, Any, ChatAnswer]
+
 _KEY: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+_ID_PREFIX: Final = "run-"
+_LOOKS_PER_STALE_TIME: Final = 6
 
 
-_RUN_PREFIX: Final = "run-"
-
-
-Body = TypeVar("Body", bound=BaseModel)
-
-
-def build_app(ports: LivePorts) -> FastAPI:
+def build_app(ports: LivePorts, answer: Callable[[LiveRequest], Answering]) -> FastAPI:
     """Return the HTTP application over these ports; its lifespan watches the split, orphans and the critic's queue."""
     app = FastAPI(title="seatrial gateway", lifespan=_lifespan_of(ports), docs_url=None, redoc_url=None)
-    chat = ChatEndpoint(ports)
-    runs = RunEndpoints(ports)
+    chat, requests = ChatEndpoint(ports, answer), RequestEndpoints(ports)
     app.add_api_route("/v1/chat/completions", chat.complete, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", chat.models, methods=["GET"])
-    app.add_api_route("/v1/runs/{run_id}", runs.show, methods=["GET"])
-    app.add_api_route("/v1/runs/{run_id}/override", runs.override, methods=["POST"])
-    app.add_api_route("/v1/runs/{run_id}/outcome", runs.label, methods=["POST"])
     app.add_api_route("/healthz", chat.health, methods=["GET"], response_model=None)
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_defect)
+    # /v1/runs is the name of older clients for the same paths.
+    for path in ("/v1/requests/{request_id}", "/v1/runs/{request_id}"):
+        app.add_api_route(path, requests.show, methods=["GET"])
+        app.add_api_route(f"{path}/override", requests.override, methods=["POST"])
+        app.add_api_route(f"{path}/outcome", requests.label, methods=["POST"])
+    app.add_exception_handler(ApiError, _show_api_error)
+    app.add_exception_handler(HTTPException, _show_http_error)
+    app.add_exception_handler(Exception, _show_defect)
     app.add_middleware(OriginGuard, trusted=trusted_names(ports.config.allowed_hosts))
     return app
 
 
+# --- endpoints --------------------------------------------------------------------------------------------------------
 class ChatEndpoint:
     """Chat completions, the models list and the health of this gateway."""
 
-    def __init__(self, ports: LivePorts) -> None:
-        """Hold the ports and an empty answer book."""
-        self._ports, self._runs = ports, LiveRuns(ports)
+    def __init__(self, ports: LivePorts, answer: Callable[[LiveRequest], Answering]) -> None:
+        self._ports, self._answer = ports, answer
         self._book = AnswerBook(max_running=ports.config.max_concurrency)
         self._model = ports.workflow.name
 
@@ -76,47 +74,8 @@ class ChatEndpoint:
         """POST /v1/chat/completions."""
         body = await read_body(request, self._ports.config.api.max_body_bytes)
         chat = parse_chat_request(body, self._ports.config.api, model=self._model)
-        live = self._live_request(request, chat)
-        fingerprint = hashlib.sha256(body).hexdigest()
-        answer = await self._book.once(live.request_id, fingerprint, lambda: self._runs.answer(live))
-        return self._response(answer, chat)
-
-    async def models(self) -> dict[str, Any]:
-        """GET /v1/models: one model, the workflow; which version answers is the router's choice, never the caller's."""
-        return {
-            "object": "list",
-            "data": [{"id": self._model, "object": "model", "created": 0, "owned_by": "seatrial"}],
-        }
-
-    async def health(self) -> Response:
-        """GET /healthz: 200 when a split is in force, else 503."""
-        epoch, critic = self._ports.splits.epoch, self._ports.critic
-        body = {
-            "status": "ok" if epoch else "no split in force",
-            "gateway": self._ports.owner,
-            "split_epoch": epoch,
-            "running": self._book.num_running,
-            "critic": {"scored": critic.num_scored, "lost": critic.num_lost},
-            "traces_lost": self._ports.traces.num_lost,
-        }
-        return JSONResponse(body, status_code=200 if epoch else 503)
-
-    def _live_request(self, request: Request, chat: ChatRequest) -> LiveRequest:
-        metadata = chat.metadata or {}
-        intent = metadata.get("intent", "")
-        return LiveRequest(
-            request_id=request_key(request),
-            session_key=session_key(request, chat),
-            messages=tuple((_prompt_role(message.role), message.text) for message in chat.messages),
-            user_text=chat.user_text,
-            temperature=chat.temperature,
-            seed=chat.seed,
-            token_cap=chat.token_cap,
-            intent=intent if intent in self._ports.workflow.intents else "unknown",
-            task_id=metadata.get("task_id", "")[:256],
-        )
-
-    def _response(self, answer: ChatAnswer, chat: ChatRequest) -> Response:
+        live = LiveRequest(request_id=request_key(request), session_key=session_key(request, chat), chat=chat)
+        answer = await self._book.once(live.request_id, hashlib.sha256(body).hexdigest(), lambda: self._answer(live))
         if not chat.stream:
             return JSONResponse(completion_body(answer, model=self._model), headers=answer.headers)
         include_usage = chat.stream_options is not None and chat.stream_options.include_usage
@@ -124,66 +83,138 @@ class ChatEndpoint:
         headers = answer.headers | {"cache-control": "no-cache"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
+    async def models(self) -> dict[str, Any]:
+        """GET /v1/models: one model, the workflow."""
+        # Which version answers is the router's choice, never the caller's.
+        model = {"id": self._model, "object": "model", "created": 0, "owned_by": "seatrial"}
+        return {"object": "list", "data": [model]}
 
-class RunEndpoints:
-    """What may be asked and said about a run: its row, a human override, a late outcome label."""
+    async def health(self) -> Response:
+        """GET /healthz: 200 when a split is in force, else 503."""
+        ports, epoch = self._ports, self._ports.splits.epoch
+        body = {
+            "status": "ok" if epoch else "no split in force",
+            "gateway": ports.ledger.owner,
+            "split_epoch": epoch,
+            "running": self._book.num_running,
+            "critic": {"scored": ports.critic.num_scored, "lost": ports.critic.num_lost},
+            "traces_lost": ports.traces.num_lost,
+        }
+        return JSONResponse(body, status_code=200 if epoch else 503)
+
+
+class RequestEndpoints:
+    """The row of an answered request, a human override of it, a late outcome label.
+
+    `request_id` is the row's `run_id`, as the x-seatrial-run-id header of the answer gives it.
+    """
 
     def __init__(self, ports: LivePorts) -> None:
-        """Hold the ports."""
         self._ports = ports
 
-    async def show(self, run_id: str) -> dict[str, Any]:
-        """GET /v1/runs/{run_id}: the row, with every override and label."""
+    async def show(self, request_id: str) -> dict[str, Any]:
+        """GET /v1/requests/{request_id}: the row, with every override and label."""
         ledger = self._ports.ledger
-        record = await asyncio.to_thread(ledger.find, run_id.removeprefix(_RUN_PREFIX))
-        if record is None or record.run_id != run_id:
-            raise _no_such_run(run_id)
-        return asdict(record) | {"audit": list(await asyncio.to_thread(ledger.audit, run_id))}
+        record = await asyncio.to_thread(ledger.find, request_id.removeprefix(_ID_PREFIX))
+        if record is None or record.run_id != request_id:
+            raise _unknown(request_id)
+        return asdict(record) | {"audit": list(await asyncio.to_thread(ledger.audit, request_id))}
 
-    async def override(self, run_id: str, request: Request) -> dict[str, Any]:
-        """POST /v1/runs/{run_id}/override."""
-        body = await self._parse(request, OverrideRequest)
-        at = self._ports.clock()
-        await self._write(run_id, self._ports.ledger.override, actor=body.actor, reason=body.reason, at=at)
-        return {"run_id": run_id, "human_override": True}
+    async def override(self, request_id: str, request: Request) -> dict[str, Any]:
+        """POST /v1/requests/{request_id}/override."""
+        body = validated(OverrideRequest, await self._read(request))
+        await self._append(request_id, self._ports.ledger.override, body.model_dump())
+        return {"run_id": request_id, "human_override": True}
 
-    async def label(self, run_id: str, request: Request) -> dict[str, Any]:
-        """POST /v1/runs/{run_id}/outcome: the latest label wins, earlier ones stay readable."""
-        body = await self._parse(request, OutcomeRequest)
-        success, at = "yes" if body.success else "no", self._ports.clock()
-        await self._write(
-            run_id, self._ports.ledger.label, success=success, actor=body.actor, reason=body.reason, at=at
-        )
-        return {"run_id": run_id, "success": success}
+    async def label(self, request_id: str, request: Request) -> dict[str, Any]:
+        """POST /v1/requests/{request_id}/outcome: the latest label wins, earlier ones stay readable."""
+        body = validated(OutcomeRequest, await self._read(request))
+        success = "yes" if body.success else "no"
+        await self._append(request_id, self._ports.ledger.label, body.model_dump() | {"success": success})
+        return {"run_id": request_id, "success": success}
 
-    async def _parse(self, request: Request, kind: type[Body]) -> Body:
-        body = await read_body(request, self._ports.config.api.max_body_bytes)
+    async def _read(self, request: Request) -> bytes:
+        return await read_body(request, self._ports.config.api.max_body_bytes)
+
+    async def _append(self, request_id: str, append: Callable[..., None], fields: Mapping[str, Any]) -> None:
         try:
-            return kind.model_validate_json(body)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-            param = ".".join(str(part) for part in first["loc"]) or None
-            raise ApiError(400, f"{param}: {first['msg']}", code="invalid_value", param=param) from error
-
-    async def _write(self, run_id: str, write: Callable[..., None], **fields: Any) -> None:
-        """Append beside a run; the ledger's foreign key refuses a run that does not exist."""
-        try:
-            await asyncio.to_thread(write, run_id, **fields)
+            await asyncio.to_thread(append, request_id, **fields, at=self._ports.clock())
+        # The ledger's foreign key refuses a request that does not exist.
         except BadInputError as error:
-            raise _no_such_run(run_id) from error
+            raise _unknown(request_id) from error
+
+
+# --- idempotency ------------------------------------------------------------------------------------------------------
+class AnswerBook:
+    """Answers by idempotency key: at most `max_running` in flight, at most `capacity` remembered."""
+
+    def __init__(self, *, max_running: int, capacity: int = 4096) -> None:
+        # Oldest first; a task's name is the fingerprint of the body it answers. What another gateway or an earlier
+        # process answered is known to the ledger only.
+        self._tasks: dict[str, asyncio.Task[ChatAnswer]] = {}
+        self._running: set[asyncio.Task[ChatAnswer]] = set()
+        self._max_running, self._capacity = max_running, capacity
+
+    @property
+    def num_running(self) -> int:
+        """Requests in flight, those whose client hung up included."""
+        return len(self._running)
+
+    async def once(self, key: str, fingerprint: str, answer: Callable[[], Answering]) -> ChatAnswer:
+        """Return the answer of `key`, calling `answer` only when the key is new.
+
+        Raises:
+            ApiError: 409 the key is in flight; 422 it came with another body; 429 too many are. What `answer` raises.
+        """
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._begin(key, fingerprint, answer)
+        elif task.get_name() != fingerprint:
+            message = "this idempotency key was used with another body; use a new key"
+            raise ApiError(422, message, code="idempotency_key_reused", may_retry=False)
+        elif not task.done():
+            message = "a request with this idempotency key is in flight"
+            raise ApiError(409, message, code="in_flight", may_retry=True)
+        # A request goes on when its client hangs up: tools may have run, and the client will ask again with this key.
+        return await asyncio.shield(task)
+
+    def _begin(self, key: str, fingerprint: str, answer: Callable[[], Answering]) -> asyncio.Task[ChatAnswer]:
+        if self.num_running >= self._max_running:
+            message = f"{self.num_running} requests in flight, the limit; try again shortly"
+            raise ApiError(429, message, code="rate_limit_exceeded", may_retry=True)
+        task = asyncio.create_task(answer(), name=fingerprint)
+        self._running.add(task)
+        task.add_done_callback(lambda done: self._finish(key, done))
+        self._tasks[key] = task
+        self._evict()
+        return task
+
+    def _finish(self, key: str, task: asyncio.Task[ChatAnswer]) -> None:
+        """Forget what may be tried again; keep answers, and failures after which a tool may not run twice."""
+        self._running.discard(task)
+        # Asking for the exception also keeps asyncio from complaining when nobody waits any more.
+        error = None if task.cancelled() else task.exception()
+        is_final = error is None or (isinstance(error, ApiError) and error.headers.get(SHOULD_RETRY) == "false")
+        if task.cancelled() or not is_final:
+            self._tasks.pop(key, None)
+
+    def _evict(self) -> None:
+        """Forget the oldest finished answers beyond the capacity; the ledger still refuses their keys."""
+        for key in list(self._tasks):
+            if len(self._tasks) <= self._capacity:
+                return
+            if self._tasks[key].done():
+                del self._tasks[key]
 
 
 # --- reading a request ------------------------------------------------------------------------------------------------
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """Read at most `max_bytes`. Raises ApiError 413 as soon as more arrives."""
-    chunks: list[bytes] = []
-    size = 0
+    body = bytearray()
     async for chunk in request.stream():
-        size += len(chunk)
-        if size > max_bytes:
-            raise ApiError(413, f"body over {max_bytes} bytes; send less", code="body_too_large")
-        chunks.append(chunk)
-    return b"".join(chunks)
+        body += chunk
+        require_size(len(body), max_bytes)
+    return bytes(body)
 
 
 def request_key(request: Request) -> str:
@@ -203,37 +234,31 @@ def session_key(request: Request, chat: ChatRequest) -> str:
     if given:
         return given[:256]
     start = next(message.text for message in chat.messages if message.role == "user")
+    # Hashed: the key is written to the ledger, which holds nothing of what a user said.
     return "start-" + hashlib.sha256(start.encode()).hexdigest()[:32]
 
 
-def _prompt_role(role: str) -> str:
-    """A client's system message is a user's text: authority over the prompt stays with the workflow."""
-    return "assistant" if role == "assistant" else "user"
-
-
-def _no_such_run(run_id: str) -> ApiError:
-    return ApiError(404, f"no run {run_id!r}", code="run_not_found", param="run_id")
-
-
 # --- errors -----------------------------------------------------------------------------------------------------------
-async def _on_api_error(_: Request, error: Exception) -> Response:
+def _unknown(request_id: str) -> ApiError:
+    return ApiError(404, f"no request {request_id!r}", code="run_not_found", param="run_id")
+
+
+async def _show_api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
 
-async def _on_http_error(request: Request, error: Exception) -> Response:
+async def _show_http_error(request: Request, error: Exception) -> Response:
     """Put the framework's own refusals (no such path, wrong method) into the same shape."""
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return await _on_api_error(request, ApiError(error.status_code, message, code="not_found"))
+    return await _show_api_error(request, ApiError(error.status_code, message, code="not_found"))
 
 
-async def _on_defect(request: Request, _: Exception) -> Response:
-    """A defect of ours: nothing of it is shown, and it is not retried, because tools may have run."""
-    error = ApiError(
-        500, "internal error", code="internal_error", kind="server_error", headers={"x-should-retry": "false"}
-    )
-    return await _on_api_error(request, error)
+async def _show_defect(request: Request, _: Exception) -> Response:
+    """Answer a defect of ours with 500; nothing of it is shown."""
+    # Not to be retried: tools may have run.
+    return await _show_api_error(request, ApiError(500, "internal error", code="internal_error", may_retry=False))
 
 
 # --- life -------------------------------------------------------------------------------------------------------------
@@ -243,20 +268,32 @@ def _lifespan_of(ports: LivePorts) -> Any:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         ports.splits.poll()
-        tasks = [
-            asyncio.create_task(ports.splits.watch(ports.config.poll_s)),
-            asyncio.create_task(watch_orphans(ports.ledger, ports.config, ports.clock)),
-            asyncio.create_task(ports.critic.work()),
-        ]
+        work: tuple[Coroutine[Any, Any, None], ...] = (
+            ports.splits.watch(ports.config.poll_s),
+            watch_orphans(ports.end_orphans, ports.config.stale_after_s),
+            ports.critic.work(),
+        )
+        tasks = [asyncio.create_task(each) for each in work]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            # Without a ledger the acknowledgement stays, and the next gateway ends our open runs.
+            # Without a ledger the acknowledgement stays, and the next gateway ends our open requests.
             with suppress(InfrastructureError):
-                ports.ledger.abort_orphans(ports.owner, at=ports.clock())
+                ports.ledger.abort_orphans(ports.ledger.owner, at=ports.clock())
                 ports.splits.leave()
 
     return lifespan
+
+
+async def watch_orphans(end_orphans: Callable[[], int], stale_after_s: float) -> None:
+    """Look for orphans until cancelled, six times while an acknowledgement goes stale."""
+    # A gateway that is rescheduled at once finds its predecessor's word still fresh: only a later look can tell that
+    # nobody stands behind it any more. A look reads one small file per gateway.
+    while True:
+        # A ledger that is locked or full now may be written at the next look.
+        with suppress(InfrastructureError):
+            await asyncio.to_thread(end_orphans)
+        await asyncio.sleep(stale_after_s / _LOOKS_PER_STALE_TIME)

@@ -1,28 +1,30 @@
 """The OpenAI-compatible border: what a client may send, what it gets back, and every error in one shape.
 
-Nothing here knows an engine. A request is parsed completely before any work starts, so an error never follows a 200.
 Source of the format: OpenAI chat completions; behaviour that openai-python relies on is listed in the README.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from rl_actors.contracts import SeatrialError
-from serving.contracts import ReleaseChannel
-from serving.store import ApiLimits
+
+if TYPE_CHECKING:
+    from serving.contracts import RequestRecord
+    from serving.store import ApiLimits
 
 FinishReason = Literal["stop", "length", "content_filter"]
-
+Body = TypeVar("Body", bound=BaseModel)
 
 SHOULD_RETRY: Final = "x-should-retry"
 
-
+# Parameters whose default changes nothing and is accepted; any other value would be a promise we cannot keep.
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "n": (1,),
     "top_p": (1,),
@@ -39,49 +41,36 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "service_tier": ("auto", "default"),
     "store": (False,),
 }
-"""Parameters whose default changes nothing and is accepted; any other value would be a promise we cannot keep."""
+
+_ERROR_TYPES: Final = {
+    403: "permission_error",
+    409: "conflict_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+
+_STAMPS: Final = ("model_version", "policy_version", "reward_model_version", "bundle_id", "release_channel", "run_id")
 
 
 class ApiError(SeatrialError):
-    """An answer that is not 200. `kind` is OpenAI's error type; `param` and `code` may be None."""
+    """An answer that is not 200. `param` names what is wrong; `may_retry` says whether the same may be sent again."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        code: str,
-        param: str | None = None,
-        kind: str = "invalid_request_error",
-        headers: Mapping[str, str] | None = None,
+        self, status: int, message: str, *, code: str, param: str | None = None, may_retry: bool | None = None
     ) -> None:
-        """Keep the parts, so that a test and a client can read them apart."""
         super().__init__(message)
-        self.status, self.message, self.code, self.param, self.kind = status, message, code, param, kind
-        self.headers = dict(headers or {})
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.kind = _ERROR_TYPES.get(status, "invalid_request_error")
+        # openai-python retries 409, 429 and 5xx by itself unless this header says no.
+        self.headers = {} if may_retry is None else {SHOULD_RETRY: str(may_retry).lower()}
+        if may_retry:
+            self.headers["retry-after"] = "1"
 
     @property
     def body(self) -> dict[str, Any]:
         """The JSON body."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-
-def conflict(message: str, *, code: str, may_retry: bool) -> ApiError:
-    """Return a 409 that says whether the same request may be sent again."""
-    headers = {SHOULD_RETRY: str(may_retry).lower()} | ({"retry-after": "1"} if may_retry else {})
-    return ApiError(409, message, code=code, kind="conflict_error", headers=headers)
-
-
-def overloaded(message: str) -> ApiError:
-    """Return a 429; nothing was started."""
-    headers = {"retry-after": "1", SHOULD_RETRY: "true"}
-    return ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error", headers=headers)
-
-
-def unavailable(message: str, *, may_retry: bool) -> ApiError:
-    """Return a 503 of the infrastructure; `may_retry` is False once a tool ran."""
-    headers = {SHOULD_RETRY: str(may_retry).lower()} | ({"retry-after": "1"} if may_retry else {})
-    return ApiError(503, message, code="unavailable", kind="server_error", headers=headers)
 
 
 def _require_unicode(text: str) -> None:
@@ -101,7 +90,7 @@ class ContentPart(_Closed):
 
 
 class ChatMessage(_Closed):
-    """One message. `system` and `developer` carry no authority here: the workflow sets the system prompt."""
+    """One message."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ContentPart]
@@ -147,31 +136,65 @@ class ChatRequest(_Closed):
         return metadata
 
     @property
+    def prompt_messages(self) -> tuple[tuple[str, str], ...]:
+        """The messages as (role, text) pairs of user and assistant."""
+        # A client's system message is a user's text: authority over the prompt stays with the workflow.
+        roles = ("assistant" if message.role == "assistant" else "user" for message in self.messages)
+        return tuple(zip(roles, (message.text for message in self.messages), strict=True))
+
+    @property
     def user_text(self) -> str:
-        """What the user said, without anyone else's words."""
+        """The text of the user's messages, without anyone else's words."""
         return "\n".join(message.text for message in self.messages if message.role == "user")
 
     @property
     def token_cap(self) -> int | None:
-        """The tokens a client allows each turn, if it said so."""
+        """The tokens a client allows each turn; None for no limit of its own."""
         return self.max_completion_tokens or self.max_tokens
+
+
+class OverrideRequest(_Closed):
+    """A human overrides the reply to a request."""
+
+    actor: str = Field(min_length=1, max_length=256)
+    reason: str = Field(min_length=1, max_length=2000)
+
+
+class OutcomeRequest(OverrideRequest):
+    """Someone says, maybe late, whether a request succeeded."""
+
+    success: bool
 
 
 def parse_chat_request(body: bytes, limits: ApiLimits, *, model: str) -> ChatRequest:
     """Read a body completely, or raise the ApiError (400, 404, 413) that names the parameter and the remedy."""
-    if len(body) > limits.max_body_bytes:
-        raise ApiError(413, f"body over {limits.max_body_bytes} bytes; send less", code="body_too_large")
-    request = _validated(_without_neutral(_json_object(body)))
+    # All of it before any work starts, so that an error never follows a 200.
+    require_size(len(body), limits.max_body_bytes)
+    request = validated(ChatRequest, _without_neutral(_json_object(body)))
     if request.model != model:
         message = f"model {request.model!r} does not exist; use {model!r} (see GET /v1/models)"
         raise ApiError(404, message, code="model_not_found", param="model")
-    _check_sizes(request, limits)
+    if len(request.messages) > limits.max_messages:
+        message = f"{len(request.messages)} messages; at most {limits.max_messages}"
+        raise ApiError(400, message, code="too_many_messages", param="messages")
+    if sum(len(message.text) for message in request.messages) > limits.max_text_chars:
+        message = f"messages hold over {limits.max_text_chars} characters; shorten them"
+        raise ApiError(400, message, code="context_length_exceeded", param="messages")
+    if not request.user_text.strip():
+        raise ApiError(400, "no user message with text", code="invalid_value", param="messages")
     return request
+
+
+def require_size(num_bytes: int, max_bytes: int) -> None:
+    """Raise ApiError 413 for a body of more than `max_bytes`."""
+    if num_bytes > max_bytes:
+        raise ApiError(413, f"body over {max_bytes} bytes; send less", code="body_too_large")
 
 
 def _json_object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body)
+    # RecursionError: a body of nothing but brackets.
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(value, dict):
@@ -188,9 +211,10 @@ def _without_neutral(value: dict[str, Any]) -> dict[str, Any]:
     return {name: entry for name, entry in value.items() if name not in _NEUTRAL}
 
 
-def _validated(value: dict[str, Any]) -> ChatRequest:
+def validated(kind: type[Body], value: Mapping[str, Any] | bytes) -> Body:
+    """Return a body as its model. Raises ApiError 400 that names the first parameter that does not fit."""
     try:
-        return ChatRequest.model_validate(value)
+        return kind.model_validate_json(value) if isinstance(value, bytes) else kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         param = ".".join(str(part) for part in first["loc"]) or None
@@ -200,59 +224,22 @@ def _validated(value: dict[str, Any]) -> ChatRequest:
         raise ApiError(400, message, code=code, param=param) from error
 
 
-def _check_sizes(request: ChatRequest, limits: ApiLimits) -> None:
-    if len(request.messages) > limits.max_messages:
-        message = f"{len(request.messages)} messages; at most {limits.max_messages}"
-        raise ApiError(400, message, code="too_many_messages", param="messages")
-    if sum(len(message.text) for message in request.messages) > limits.max_text_chars:
-        message = f"messages hold over {limits.max_text_chars} characters; shorten them"
-        raise ApiError(400, message, code="context_length_exceeded", param="messages")
-    if not request.user_text.strip():
-        raise ApiError(400, "no user message with text", code="invalid_value", param="messages")
-
-
-class OverrideRequest(_Closed):
-    """A human overrides a run."""
-
-    actor: str = Field(min_length=1, max_length=256)
-    reason: str = Field(min_length=1, max_length=2000)
-
-
-class OutcomeRequest(OverrideRequest):
-    """Someone says, maybe late, whether a run succeeded."""
-
-    success: bool
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatAnswer:
-    """A released reply with its version stamps. Token counts are over all model calls of the run."""
+    """A released reply and the row of its request. Token counts are over all model calls of the last attempt."""
 
-    run_id: str
+    record: RequestRecord
     text: str
     finish_reason: FinishReason
     tokens_in: int
     tokens_out: int
     cached_tokens: int
-    model_version: str
-    policy_version: str
-    reward_model_version: str
-    bundle_id: str
-    release_channel: ReleaseChannel
-    created: int
     num_tool_calls: int
 
     @property
     def headers(self) -> dict[str, str]:
         """The version stamps; `x-should-retry: false` once tools ran."""
-        stamps = {
-            "x-seatrial-model-version": self.model_version,
-            "x-seatrial-policy-version": self.policy_version,
-            "x-seatrial-reward-model-version": self.reward_model_version,
-            "x-seatrial-bundle-id": self.bundle_id,
-            "x-seatrial-release-channel": self.release_channel,
-            "x-seatrial-run-id": self.run_id,
-        }
+        stamps = {f"x-seatrial-{name.replace('_', '-')}": getattr(self.record, name) for name in _STAMPS}
         return stamps | ({SHOULD_RETRY: "false"} if self.num_tool_calls else {})
 
     @property
@@ -276,33 +263,29 @@ def completion_body(answer: ChatAnswer, *, model: str) -> dict[str, Any]:
 def stream_events(answer: ChatAnswer, *, model: str, include_usage: bool) -> Iterator[str]:
     """Yield the server-sent events of a reply that was already released as a whole, `data: [DONE]` last."""
     frame = _frame(answer, model, "chat.completion.chunk")
-    for delta in ({"role": "assistant", "content": ""}, *({"content": piece} for piece in _pieces(answer.text))):
-        yield _event(frame | {"choices": [_chunk_choice(delta, None)]})
-    yield _event(frame | {"choices": [_chunk_choice({}, answer.finish_reason)], "usage": answer.usage})
+
+    def event(delta: Mapping[str, str], finish_reason: FinishReason | None = None, **more: Any) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        return _event(frame | {"choices": [choice]} | more)
+
+    yield event({"role": "assistant", "content": ""})
+    # One chunk a word, its space with it: joined, the chunks give the text again.
+    for piece in re.split(r"(?<= )", answer.text) if answer.text else ():
+        yield event({"content": piece})
+    yield event({}, answer.finish_reason, usage=answer.usage)
     if include_usage:
         yield _event(frame | {"choices": [], "usage": answer.usage})
     yield "data: [DONE]\n\n"
 
 
 def _frame(answer: ChatAnswer, model: str, kind: str) -> dict[str, Any]:
-    fingerprint = answer.policy_version
     return {
-        "id": f"chatcmpl-{answer.run_id}",
+        "id": f"chatcmpl-{answer.record.run_id}",
         "object": kind,
-        "created": answer.created,
+        "created": int(answer.record.started_at),
         "model": model,
-        "system_fingerprint": fingerprint,
+        "system_fingerprint": answer.record.policy_version,
     }
-
-
-def _chunk_choice(delta: Mapping[str, str], finish_reason: FinishReason | None) -> dict[str, Any]:
-    return {"index": 0, "delta": dict(delta), "finish_reason": finish_reason, "logprobs": None}
-
-
-def _pieces(text: str) -> list[str]:
-    """Cut a text after its spaces; joined they give the text again."""
-    words = text.split(" ")
-    return [word + (" " if at < len(words) - 1 else "") for at, word in enumerate(words)] if text else []
 
 
 def _event(value: Mapping[str, Any]) -> str:

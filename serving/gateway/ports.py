@@ -1,34 +1,30 @@
-"""What answering a live request takes and needs: the validated request, a version that can answer, the shared ports."""
+"""The values and ports of a live request: all that the gateway needs of disk, engines and tools."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rl_actors.agent import Generate, Renderer, Toolset
-from rl_actors.contracts import Completion, InfrastructureError, SamplingParams
-from rl_actors.environment import Workflow
-from rl_actors.sandbox import ToolWorld
-from serving.gateway.critic_queue import CriticQueue
-from serving.split import SplitWatcher
-from serving.store import GatewayConfig, RequestLedger, ServedPolicy, TraceLog
+# For type checkers only: at run time the ports import no implementation; whoever fills them chooses it.
+if TYPE_CHECKING:
+    from rl_actors.agent import Generate, Renderer, Toolset
+    from rl_actors.environment import Workflow
+    from rl_actors.sandbox import ToolWorld
+    from serving.gateway.critic_queue import CriticQueue
+    from serving.gateway.openai_api import ChatRequest
+    from serving.split import SplitWatcher
+    from serving.store import GatewayConfig, RequestLedger, ServedPolicy, TraceLog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveRequest:
-    """A validated request. `request_id` is its idempotency key; `messages` are (role, text) pairs."""
+    """A validated request. `request_id` is its idempotency key."""
 
     request_id: str
     session_key: str
-    messages: tuple[tuple[str, str], ...]
-    user_text: str
-    temperature: float | None
-    seed: int | None
-    token_cap: int | None
-    intent: str
-    task_id: str
+    chat: ChatRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,28 +36,8 @@ class LivePolicy:
     generate: Generate
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BrokenPolicy:
-    """A version that cannot be loaded, and why; `stamps` is None when not even they can be read."""
-
-    stamps: ServedPolicy | None
-    error: InfrastructureError
-
-    async def generate(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
-        """Raise why, whatever is asked: the failure is met inside an attempt, which has a row."""
-        raise self.error
-
-
-FindPolicy = Callable[[str], Awaitable[LivePolicy]]
-"""Version -> policy, from disk: its engine is first looked up when it samples. Raises EngineError for a broken one."""
-
-
-FindStamps = Callable[[str], ServedPolicy]
-"""Version -> stamps, from disk. Raises SeatrialError when they are missing or damaged."""
-
-
-class OpenWorlds(Protocol):
-    """Where live worlds are opened; a Sandbox is one."""
+class Worlds(Protocol):
+    """Where live worlds are opened; a `Sandbox` is one."""
 
     async def open(self, world: Mapping[str, Any]) -> AbstractAsyncContextManager[ToolWorld]:
         """Open a world."""
@@ -70,20 +46,21 @@ class OpenWorlds(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivePorts:
-    """Everything a request needs that is shared between requests. `owner` names this gateway in the ledger."""
+    """All that requests share. The ledger's `owner` names this gateway."""
 
     config: GatewayConfig
     workflow: Workflow
     toolset: Toolset
-    writes: frozenset[str]
+    writes: frozenset[str]  # tools whose calls change the world
     sandbox_level: str
-    worlds: OpenWorlds
+    worlds: Worlds
     splits: SplitWatcher
-    find_policy: FindPolicy
-    find_stamps: FindStamps
+    # Version -> policy, from disk; raises EngineError for a broken one. Its engine is first looked up when it samples.
+    find_policy: Callable[[str], Awaitable[LivePolicy]]
+    find_stamps: Callable[[str], ServedPolicy]  # raises SeatrialError when they are missing or damaged
     ledger: RequestLedger
+    end_orphans: Callable[[], int]  # aborts what dead gateways left open
     critic: CriticQueue
     traces: TraceLog
-    owner: str
     clock: Callable[[], float]
     monotonic: Callable[[], float]

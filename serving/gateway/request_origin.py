@@ -1,10 +1,4 @@
-"""Who may speak to the gateway: never a web page that its reader did not mean to let in.
-
-A page in the operator's browser reaches 127.0.0.1 too. It can post text/plain anywhere without asking (a "simple"
-request of the Fetch standard), or let its own host name resolve to this machine (DNS rebinding), which makes the
-gateway its own origin. Three rules close both: bodies are application/json, which a browser sends elsewhere only after
-a preflight that nobody here answers; an `Origin` names the host it speaks to; a host name is one of ours.
-"""
+"""Refusal of requests that a web page sends without its reader's wish, by Host, Origin and content type."""
 
 from __future__ import annotations
 
@@ -19,14 +13,11 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving.gateway.openai_api import SHOULD_RETRY, ApiError
+from serving.gateway.openai_api import ApiError
 
 JSON_TYPE: Final = "application/json"
 
-
 _HOST: Final = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[^\[\]:/@\s]+)(:(?P<port>[0-9]{1,5}))?")
-
-
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 
 
@@ -55,6 +46,9 @@ def trusted_names(allowed_hosts: Iterable[str]) -> frozenset[str]:
 
 def refusal(method: str, headers: Headers, trusted: frozenset[str]) -> ApiError | None:
     """Return why a request is refused; None when it may pass."""
+    # A page in the operator's browser reaches 127.0.0.1, too. It can post text/plain anywhere without asking (a
+    # "simple" request of the Fetch standard), but JSON only after a preflight, which nobody here answers. Or it lets
+    # its own host name resolve to this machine (DNS rebinding), which makes the gateway its own origin.
     return _host_refusal(headers, trusted) or _origin_refusal(headers) or _media_refusal(method, headers)
 
 
@@ -70,7 +64,8 @@ def host_parts(text: str) -> tuple[str, int | None] | None:
 
 
 def is_address(name: str) -> bool:
-    """Whether a host is an IP literal: it resolves to nothing else, so no name server can rebind it."""
+    """Whether a host is an IP literal."""
+    # It resolves to nothing else, so no name server can rebind it.
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -89,7 +84,6 @@ def _host_refusal(headers: Headers, trusted: frozenset[str]) -> ApiError | None:
 
 
 def _origin_refusal(headers: Headers) -> ApiError | None:
-    """Compare ports too: another application of the same machine is another origin."""
     given = headers.getlist("origin")
     if not given or (len(given) == 1 and _same_host(given[0], headers["host"])):
         return None
@@ -103,6 +97,7 @@ def _same_host(origin: str, host: str) -> bool:
         scheme, authority = urlsplit(origin)[:2]
     except ValueError:
         return False
+    # Ports count too: another application of the same machine is another origin.
     ours, theirs, port = host_parts(host), host_parts(authority), _DEFAULT_PORTS.get(scheme)
     if ours is None or theirs is None or port is None:
         return False
@@ -114,18 +109,11 @@ def _media_refusal(method: str, headers: Headers) -> ApiError | None:
     if method != "POST" or (len(given) == 1 and given[0].partition(";")[0].strip().lower() == JSON_TYPE):
         return None
     message = f"content-type = {', '.join(given)!r}: send the body as {JSON_TYPE}"
-    return ApiError(415, message, code="unsupported_media_type", param="content-type", headers={SHOULD_RETRY: "false"})
+    return ApiError(415, message, code="unsupported_media_type", param="content-type", may_retry=False)
 
 
 def _forbidden(header: str, value: str, remedy: str, *, code: str) -> ApiError:
-    return ApiError(
-        403,
-        f"{header} = {value!r}: {remedy}",
-        code=code,
-        param=header,
-        kind="permission_error",
-        headers={SHOULD_RETRY: "false"},
-    )
+    return ApiError(403, f"{header} = {value!r}: {remedy}", code=code, param=header, may_retry=False)
 
 
 def _plain(name: str) -> str:

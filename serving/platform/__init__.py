@@ -1,3 +1,3 @@
-"""Every Ray Serve call."""
+"""Every call to Ray Serve."""
 
 from serving.platform.serve import CRITIC, PlatformConfig, ServePlatform

@@ -1,8 +1,7 @@
-"""The log of a release's decisions: one durable, chained row each, from which the controller's state is read back."""
+"""The log of a release's decisions, from which the controller reads its state back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ class DecisionLog:
     """`decisions.jsonl` of one release: every decision with its evidence, and the state it led to."""
 
     def __init__(self, directory: Path) -> None:
-        """Name the directory; it is created with the first row."""
         self._log = ChainedLog(directory / "decisions.jsonl")
 
     def append(
@@ -40,7 +38,8 @@ class DecisionLog:
         rows = self._log.rows()
         if rows and rows[-1]["release"] != asdict(release):
             raise BadInputError("release", asdict(release), f"{self._log.path} belongs to {rows[-1]['release']}")
-        return _parse_state(rows[-1]["next_state"]) if rows else None
+        values = dict(rows[-1]["next_state"]) if rows else {}
+        return getattr(contracts, values.pop("kind"))(**values) if values else None
 
     def last_at(self) -> float:
         """Return when the last row was written, in Unix seconds; 0 before the first."""
@@ -49,17 +48,12 @@ class DecisionLog:
 
     def drills(self) -> tuple[Drill, ...]:
         """Return the timed rollback drills of this release."""
-        rows = [row for row in self._log.rows() if row["state"]["kind"] == "Drilling"]
         return tuple(
             Drill(at=row["at"], seconds=row["at"] - row["state"]["started_at"])
-            for row in rows
-            if row["decision"] == "Advance"
+            for row in self._log.rows()
+            if row["state"]["kind"] == "Drilling" and row["decision"] == "Advance"
         )
 
 
 def _state_row(state: ReleaseState) -> dict[str, Any]:
     return {"kind": type(state).__name__} | asdict(state)
-
-
-def _parse_state(row: Mapping[str, Any]) -> ReleaseState:
-    return getattr(contracts, row["kind"])(**{name: value for name, value in row.items() if name != "kind"})

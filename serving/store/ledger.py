@@ -1,9 +1,4 @@
-"""The run ledger: one SQLite file, one row per run, from which every gate reads (MLflow is only a mirror).
-
-`start` writes ahead, `complete` ends a run exactly once; what becomes known later is appended beside it. WAL mode with
-synchronous=NORMAL: a killed process loses nothing, a power cut may lose the last commits but never breaks the file.
-Any number of processes and threads may write; each write is one short transaction.
-"""
+"""The request ledger: one SQLite file, one row per request, from which every gate reads."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -24,24 +19,19 @@ from rl_actors.durable import file_lock
 from serving.contracts import (
     EventKind,
     ReleaseChannel,
+    RequestCompletion,
     RequestEvent,
     RequestRecord,
     RequestSample,
-    RequestStatus,
     Success,
     TrafficWindow,
 )
 
 _BUSY_TIMEOUT_MS: Final = 10_000
-
-
 _CREATED: Final = re.compile(r"^CREATE [\w ]+ IF NOT EXISTS (\w+)", re.MULTILINE)
-
-
-_START_COLUMNS: Final = tuple(
-    name for name in RequestRecord.__dataclass_fields__ if name not in {"human_override", "critic_score"}
-)
-
+_RECORD_FIELDS: Final = tuple(field.name for field in fields(RequestRecord))
+# What becomes known later is appended in tables of its own, and the view `run_records` joins it.
+_LATER: Final = ("human_override", "critic_score")
 
 _COMPLETE: Final = """
 UPDATE runs SET status = :status, success = :success, tool_calls_count = :tool_calls_count,
@@ -49,42 +39,20 @@ UPDATE runs SET status = :status, success = :success, tool_calls_count = :tool_c
     cost = :cost, policy_checks = :policy_checks, failed_checks_count = :failed_checks_count, completed_at = :at
 WHERE run_id = :run_id AND status = 'running'"""
 
-
-_ADD_PLAN: Final = """
-INSERT INTO plan_revisions (run_id, revision, at, after_calls, cause, tool_budget, steps)
-VALUES (:run_id, :revision, :at, :after_calls, :cause, :tool_budget, :steps)"""
-
-
 _WINDOW: Final = """
 FROM run_records WHERE policy_version = :policy_version AND release_channel = :channel
-    AND (:epoch IS NULL OR split_epoch = :epoch) AND started_at >= :since"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestCompletion:
-    """The second half of a run's row: what is known only when it ends. `policy_checks` maps check -> held."""
-
-    status: RequestStatus
-    success: Success
-    tool_calls_count: int
-    tool_error_count: int
-    tokens_in: int
-    tokens_out: int
-    duration_ms: float
-    cost: float
-    policy_checks: Mapping[str, bool]
-    plans: tuple[PlanRevision, ...] = ()
+    AND (:epoch IS NULL OR split_epoch = :epoch)"""
 
 
 class RequestLedger:
-    """One open ledger. `owner` names the writing process, so that its open runs can be aborted after its death.
+    """One open ledger, for any number of threads. `owner` names the writing process.
 
     Raises InfrastructureError, naming the file and the remedy, when the file cannot be opened, locked or written.
     """
 
     def __init__(self, path: Path, *, owner: str) -> None:
-        """Open or create the file. Reads and writes use two connections, so that a long read never blocks a write."""
         self.path, self.owner = path, owner
+        # Two connections, so that a long read never blocks a write.
         self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
         # SQLite switches a new file to WAL without waiting: of two that open it at once, one would find it locked.
         with file_lock(path.with_name(f"{path.name}.lock")):
@@ -104,15 +72,13 @@ class RequestLedger:
     # --- writes -------------------------------------------------------------------------------------------------------
 
     def start(self, record: RequestRecord) -> bool:
-        """Write a run ahead. False when this run or request already has a row: a retry never makes a second one."""
+        """Write a request ahead. False when it already has a row: a retry never makes a second one."""
         if record.status != "running":
-            raise BadInputError("record.status", record.status, "a run is started as 'running' and completed later")
-        row = {name: value for name, value in asdict(record).items() if name in _START_COLUMNS}
+            raise BadInputError("record.status", record.status, "a request is started as 'running' and completed later")
+        row = {name: value for name, value in asdict(record).items() if name not in _LATER}
         row |= _checks_columns(record.policy_checks) | {"owner": self.owner, "completed_at": 0.0}
-        marks = ", ".join(f":{name}" for name in row)
-        sql = f"INSERT INTO runs ({', '.join(row)}) VALUES ({marks}) ON CONFLICT DO NOTHING"
         with self._writing() as writer:
-            return writer.execute(sql, row).rowcount == 1
+            return writer.execute(f"{_insert('runs', row)} ON CONFLICT DO NOTHING", row).rowcount == 1
 
     def session_slot(self, salt: str, session_key: str) -> int:
         """Return a session's slot in the release of this salt: the next free one at its first visit, the same after."""
@@ -126,39 +92,41 @@ class RequestLedger:
             return writer.execute(find, (salt, session_key)).fetchone()["slot"]
 
     def complete(self, run_id: str, completion: RequestCompletion, *, at: float) -> None:
-        """End a run, exactly once, its plans with it.
+        """End a request, exactly once, its plans with it.
 
-        Raises BadInputError for an unknown run and for one that already ended.
+        Raises BadInputError for an unknown request and for one that already ended.
         """
         if completion.status == "running":
-            raise BadInputError("completion.status", "running", "complete a run with how it ended")
+            raise BadInputError("completion.status", "running", "complete a request with how it ended")
         key = {"run_id": run_id, "at": at}
         row = asdict(completion) | _checks_columns(completion.policy_checks) | key
-        plans = [asdict(plan) | {"steps": json.dumps(plan.steps)} | key for plan in completion.plans]
         with self._writing() as writer, writer:
+            # At once for writing: a read that turns into a write fails where another process wrote in between.
             writer.execute("BEGIN IMMEDIATE")
             if writer.execute(_COMPLETE, row).rowcount == 1:
-                writer.executemany(_ADD_PLAN, plans)
+                for plan in completion.plans:
+                    row = asdict(plan) | {"steps": json.dumps(plan.steps)} | key
+                    writer.execute(_insert("plan_revisions", row), row)
                 return
             found = writer.execute("SELECT status FROM runs WHERE run_id = ?", (run_id,)).fetchone()
         remedy = f"it already ended as '{found['status']}'" if found else "start it first"
-        raise BadInputError("run_id", run_id, f"a run is completed once: {remedy}")
+        raise BadInputError("run_id", run_id, f"a request is completed once: {remedy}")
 
     def override(self, run_id: str, *, actor: str, reason: str, at: float) -> None:
-        """Record that a human overrode a run; kept with actor, reason and time."""
-        self._append("overrides", {"run_id": run_id, "actor": actor, "reason": reason, "at": at})
+        """Record that a human overrode the reply to a request."""
+        self._append("overrides", run_id=run_id, actor=actor, reason=reason, at=at)
 
     def label(self, run_id: str, success: Success, *, actor: str, reason: str, at: float) -> None:
-        """Say, maybe late, whether a run succeeded. The latest label wins; the earlier ones stay readable."""
-        self._append("labels", {"run_id": run_id, "success": success, "actor": actor, "reason": reason, "at": at})
+        """Record, maybe late, whether a request succeeded. The latest label wins; the earlier ones stay readable."""
+        self._append("labels", run_id=run_id, success=success, actor=actor, reason=reason, at=at)
 
     def score(self, run_id: str, score: float, *, reward_model_version: str, at: float) -> None:
-        """Log the critic's score of a finished run. It is never read by a gate."""
-        row = {"run_id": run_id, "score": score, "reward_model_version": reward_model_version, "at": at}
-        self._append("critic_scores", row)
+        """Log the critic's score of a finished request. It is never read by a gate."""
+        self._append("critic_scores", run_id=run_id, score=score, reward_model_version=reward_model_version, at=at)
 
     def abort_orphans(self, owner: str, *, at: float) -> int:
-        """End the runs a dead process left open as `aborted` (a failure for its user); returns how many."""
+        """End the requests a dead process left open as `aborted`; returns how many."""
+        # Its user got no reply, so it is a failure.
         sql = """UPDATE runs SET status = 'aborted', success = 'no', completed_at = ?
             WHERE owner = ? AND status = 'running'"""
         with self._writing() as writer:
@@ -167,12 +135,12 @@ class RequestLedger:
     # --- reads --------------------------------------------------------------------------------------------------------
 
     def find(self, request_id: str) -> RequestRecord | None:
-        """Return the run that answers this idempotency key, if there is one."""
+        """Return the row of this idempotency key, if there is one."""
         found = self._read("SELECT * FROM run_records WHERE request_id = ?", (request_id,))
         return _record(found[0]) if found else None
 
     def plans(self, run_id: str) -> tuple[PlanRevision, ...]:
-        """Return the plans of a run, first to last; none before it has ended, or when it never planned."""
+        """Return the plans of a request, first to last; none before it has ended, or when it never planned."""
         sql = """SELECT revision, after_calls, cause, steps, tool_budget FROM plan_revisions
             WHERE run_id = ? ORDER BY revision"""
         return tuple(
@@ -180,30 +148,20 @@ class RequestLedger:
             for row in self._read(sql, (run_id,))
         )
 
-    def rows(
-        self, *, policy_version: str | None = None, channel: ReleaseChannel | None = None
-    ) -> Iterator[RequestRecord]:
-        """Yield all runs in the order they started, optionally of one policy version or channel."""
-        sql = """SELECT * FROM run_records WHERE (:policy IS NULL OR policy_version = :policy)
-            AND (:channel IS NULL OR release_channel = :channel) ORDER BY seq"""
-        yield from map(_record, self._read(sql, {"policy": policy_version, "channel": channel}))
-
-    def counts(self) -> Mapping[tuple[str, str], int]:
-        """Count runs by (release channel, status)."""
-        found = self._read("SELECT release_channel, status, COUNT(*) AS n FROM runs GROUP BY 1, 2")
-        return {(row["release_channel"], row["status"]): row["n"] for row in found}
+    def rows(self) -> Iterator[RequestRecord]:
+        """Yield all rows in the order they started."""
+        yield from map(_record, self._read("SELECT * FROM run_records ORDER BY seq"))
 
     def count_requests(self, run_name: str) -> int:
-        """Count the requests of one traffic run; further attempts at one (`~2`) are rows, not requests."""
+        """Count the requests of one traffic run, by the prefix of their keys."""
+        # Further attempts at one (`~2`) are rows, not requests.
         sql = "SELECT COUNT(*) AS n FROM runs WHERE substr(request_id, 1, ?) = ? AND instr(request_id, '~') = 0"
         prefix = f"{run_name}."
         return self._read(sql, (len(prefix), prefix))[0]["n"]
 
-    def window(
-        self, policy_version: str, channel: ReleaseChannel, *, epoch: int | None = None, since: float = 0.0
-    ) -> TrafficWindow:
-        """Aggregate the runs of one version in one channel; `epoch` None means every split epoch."""
-        keys = {"policy_version": policy_version, "channel": channel, "epoch": epoch, "since": since}
+    def window(self, policy_version: str, channel: ReleaseChannel, *, epoch: int | None = None) -> TrafficWindow:
+        """Aggregate the requests of one version in one channel; `epoch` None means every split epoch."""
+        keys = {"policy_version": policy_version, "channel": channel, "epoch": epoch}
         sql = f"SELECT session_key, duration_ms, cost, success, completed_at {_WINDOW} AND status <> 'running'"
         samples = tuple(RequestSample(**dict(row)) for row in self._read(f"{sql} ORDER BY completed_at, seq", keys))
         totals = self._read(f"""SELECT COALESCE(SUM(status = 'running'), 0) AS num_running,
@@ -225,7 +183,7 @@ class RequestLedger:
         )
 
     def events(self, kinds: Iterable[EventKind], *, epochs: Iterable[int]) -> tuple[RequestEvent, ...]:
-        """Bad events of live runs in the given split epochs, ordered by the moment they became known."""
+        """Return the bad events of live requests in some split epochs, ordered by the moment they became known."""
         kind_marks, epoch_marks = json.dumps(list(kinds)), json.dumps(list(epochs))
         sql = """SELECT at, kind, run_id, session_key, policy_version, split_epoch FROM run_events
             WHERE kind IN (SELECT value FROM json_each(?)) AND split_epoch IN (SELECT value FROM json_each(?))
@@ -233,7 +191,7 @@ class RequestLedger:
         return tuple(RequestEvent(**dict(row)) for row in self._read(sql, (kind_marks, epoch_marks)))
 
     def session_counts(self, epochs: Iterable[int]) -> tuple[int, int]:
-        """Return (canary sessions, all live sessions) of some split epochs, whatever became of their runs."""
+        """Return (canary sessions, all live sessions) of some split epochs, whatever became of their requests."""
         sql = """SELECT COUNT(DISTINCT CASE WHEN release_channel = 'canary' THEN session_key END) AS canary,
             COUNT(DISTINCT session_key) AS total FROM runs
             WHERE split_epoch IN (SELECT value FROM json_each(?)) AND release_channel <> 'offline_eval'"""
@@ -241,14 +199,14 @@ class RequestLedger:
         return row["canary"], row["total"]
 
     def failed_checks(self, policy_version: str, epochs: Iterable[int]) -> Mapping[str, int]:
-        """Count the canary runs of a version in some split epochs by the policy check that failed in them."""
+        """Count the canary requests of a version in some split epochs by the policy check that failed in them."""
         sql = """SELECT policy_checks FROM runs WHERE policy_version = ? AND release_channel = 'canary'
             AND failed_checks_count > 0 AND split_epoch IN (SELECT value FROM json_each(?))"""
         found = self._read(sql, (policy_version, json.dumps(list(epochs))))
         return _count_failed(row["policy_checks"] for row in found)
 
     def audit(self, run_id: str) -> tuple[Mapping[str, Any], ...]:
-        """Return every override and label of a run, oldest first, with actor, reason and time."""
+        """Return every override and label of a request, oldest first, with actor, reason and time."""
         sql = """SELECT 'override' AS what, 'yes' AS value, actor, reason, at FROM overrides WHERE run_id = :run_id
             UNION ALL SELECT 'label', success, actor, reason, at FROM labels WHERE run_id = :run_id ORDER BY at"""
         return tuple(dict(row) for row in self._read(sql, {"run_id": run_id}))
@@ -261,6 +219,7 @@ class RequestLedger:
             connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
             connection.row_factory = sqlite3.Row
             connection.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT_MS}")
+            # A killed process loses nothing; a power cut may lose the last commits but never breaks the file.
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("PRAGMA foreign_keys = ON")
@@ -275,10 +234,9 @@ class RequestLedger:
         with self._read_lock, self._translated():
             return self._reader.execute(sql, parameters).fetchall()
 
-    def _append(self, table: str, row: Mapping[str, object]) -> None:
-        marks = ", ".join(f":{name}" for name in row)
+    def _append(self, table: str, **row: object) -> None:
         with self._writing() as writer:
-            writer.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", row)
+            writer.execute(_insert(table, row), row)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -292,6 +250,10 @@ class RequestLedger:
             raise InfrastructureError(f"ledger {self.path}: {error}; {remedy}") from error
 
 
+def _insert(table: str, row: Iterable[str]) -> str:
+    return f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})"
+
+
 def _checks_columns(policy_checks: Mapping[str, bool]) -> dict[str, object]:
     return {
         "policy_checks": json.dumps(dict(policy_checks), sort_keys=True),
@@ -300,14 +262,13 @@ def _checks_columns(policy_checks: Mapping[str, bool]) -> dict[str, object]:
 
 
 def _record(row: sqlite3.Row) -> RequestRecord:
-    values = {name: row[name] for name in RequestRecord.__dataclass_fields__}
-    values["policy_checks"] = json.loads(row["policy_checks"])
-    values["human_override"] = bool(row["human_override"])
+    values = {name: row[name] for name in _RECORD_FIELDS}
+    values |= {"policy_checks": json.loads(row["policy_checks"]), "human_override": bool(row["human_override"])}
     return RequestRecord(**values)
 
 
 def _count_failed(policy_checks: Iterable[str]) -> Mapping[str, int]:
-    """Count runs by the policy check that failed in them."""
+    """Count requests by the policy check that failed in them."""
     counts: Counter[str] = Counter()
     for text in policy_checks:
         counts.update(name for name, held in json.loads(text).items() if not held)

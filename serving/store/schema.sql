@@ -1,4 +1,4 @@
--- The run ledger: one row per run (the article's observability schema), written ahead and completed exactly once.
+-- The request ledger: one row per request (the article's observability schema), written ahead and completed exactly once.
 -- Nothing is ever deleted; what becomes known later (overrides, labels, critic scores) is appended beside the row.
 
 CREATE TABLE IF NOT EXISTS runs (
@@ -63,7 +63,7 @@ CREATE TABLE IF NOT EXISTS critic_scores (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS critic_scores_by_run ON critic_scores (run_id);
 
--- Which place a session got in a release (by its salt), in order of first visit; it keeps it: see serving/split.py.
+-- Which place a session got in a release (by its salt), in order of first visit; it keeps it: see serving/split/record.py.
 CREATE TABLE IF NOT EXISTS session_slots (
     salt TEXT NOT NULL,
     session_key TEXT NOT NULL CHECK (session_key <> ''),
@@ -72,7 +72,7 @@ CREATE TABLE IF NOT EXISTS session_slots (
     UNIQUE (salt, slot)
 ) STRICT, WITHOUT ROWID;
 
--- Every plan a run's policy made: revision 0 answers the request, a later one is a replan and says what caused it.
+-- Every plan of a request's policy: revision 0 answers the request, a later one is a replan and says what caused it.
 CREATE TABLE IF NOT EXISTS plan_revisions (
     run_id TEXT NOT NULL REFERENCES runs (run_id),
     revision INTEGER NOT NULL CHECK (revision >= 0),
@@ -114,7 +114,7 @@ BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 CREATE TRIGGER IF NOT EXISTS plan_revisions_unchangeable BEFORE UPDATE ON plan_revisions
 BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;
 
--- A run with what became known later: the latest label wins, one override is enough, the latest critic score counts.
+-- A request with what became known later: the latest label wins, one override is enough, the latest critic score counts.
 CREATE VIEW IF NOT EXISTS run_records AS
 SELECT
     runs.run_id, request_id, session_key, task_id, model_version, reward_model_version, policy_version, bundle_id,

@@ -1,7 +1,4 @@
-"""What is served, as files and plain data: the places of one home, the stamps of each policy version, the settings.
-
-Everything a gateway needs to start again after kill -9 is here on disk; nothing of it lives only in a process.
-"""
+"""Files and plain data from which a gateway starts: places of one home, stamps of each version, settings."""
 
 from __future__ import annotations
 
@@ -28,45 +25,21 @@ class ApiLimits:
 
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-
 _HOST_NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9_.])?")
-
-
+# What a header can carry as it is: a line break in a stamp would add headers to every response.
 _STAMP = re.compile(r"[!-~]{1,256}")
-"""What a header can carry as it is: a line break in a stamp would add headers to every response."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseFiles:
     """Where a serving home keeps its state. Example: ReleaseFiles(root=home / "serving").ledger"""
 
-    root: Path
-
-    @property
-    def ledger(self) -> Path:
-        """The run ledger."""
-        return self.root / "ledger.sqlite"
-
-    @property
-    def split(self) -> Path:
-        """Directory of the split record."""
-        return self.root / "split"
-
-    @property
-    def acks(self) -> Path:
-        """One file per gateway: the split epoch it routes by."""
-        return self.root / "acks"
-
-    @property
-    def traces(self) -> Path:
-        """What happened inside sampled runs."""
-        return self.root / "traces.jsonl"
-
-    @property
-    def served(self) -> Path:
-        """One file per policy version: its stamps."""
-        return self.root / "served"
+    def __init__(self, *, root: Path) -> None:
+        self.root = root
+        self.ledger = root / "ledger.sqlite"
+        self.split = root / "split"  # directory of the split record
+        self.acks = root / "acks"  # one file per gateway: the split epoch it routes by
+        self.traces = root / "traces.jsonl"  # sampled requests from within
+        self.served = root / "served"  # one file per policy version: its stamps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +53,6 @@ class ServedPolicy:
     bundle_id: str
 
     def __post_init__(self) -> None:
-        """Refuse a name that no file or Serve application can bear, and a stamp that no header can."""
         if not _VERSION.fullmatch(self.version):
             raise BadInputError("policy.version", self.version, "use letters, digits, '.', '_', '-', at most 100")
         for name, value in asdict(self).items():
@@ -88,22 +60,17 @@ class ServedPolicy:
                 remedy = "every response is stamped: give a version of 1 to 256 printable ASCII characters"
                 raise BadInputError(f"policy.{name}", value, remedy)
 
-    @property
-    def application(self) -> str:
-        """Name of its Serve application; carries the version, so that it is never reused."""
-        return application_of(self.version)
-
 
 def application_of(version: str) -> str:
     """Return the name of a version's Serve application."""
+    # It carries the version, so that it is never reused: Serve would update the old one in place.
     return f"policy-{version}"
 
 
 class ServedPolicies:
-    """The stamps of every version ever served, one file each. A version means the same bytes for ever."""
+    """The stamps of every version ever served, one file each."""
 
     def __init__(self, directory: Path) -> None:
-        """Name the directory; it is created with the first version."""
         self._directory = directory
 
     def add(self, policy: ServedPolicy) -> None:
@@ -111,6 +78,7 @@ class ServedPolicies:
         path = self._path(policy.version)
         if not path.exists():
             write_atomic(path, json.dumps(asdict(policy)))
+        # A version means the same bytes for ever: a ledger row names nothing else.
         elif self.find(policy.version) != policy:
             raise BadInputError("policy.version", policy.version, f"{path} has other stamps; give a new name")
 
@@ -131,13 +99,7 @@ class ServedPolicies:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
-    """How a gateway serves one workflow. Plain data: it crosses process borders.
-
-    `stale_after_s` is the age at which a split record counts as share 0.
-    `critic_application` names the Serve application of the critic; empty for none. `trace_fraction` is the share of
-    runs whose prompts and tool actions are kept. `allowed_hosts` are further host names, without port, under which
-    clients reach the gateway; IP addresses, `localhost` and the machine's own names always work.
-    """
+    """How a gateway serves one workflow. Plain data: it crosses process borders."""
 
     root: str
     workflow: WorkflowRef
@@ -149,17 +111,17 @@ class GatewayConfig:
     engine_timeout_s: float = 15.0
     check_timeout_s: float = 5.0
     poll_s: float = 0.2
-    stale_after_s: float = STALE_AFTER_S
+    stale_after_s: float = STALE_AFTER_S  # age at which a split record counts as share 0
     num_tool_hosts: int = 2
     cost_model: CostModel = field(default_factory=CostModel)
     fallback_text: str = "Sorry, I cannot complete this here. A person will take over."
-    critic_application: str = ""
+    critic_application: str = ""  # empty for no critic
     critic_queue_size: int = 1000
-    trace_fraction: float = 0.1
+    trace_fraction: float = 0.1  # share of requests whose prompts and tool actions are kept
+    # Beside IP addresses, localhost and the machine's own names: host names under which clients reach the gateway.
     allowed_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a host that is no plain name: a pattern, an address with a port or a URL would never match."""
         for host in self.allowed_hosts:
             if not _HOST_NAME.fullmatch(host):
                 remedy = "give each host as its bare name, such as gateway.example.org, without scheme, port or pattern"

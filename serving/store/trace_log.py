@@ -1,7 +1,4 @@
-"""What happened inside a sampled share of live runs, one JSON line each: exact token ids, tool calls and results.
-
-For people who analyse failures, never for gates. A trace that cannot be written is counted and costs nobody an answer.
-"""
+"""A sampled share of live requests from within, one JSON line each; never read by a gate."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from rl_actors.durable import append_row, decode, encode, shared_rows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveTrace:
-    """One sampled run: what was asked, what was released, and every turn between the two."""
+    """One sampled request: the user's text, the released reply, and every turn between the two."""
 
     run_id: str
     request: str
@@ -26,15 +23,15 @@ class LiveTrace:
 
 
 class TraceLog:
-    """An append-only file of sampled runs; several gateways may share it. `num_lost` counts failed writes."""
+    """An append-only file of sampled requests; several gateways may share it. `num_lost` counts failed writes."""
 
     def __init__(self, path: Path, fraction: float) -> None:
-        """Touch nothing. `fraction` is the share of runs that is kept, chosen by run id: the same on every gateway."""
         self._path, self._fraction, self._lock = path, fraction, threading.Lock()
         self.num_lost = 0
 
     def wants(self, run_id: str) -> bool:
-        """Whether this run belongs to the sample."""
+        """Whether this request belongs to the sample."""
+        # By its id alone, so that every gateway and every retry chooses the same.
         digest = hashlib.sha256(run_id.encode()).digest()
         return int.from_bytes(digest[:8], "big") < self._fraction * 2**64
 
@@ -43,6 +40,7 @@ class TraceLog:
         try:
             with self._lock:
                 append_row(self._path, encode(trace), is_shared=True)
+        # A full disk costs a trace, never an answer.
         except InfrastructureError:
             self.num_lost += 1
 

@@ -16,12 +16,19 @@ from rl_actors.contracts.errors import EngineError
 from rl_actors.contracts.reports import EvalReport, Interval, SuiteResult
 from rl_actors.durable.files import ChainedLog
 from serving.contracts.release import Canary, Drill, RampStep, Release, ReleasePlan, SplitRecord
-from serving.contracts.requests import ReleaseChannel, RequestRecord, RequestSample, Success, TrafficWindow
+from serving.contracts.requests import (
+    ReleaseChannel,
+    RequestCompletion,
+    RequestRecord,
+    RequestSample,
+    Success,
+    TrafficWindow,
+)
 from serving.gates.gates import ArmEvent, LiveEvidence
 from serving.release.controller import ReleaseController
 from serving.split import record as split_module
 from serving.split.record import SplitStore, slot_position
-from serving.store.ledger import RequestCompletion, RequestLedger
+from serving.store.ledger import RequestLedger
 
 RELEASE = Release(release_id="release-1", stable="sft-a", candidate="ppo-b")
 START = 1_000_000.0

@@ -207,6 +207,7 @@ def test_an_error_is_one_json_line_for_machines(article: Path):
         (["report", "nothing-1"], "RUN_ID"),
         (["serve"], "RUN_ID"),
         (["override", "run-1", "--actor", " ", "--reason", "r"], "actor"),
+        (["override", " ", "--actor", "ann", "--reason", "r"], "request_id"),
     ],
 )
 def test_bad_words_name_the_field_and_start_nothing(home: Path, words: list[str], field: str):
@@ -619,7 +620,7 @@ def test_a_cluster_that_is_not_there_is_infrastructure(monkeypatch: pytest.Monke
     assert seatrial("submit", "support_desk").exit_code == 3
 
 
-def ledger_with_a_run(home: Path) -> RequestLedger:
+def ledger_with_a_request(home: Path) -> RequestLedger:
     from serving.contracts.requests import RequestRecord
 
     folder = recorded_run(home, "r1")
@@ -649,24 +650,38 @@ def no_gateway(*_: object) -> None:
     raise httpx.ConnectError("refused")
 
 
-@pytest.mark.parametrize("run_id", ["run-q7", "q7"])
-def test_an_override_reaches_the_ledger_without_a_gateway(home: Path, monkeypatch: pytest.MonkeyPatch, run_id: str):
-    ledger = ledger_with_a_run(home)
+@pytest.mark.parametrize("request_id", ["run-q7", "q7"])
+def test_an_override_reaches_the_ledger_without_a_gateway(home: Path, monkeypatch: pytest.MonkeyPatch, request_id: str):
+    ledger = ledger_with_a_request(home)
     monkeypatch.setattr("cluster.cli.override._post", no_gateway)
-    result = seatrial("override", run_id, "--actor", "ana", "--reason", "wrong refund")
+    result = seatrial("override", request_id, "--actor", "ana", "--reason", "wrong refund")
     assert result.exit_code == 0, result.output
     assert [(row["actor"], row["reason"]) for row in ledger.audit("run-q7")] == [("ana", "wrong refund")]
     ledger.close()
 
 
-def test_an_override_of_an_unknown_run_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch):
-    ledger_with_a_run(home).close()
+def test_an_override_of_an_unknown_request_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch):
+    ledger_with_a_request(home).close()
     monkeypatch.setattr("cluster.cli.override._post", no_gateway)
     assert seatrial("override", "run-other", "--actor", "ana", "--reason", "r").exit_code == 2
 
 
+def test_an_override_goes_to_the_path_of_the_request(home: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+
+    def post(url: str, **_: object) -> httpx.Response:
+        asked.append(url)
+        return httpx.Response(200)
+
+    monkeypatch.setattr("cluster.cli.override.httpx.post", post)
+    words = ("--actor", "ana", "--reason", "r", "--url", "http://127.0.0.1:9/v1", "--json")
+    found = json.loads(seatrial("override", "run-a~2", *words).stdout)
+    assert asked == ["http://127.0.0.1:9/v1/requests/run-a~2/override"]
+    assert found["run_id"] == "run-a~2"
+
+
 def test_a_named_gateway_that_is_silent_is_infrastructure(home: Path):
-    override = Override(run_id="run-q7", actor="ana", reason="r", url="http://127.0.0.1:1/v1")
+    override = Override(request_id="run-q7", actor="ana", reason="r", url="http://127.0.0.1:1/v1")
     with pytest.raises(InfrastructureError, match="check --url"):
         record_override(override, home)
 

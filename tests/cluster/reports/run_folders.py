@@ -31,9 +31,9 @@ from serving.contracts.release import (
     RollBack,
     RolledBack,
 )
-from serving.contracts.requests import RequestRecord
+from serving.contracts.requests import RequestCompletion, RequestRecord
 from serving.store.decision_log import DecisionLog
-from serving.store.ledger import RequestCompletion, RequestLedger
+from serving.store.ledger import RequestLedger
 
 START = 1_795_370_000.0  # 22 November 2026, UTC
 STABLE, CANDIDATE, DEGRADED = "sft_checkpoint_v1", "ppo-1c9fd203", "degraded-77ab01cd"

@@ -20,9 +20,12 @@ from rl_actors.contracts.tasks import AgentLimits
 from rl_actors.environment.workflow import WorkflowRef
 from serving.contracts.release import SplitRecord
 from serving.contracts.requests import RequestRecord
+from serving.gateway.answer import LiveRequests
 from serving.gateway.critic_queue import Critic, CriticQueue
 from serving.gateway.http import build_app
-from serving.gateway.ports import LivePolicy, LivePorts
+from serving.gateway.openai_api import ChatRequest
+from serving.gateway.ports import LivePolicy, LivePorts, LiveRequest
+from serving.platform.replicas import end_orphans
 from serving.split.record import SplitStore, slot_position
 from serving.split.watch import SplitWatcher
 from serving.store.ledger import RequestLedger
@@ -161,7 +164,7 @@ class Rig:
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
         """An HTTP client of the application, its lifespan run."""
-        app = build_app(self.ports)
+        app = build_app(self.ports, LiveRequests(self.ports).answer)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with (
             app.router.lifespan_context(app),
@@ -218,7 +221,7 @@ def make_rig(
         ledger=ledger,
         critic=CriticQueue(critic, ledger, size=4, clock=clock),
         traces=TraceLog(chosen.files.traces, chosen.trace_fraction),
-        owner="gateway-1",
+        end_orphans=functools.partial(end_orphans, ledger, chosen, clock),
         clock=clock,
         monotonic=clock,
     )
@@ -259,6 +262,12 @@ def make_policy(version: str = STABLE, **changes: str) -> ServedPolicy:
 
 def body(text: str = PROMPT, **changes: Any) -> dict[str, Any]:
     return {"model": "shop", "messages": [{"role": "user", "content": text}]} | changes
+
+
+def live_request(text: str = PROMPT, **changes: Any) -> LiveRequest:
+    """A request as the HTTP application hands it on."""
+    chat = ChatRequest.model_validate(body(text, seed=1))
+    return LiveRequest(**({"request_id": "r1", "session_key": "s1", "chat": chat} | changes))
 
 
 def engine_error() -> EngineError:

@@ -14,10 +14,11 @@ import pytest
 
 from rl_actors.contracts.errors import InfrastructureError
 from rl_actors.contracts.tasks import AgentLimits
+from serving.gateway.answer import LiveRequests
 from serving.gateway.http import build_app
 from serving.gateway.ports import LivePolicy
-from serving.platform import ingress as gateway_module
-from serving.platform.ingress import serve_ports
+from serving.platform import replicas as gateway_module
+from serving.platform.replicas import serve_ports
 from serving.split.record import SplitStore
 from serving.split.watch import SplitWatcher, acknowledged_epoch, read_acks
 from serving.store.ledger import RequestLedger
@@ -164,7 +165,6 @@ class TestTwoGateways:
         config = two.ports.config
         changes = {
             "ledger": RequestLedger(config.files.ledger, owner="gateway-2"),
-            "owner": "gateway-2",
             "worlds": one.worlds,
             "splits": SplitWatcher(
                 SplitStore(config.files.split), config.files.acks, gateway="gateway-2",
@@ -234,7 +234,7 @@ class TestReplicaPorts:
 
         async def ask() -> httpx.Response:
             ports = serve_ports(config)
-            app = build_app(ports)
+            app = build_app(ports, LiveRequests(ports).answer)
             transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
             async with (
                 app.router.lifespan_context(app),
@@ -252,5 +252,5 @@ class TestReplicaPorts:
         assert serve_ports(make_config(tmp_path)).writes == frozenset({"pay"})
 
     def test_each_replica_has_a_name_of_its_own(self, tmp_path: Path) -> None:
-        names = {serve_ports(make_config(tmp_path)).owner for _ in range(3)}
+        names = {serve_ports(make_config(tmp_path)).ledger.owner for _ in range(3)}
         assert len(names) == 3

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from rl_actors.contracts.errors import EngineError
+from serving.gateway.answer import LiveRequests
 from serving.gateway.openai_api import ApiError
-from serving.gateway.ports import LiveRequest
 from tests.serving.gateway.live_fakes import (
     CANDIDATE,
     HELLO,
@@ -22,6 +22,7 @@ from tests.serving.gateway.live_fakes import (
     STABLE,
     Rig,
     body,
+    live_request,
     make_rig,
     session_in,
 )
@@ -218,29 +219,41 @@ class TestLimits:
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-class TestRuns:
+class TestRequests:
+    def test_older_clients_find_the_same_under_runs(self, tmp_path: Path) -> None:
+        rig = make_rig(tmp_path)
+        run_id = post(rig).headers["x-seatrial-run-id"]
+        said = {"actor": "ann", "reason": "wrong order"}
+        assert post(rig, f"/v1/runs/{run_id}/override", said).json() == {"run_id": run_id, "human_override": True}
+        assert post(rig, f"/v1/runs/{run_id}/outcome", said | {"success": False}).json()["success"] == "no"
+        shown = get(rig, f"/v1/runs/{run_id}").json()
+        assert shown == get(rig, f"/v1/requests/{run_id}").json()
+        assert [entry["what"] for entry in shown["audit"]] == ["override", "label"]
+
     def test_show(self, tmp_path: Path) -> None:
         rig = make_rig(tmp_path)
 
         async def ask_and_show(client: httpx.AsyncClient) -> dict[str, Any]:
             run_id = (await client.post(CHAT, json=body())).headers["x-seatrial-run-id"]
-            return (await client.get(f"/v1/runs/{run_id}")).json()
+            return (await client.get(f"/v1/requests/{run_id}")).json()
 
         shown = talk(rig, ask_and_show)
         assert (shown["status"], shown["policy_version"], shown["audit"]) == ("ok", STABLE, [])
 
     @pytest.mark.parametrize("run_id", ["run-none", "none", "run-", "run-k~9"])
-    def test_unknown_run(self, tmp_path: Path, run_id: str) -> None:
+    def test_unknown_request(self, tmp_path: Path, run_id: str) -> None:
         rig = make_rig(tmp_path)
         said = {"actor": "a", "reason": "r"}
-        assert get(rig, f"/v1/runs/{run_id}").json()["error"]["code"] == "run_not_found"
-        assert post(rig, f"/v1/runs/{run_id}/override", said).status_code == 404
-        assert post(rig, f"/v1/runs/{run_id}/outcome", said | {"success": True}).status_code == 404
+        assert get(rig, f"/v1/requests/{run_id}").json()["error"]["code"] == "run_not_found"
+        assert post(rig, f"/v1/requests/{run_id}/override", said).status_code == 404
+        assert post(rig, f"/v1/requests/{run_id}/outcome", said | {"success": True}).status_code == 404
 
     def test_override_is_kept_with_actor_and_reason(self, tmp_path: Path) -> None:
         rig = make_rig(tmp_path)
         run_id = post(rig).headers["x-seatrial-run-id"]
-        assert post(rig, f"/v1/runs/{run_id}/override", {"actor": "ann", "reason": "wrong order"}).status_code == 200
+        assert (
+            post(rig, f"/v1/requests/{run_id}/override", {"actor": "ann", "reason": "wrong order"}).status_code == 200
+        )
         assert rig.rows()[0].human_override
         (entry,) = rig.ledger.audit(run_id)
         assert (entry["actor"], entry["reason"], entry["what"]) == ("ann", "wrong order", "override")
@@ -250,15 +263,15 @@ class TestRuns:
         run_id = post(rig).headers["x-seatrial-run-id"]
         for success in (False, True):
             said = {"actor": "ann", "reason": "looked again", "success": success}
-            post(rig, f"/v1/runs/{run_id}/outcome", said)
+            post(rig, f"/v1/requests/{run_id}/outcome", said)
         assert rig.rows()[0].success == "yes"
         assert len(rig.ledger.audit(run_id)) == 2
 
     def test_override_and_outcome_reach_the_gates(self, tmp_path: Path) -> None:
         rig = make_rig(tmp_path)
         run_id = post(rig).headers["x-seatrial-run-id"]
-        post(rig, f"/v1/runs/{run_id}/override", {"actor": "a", "reason": "r"})
-        post(rig, f"/v1/runs/{run_id}/outcome", {"actor": "a", "reason": "r", "success": False})
+        post(rig, f"/v1/requests/{run_id}/override", {"actor": "a", "reason": "r"})
+        post(rig, f"/v1/requests/{run_id}/outcome", {"actor": "a", "reason": "r", "success": False})
         kinds = {event.kind for event in rig.ledger.events(["override", "failure"], epochs=[1])}
         assert kinds == {"override", "failure"}
 
@@ -269,14 +282,14 @@ class TestRuns:
     def test_override_needs_actor_and_reason(self, tmp_path: Path, said: dict[str, Any]) -> None:
         rig = make_rig(tmp_path)
         run_id = post(rig).headers["x-seatrial-run-id"]
-        assert post(rig, f"/v1/runs/{run_id}/override", said).status_code == 400
+        assert post(rig, f"/v1/requests/{run_id}/override", said).status_code == 400
         assert not rig.rows()[0].human_override
 
     def test_row_of_the_retry_can_be_shown(self, tmp_path: Path) -> None:
         rig = make_rig(tmp_path, share=0.5, scripts={STABLE: PAY, CANDIDATE: (EngineError("dead"),)})
         run_id = post(rig, value=body(user=session_in(rig, canary=True))).headers["x-seatrial-run-id"]
         assert run_id.endswith("~2")
-        assert get(rig, f"/v1/runs/{run_id}").json()["run_id"] == run_id
+        assert get(rig, f"/v1/requests/{run_id}").json()["run_id"] == run_id
 
 
 class TestHealthAndModels:
@@ -401,22 +414,9 @@ def test_too_many_attempts_under_one_key(tmp_path: Path) -> None:
 
 
 def test_live_requests_hold_no_http(tmp_path: Path) -> None:
-    """LiveRuns is usable without the HTTP application: offline checks and other transports may call it."""
-    from serving.gateway.answer import LiveRuns
-
+    """LiveRequests is usable without the HTTP application: offline checks and other transports may call it."""
     rig = make_rig(tmp_path, scripts={STABLE: HELLO})
-    request = LiveRequest(
-        request_id="r1",
-        session_key="s1",
-        messages=(("user", "hi"),),
-        user_text="hi",
-        temperature=None,
-        seed=1,
-        token_cap=None,
-        intent="unknown",
-        task_id="",
-    )
-    answer = asyncio.run(LiveRuns(rig.ports).answer(request))
+    answer = asyncio.run(LiveRequests(rig.ports).answer(live_request("hi")))
     assert (answer.text, answer.finish_reason) == ("Hello there.", "stop")
     with pytest.raises(ApiError, match="already ran"):
-        asyncio.run(LiveRuns(rig.ports).answer(request))
+        asyncio.run(LiveRequests(rig.ports).answer(live_request("hi")))

@@ -97,9 +97,9 @@ class Site:
         text = reply.json()["choices"][0]["message"]["content"]
         is_right = text == "Hello there."
         said = {"actor": "user", "reason": "checked"}
-        await client.post(f"/v1/runs/{run_id}/outcome", json={**said, "success": is_right})
+        await client.post(f"/v1/requests/{run_id}/outcome", json={**said, "success": is_right})
         if not is_right:
-            await client.post(f"/v1/runs/{run_id}/override", json=said)
+            await client.post(f"/v1/requests/{run_id}/override", json=said)
 
 
 def make_site(tmp_path: Path, candidate: Sequence[Step], **changes: object) -> Site:

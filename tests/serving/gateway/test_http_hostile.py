@@ -104,7 +104,7 @@ class TestSizes:
         async def say(client: httpx.AsyncClient) -> list[int]:
             run_id = (await client.post(CHAT, json=body())).headers["x-seatrial-run-id"]
             reasons = ("r" * 2000, "r" * 2001, "r" * 30_000)
-            answers = [await client.post(f"/v1/runs/{run_id}/{path}", json=said | {"reason": r}) for r in reasons]
+            answers = [await client.post(f"/v1/requests/{run_id}/{path}", json=said | {"reason": r}) for r in reasons]
             return [answer.status_code for answer in answers]
 
         assert talk(rig, say) == [200, 400, 413]
@@ -166,7 +166,13 @@ class TestWords:
         assert (rig.rows()[0].task_id, rig.rows()[0].intent) == ("t" * 256, "pay")
 
     @pytest.mark.parametrize(
-        "path", ["/v1/runs/run-%00", "/v1/runs/run-%ff", "/v1/runs/run-%F0%9F%92%9A", "/v1/runs/" + "x" * 5_000]
+        "path",
+        [
+            "/v1/requests/run-%00",
+            "/v1/requests/run-%ff",
+            "/v1/requests/run-%F0%9F%92%9A",
+            "/v1/requests/" + "x" * 5_000,
+        ],
     )
     def test_a_run_of_an_odd_name_is_not_found_in_our_shape(self, tmp_path: Path, path: str):
         rig = make_rig(tmp_path)
@@ -182,7 +188,7 @@ class TestWords:
         async def ask(client: httpx.AsyncClient) -> int:
             run_id = (await client.post(CHAT, json=body())).headers["x-seatrial-run-id"]
             headers = {"content-type": "application/json"}
-            return (await client.post(f"/v1/runs/{run_id}/override", content=data, headers=headers)).status_code
+            return (await client.post(f"/v1/requests/{run_id}/override", content=data, headers=headers)).status_code
 
         assert talk(rig, ask) == 400
         assert not rig.rows()[0].human_override
@@ -194,7 +200,7 @@ class TestWords:
         async def say(client: httpx.AsyncClient) -> list[int]:
             run_id = (await client.post(CHAT, json=body())).headers["x-seatrial-run-id"]
             said = ({"actor": "a", "reason": "r", "success": value} for value in (None, "maybe", 2, [], {}))
-            return [(await client.post(f"/v1/runs/{run_id}/outcome", json=each)).status_code for each in said]
+            return [(await client.post(f"/v1/requests/{run_id}/outcome", json=each)).status_code for each in said]
 
         assert talk(rig, say) == [400] * 5
         assert rig.rows()[0].success == "unknown"

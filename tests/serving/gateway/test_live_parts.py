@@ -14,10 +14,10 @@ import pytest
 
 from rl_actors.contracts.errors import EngineError, ToolHostError
 from rl_actors.contracts.rollouts import Completion, SamplingParams, ToolResult
-from serving.gateway.attempt import Meter, OnceWorld, RequestMemory
-from serving.gateway.critic_queue import CriticQueue, FinishedRequest
+from serving.gateway.answer import Meter, OnceWorld, RequestMemory
+from serving.gateway.critic_queue import CriticQueue
 from serving.store.ledger import RequestLedger
-from tests.serving.fakes import FakeClock, record_run
+from tests.serving.fakes import FakeClock, make_record, record_run
 
 WRITES = frozenset({"pay", "note"})
 
@@ -134,7 +134,7 @@ class TestOnceWorld:
 
 
 class TestMeter:
-    def meter(self, *outcomes: int | Exception) -> Meter:
+    def ask(self, meter: Meter, lengths: Sequence[int], *outcomes: int | Exception) -> None:
         waiting = list(outcomes)
 
         async def generate(prompt_token_ids: Sequence[int], sampling: SamplingParams) -> Completion:
@@ -145,24 +145,21 @@ class TestMeter:
                 token_ids=(1,) * outcome, logprobs=(0.0,) * outcome, weights_version=0, finished=True, cached_tokens=3
             )
 
-        return Meter(generate)
-
-    def ask(self, meter: Meter, *lengths: int) -> None:
         async def run() -> None:
             for length in lengths:
-                await meter((0,) * length, SamplingParams(max_tokens=1))
+                await meter.sample(generate, (0,) * length, SamplingParams(max_tokens=1))
 
         asyncio.run(run())
 
     def test_adds_up_all_model_calls(self) -> None:
-        meter = self.meter(4, 6)
-        self.ask(meter, 10, 20)
+        meter = Meter()
+        self.ask(meter, (10, 20), 4, 6)
         assert (meter.tokens_in, meter.tokens_out, meter.cached_tokens) == (30, 10, 6)
 
     def test_keeps_what_was_spent_before_a_failure(self) -> None:
-        meter = self.meter(4, EngineError("dead"))
+        meter = Meter()
         with pytest.raises(EngineError):
-            self.ask(meter, 10, 20)
+            self.ask(meter, (10, 20), 4, EngineError("dead"))
         assert (meter.tokens_in, meter.tokens_out) == (10, 4)
 
 
@@ -179,9 +176,9 @@ class TestPatience:
             return Completion(token_ids=(1,), logprobs=(0.0,), weights_version=0, finished=True, cached_tokens=0)
 
         async def run() -> Completion:
-            meter = Meter(generate, is_in_force, patience_s=0.01)
+            meter = Meter(is_in_force, patience_s=0.01)
             try:
-                return await meter((1, 2), SamplingParams(max_tokens=1))
+                return await meter.sample(generate, (1, 2), SamplingParams(max_tokens=1))
             finally:
                 await asyncio.sleep(0)
 
@@ -215,7 +212,7 @@ class TestPatience:
 
         async def run() -> None:
             async with asyncio.timeout(0.02):
-                await Meter(generate)((1,), SamplingParams(max_tokens=1))
+                await Meter().sample(generate, (1,), SamplingParams(max_tokens=1))
 
         with pytest.raises(TimeoutError):
             asyncio.run(run())
@@ -227,8 +224,8 @@ def ledger(tmp_path: Path) -> RequestLedger:
     return RequestLedger(tmp_path / "ledger.sqlite", owner="gateway")
 
 
-def finished(index: int) -> FinishedRequest:
-    return FinishedRequest(run_id=f"run-{index}", token_ids=(index, 1, 2), reward_model_version="rm-1")
+def offer(queue: CriticQueue, index: int) -> None:
+    queue.offer(make_record(index), (index, 1, 2))
 
 
 class TestCriticQueue:
@@ -252,7 +249,7 @@ class TestCriticQueue:
         queue = CriticQueue(critic, ledger, size=50, clock=FakeClock())
         for index in range(20):
             record_run(ledger, index)
-            queue.offer(finished(index))
+            offer(queue, index)
         self.work(queue, 20)
         assert [row.critic_score for row in ledger.rows()] == [pytest.approx(index / 10) for index in range(20)]
 
@@ -266,7 +263,7 @@ class TestCriticQueue:
         queue = CriticQueue(critic, ledger, size=50, clock=FakeClock())
         for index in range(40):
             record_run(ledger, index)
-            queue.offer(finished(index))
+            offer(queue, index)
         self.work(queue, 40)
         assert sizes == [16, 16, 8]
 
@@ -282,7 +279,7 @@ class TestCriticQueue:
         queue = CriticQueue(critic, ledger, size=50, clock=FakeClock())
         for index in range(20):
             record_run(ledger, index)
-            queue.offer(finished(index))
+            offer(queue, index)
         self.work(queue, 20)
         assert (queue.num_lost, queue.num_scored) == (16, 4)
 
@@ -291,7 +288,7 @@ class TestCriticQueue:
             return [1.0] * len(sequences)
 
         queue = CriticQueue(critic, ledger, size=5, clock=FakeClock())
-        queue.offer(finished(99))
+        offer(queue, 99)
         self.work(queue, 1)
         assert (queue.num_lost, queue.num_scored) == (1, 0)
 
@@ -301,7 +298,7 @@ class TestCriticQueue:
 
         queue = CriticQueue(critic, ledger, size=3, clock=FakeClock())
         for index in range(10):
-            queue.offer(finished(index))
+            offer(queue, index)
         assert queue.num_lost == 7
 
     def test_work_ends_at_once_without_a_critic(self, ledger: RequestLedger) -> None:

@@ -12,14 +12,15 @@ from serving.gateway.openai_api import (
     ChatAnswer,
     ChatRequest,
     completion_body,
-    conflict,
-    overloaded,
     parse_chat_request,
     stream_events,
-    unavailable,
 )
 from serving.store.served import ApiLimits
+from tests.serving.fakes import make_record
 
+RECORD = make_record(
+    1, model_version="m", policy_version="p", reward_model_version="r", bundle_id="b", started_at=1_700_000_000.5
+)
 LIMITS = ApiLimits(max_body_bytes=2_000, max_messages=3, max_text_chars=100)
 
 
@@ -40,18 +41,12 @@ def refused(value: Any) -> ApiError:
 
 def answer(**changes: Any) -> ChatAnswer:
     values: dict[str, Any] = {
-        "run_id": "run-1",
+        "record": RECORD,
         "text": "It is paid.",
         "finish_reason": "stop",
         "tokens_in": 30,
         "tokens_out": 7,
         "cached_tokens": 4,
-        "model_version": "m",
-        "policy_version": "p",
-        "reward_model_version": "r",
-        "bundle_id": "b",
-        "release_channel": "canary",
-        "created": 1_700_000_000,
         "num_tool_calls": 0,
     }
     return ChatAnswer(**(values | changes))
@@ -214,12 +209,13 @@ class TestErrors:
 
     @pytest.mark.parametrize(("may_retry", "said"), [(True, "true"), (False, "false")])
     def test_retry_advice(self, may_retry: bool, said: str) -> None:
-        for error in (conflict("m", code="c", may_retry=may_retry), unavailable("m", may_retry=may_retry)):
+        for status in (409, 503):
+            error = ApiError(status, "m", code="c", may_retry=may_retry)
             assert error.headers["x-should-retry"] == said
             assert ("retry-after" in error.headers) == may_retry
 
     def test_overload_says_when_to_come_back(self) -> None:
-        error = overloaded("full")
+        error = ApiError(429, "full", code="rate_limit_exceeded", may_retry=True)
         assert error.status == 429
         assert error.headers["retry-after"] == "1"
 

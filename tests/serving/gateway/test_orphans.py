@@ -7,14 +7,15 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from rl_actors.contracts.errors import InfrastructureError
 from serving.contracts.release import STALE_AFTER_S
-from serving.gateway.orphans import end_orphans, watch_orphans
-from serving.platform.ingress import serve_ports
+from serving.gateway.http import watch_orphans
+from serving.platform.replicas import end_orphans, serve_ports
 from serving.split.watch import Ack, read_acks
 from serving.store.ledger import RequestLedger
 from serving.store.served import GatewayConfig
@@ -96,7 +97,7 @@ class TestOnce:
         directory = write(tmp_path)
         (directory / "g9.json").write_bytes(b"{")
         ports = serve_ports(make_config(tmp_path))
-        assert ports.owner.startswith("gateway-")
+        assert ports.ledger.owner.startswith("gateway-")
         assert list(directory.iterdir()) == []
 
     def test_a_name_inside_a_word_reaches_no_other_file(self, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ class TestWatch:
 
     def watch(self, ledger: RequestLedger, config: GatewayConfig, clock: FakeClock, until: Callable[[], bool]) -> None:
         async def run() -> None:
-            task = asyncio.create_task(watch_orphans(ledger, config, clock))
+            task = asyncio.create_task(watch_orphans(partial(end_orphans, ledger, config, clock), config.stale_after_s))
             async with asyncio.timeout(5.0):
                 while not until():
                     await asyncio.sleep(0.005)
@@ -170,9 +171,11 @@ class TestWatch:
             pauses.append(seconds)
             raise asyncio.CancelledError
 
-        monkeypatch.setattr("serving.gateway.orphans.asyncio.sleep", sleep)
+        monkeypatch.setattr("serving.gateway.http.asyncio.sleep", sleep)
+        config = make_config(tmp_path)
+        looks = partial(end_orphans, ledger_of(tmp_path), config, FakeClock())
         with pytest.raises(asyncio.CancelledError):
-            asyncio.run(watch_orphans(ledger_of(tmp_path), make_config(tmp_path), FakeClock()))
+            asyncio.run(watch_orphans(looks, config.stale_after_s))
         assert pauses == [STALE_AFTER_S / 6] == [5.0]
 
     def test_the_running_gateway_looks(self, tmp_path: Path) -> None:

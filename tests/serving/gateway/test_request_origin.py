@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
 from rl_actors.contracts.errors import BadInputError
+from serving.gateway.answer import LiveRequests
 from serving.gateway.http import build_app
 from serving.gateway.openai_api import ApiError
 from serving.gateway.request_origin import OriginGuard, host_parts, is_address, refusal, trusted_names
@@ -203,7 +204,7 @@ class TestAllowList:
         assert trusted_names(()) == {"localhost"}
 
 
-POSTS = (CHAT, "/v1/runs/run-k/override", "/v1/runs/run-k/outcome")
+POSTS = (CHAT, "/v1/requests/run-k/override", "/v1/requests/run-k/outcome")
 
 
 class TestApplication:
@@ -237,7 +238,7 @@ class TestApplication:
         assert self.refused(response) == (403, "origin_not_allowed")
         assert rig.rows() == []
 
-    @pytest.mark.parametrize("path", ["/v1/runs/run-k", "/v1/models", "/healthz", "/nothing"])
+    @pytest.mark.parametrize("path", ["/v1/requests/run-k", "/v1/models", "/healthz", "/nothing"])
     def test_a_rebound_name_reads_nothing(self, tmp_path: Path, path: str):
         rig = make_rig(tmp_path, scripts={STABLE: HELLO})
         response = talk(rig, lambda client: client.get(path, headers={"host": "evil.example:8000"}))
@@ -259,7 +260,7 @@ class TestApplication:
         rig = make_rig(tmp_path, scripts={STABLE: HELLO}, config={"allowed_hosts": ()})
 
         async def ask() -> tuple[str | None, int]:
-            app = build_app(rig.ports)
+            app = build_app(rig.ports, LiveRequests(rig.ports).answer)
             transport = httpx.ASGITransport(app=app)
             async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport) as client:
                 library = openai.AsyncOpenAI(

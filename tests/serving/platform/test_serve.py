@@ -16,15 +16,13 @@ from ray.serve.exceptions import RayServeException
 
 from rl_actors.contracts.errors import BadInputError, EngineError, InfrastructureError
 from serving.contracts.release import SplitRecord
-from serving.platform import ingress as gateway_module
 from serving.platform import serve as platform_module
-from serving.platform.ingress import ServePolicies
 from serving.platform.serve import PlatformConfig, ServePlatform, require_free_port
 from serving.split.record import SplitStore
 from serving.split.watch import SplitWatcher
-from serving.store.served import ServedPolicies
+from serving.store.served import ServedPolicies, application_of
 from tests.serving.fakes import START, FakeClock
-from tests.serving.gateway.live_fakes import CANDIDATE, STABLE, make_config, make_policy, renderer
+from tests.serving.gateway.live_fakes import CANDIDATE, STABLE, make_config, make_policy
 
 
 @dataclass
@@ -399,7 +397,7 @@ class TestReleasePlatform:
         fake.status = polled  # type: ignore[method-assign]
         fake.start_polls = 10
         platform.start(make_policy(), make_policy(CANDIDATE), critic_path="/models/rm")
-        expected = [make_policy().application, make_policy(CANDIDATE).application, "critic", "gateway"]
+        expected = [application_of(STABLE), application_of(CANDIDATE), "critic", "gateway"]
         assert asked_when_first_polled[0] == expected
 
     def test_a_critic_that_does_not_start_is_an_error_with_its_reason(self, fake: FakeServe, tmp_path: Path) -> None:
@@ -407,132 +405,3 @@ class TestReleasePlatform:
         fake.end_status, fake.message = "DEPLOY_FAILED", "no such file"
         with pytest.raises(EngineError, match="no such file"):
             platform.start(make_policy(), critic_path="/models/none")
-
-
-@dataclass
-class FakeHandle:
-    """A policy's handle whose answer, error or delay a test chooses."""
-
-    answer: Any
-
-    @property
-    def generate(self) -> Any:
-        return SimpleNamespace(remote=self.answer)
-
-
-class TestServePolicies:
-    def policies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Any, timeout_s: float = 1.0) -> Any:
-        from dataclasses import replace
-
-        config = replace(make_config(tmp_path), engine_timeout_s=timeout_s)
-        ServedPolicies(config.files.served).add(make_policy())
-        monkeypatch.setattr(gateway_module.serve, "get_app_handle", lambda name: FakeHandle(answer))
-        monkeypatch.setattr(gateway_module, "renderer_of", lambda path: renderer())
-        return ServePolicies(config)
-
-    def test_loads_a_version_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import asyncio
-
-        policies = self.policies(tmp_path, monkeypatch, None)
-        first = asyncio.run(policies.find(STABLE))
-        assert asyncio.run(policies.find(STABLE)) is first
-        assert first.stamps == make_policy()
-
-    def test_version_never_deployed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import asyncio
-
-        with pytest.raises(EngineError, match="never deployed"):
-            asyncio.run(self.policies(tmp_path, monkeypatch, None).find("other"))
-
-    def test_engine_is_looked_up_when_it_samples_and_again_until_it_is_there(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Finding a version asks only the disk; a missing application fails an attempt, and heals by itself."""
-        import asyncio
-
-        asked: list[str] = []
-
-        def look_up(name: str) -> FakeHandle:
-            asked.append(name)
-            if len(asked) < 3:
-                raise RayServeException(f"Application '{name}' does not exist.")
-            return FakeHandle(answer)
-
-        async def answer(prompt: Any, sampling: Any) -> Any:
-            return prompt
-
-        async def run() -> Any:
-            policies = self.policies(tmp_path, monkeypatch, None)
-            monkeypatch.setattr(gateway_module.serve, "get_app_handle", look_up)
-            policy = await policies.find(STABLE)
-            assert asked == []
-            for _ in range(2):
-                with pytest.raises(EngineError, match=r"policy sft-a: .*does not exist"):
-                    await policy.generate([1, 2], None)
-            return [await policy.generate([1, 2], None) for _ in range(2)]
-
-        assert asyncio.run(run()) == [(1, 2), (1, 2)]
-        assert asked == ["policy-sft-a"] * 3, "once found, it is kept"
-
-    def test_a_look_up_that_hangs_is_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import asyncio
-        import threading
-
-        release = threading.Event()
-
-        async def run() -> None:
-            policies = self.policies(tmp_path, monkeypatch, None, timeout_s=0.02)
-            monkeypatch.setattr(gateway_module.serve, "get_app_handle", lambda name: release.wait(10.0))
-            policy = await policies.find(STABLE)
-            try:
-                await policy.generate([1], None)
-            finally:
-                release.set()
-
-        with pytest.raises(EngineError, match="no answer in time"):
-            asyncio.run(run())
-
-    @pytest.mark.parametrize("error", [RayActorError(), RayServeException("full"), EngineError("dead"), RayError("x")])
-    def test_whatever_ray_says_is_an_engine_error(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-    ) -> None:
-        import asyncio
-
-        async def answer(*args: Any) -> Any:
-            raise error
-
-        async def generate() -> Any:
-            policy = await self.policies(tmp_path, monkeypatch, answer).find(STABLE)
-            return await policy.generate((1, 2), None)
-
-        with pytest.raises(EngineError):
-            asyncio.run(generate())
-
-    def test_silent_engine_is_an_engine_error_not_a_timeout_of_the_run(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        import asyncio
-
-        async def answer(*args: Any) -> Any:
-            await asyncio.sleep(60)
-
-        async def generate() -> Any:
-            policy = await self.policies(tmp_path, monkeypatch, answer, timeout_s=0.02).find(STABLE)
-            async with asyncio.timeout(5):
-                return await policy.generate((1, 2), None)
-
-        with pytest.raises(EngineError, match="no answer in time"):
-            asyncio.run(generate())
-
-    def test_critic_behind_serve(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import asyncio
-
-        async def score(sequences: list[list[int]]) -> list[float]:
-            return [float(len(sequence)) for sequence in sequences]
-
-        handle = SimpleNamespace(score=SimpleNamespace(remote=score))
-        monkeypatch.setattr(gateway_module.serve, "get_app_handle", lambda name: handle)
-        critic = gateway_module._serve_critic("critic")
-        assert critic is not None
-        assert asyncio.run(critic([(1, 2), (3,)])) == [2.0, 1.0]  # type: ignore[arg-type]
-        assert gateway_module._serve_critic("") is None

@@ -10,8 +10,7 @@ import pytest
 from ray.exceptions import RayError
 
 from rl_actors.contracts.errors import BadInputError, EngineError
-from serving.platform.serve import PlatformConfig, ServePlatform
-from serving.platform.serve_site import ServeSite, require_serve_there
+from serving.platform.serve import PlatformConfig, ServePlatform, ServeSite, require_serve_there
 from serving.split.record import SplitStore
 from serving.store.served import ReleaseFiles, ServedPolicies, application_of
 from tests.serving.fakes import FakeClock

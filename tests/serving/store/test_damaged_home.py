@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from rl_actors.contracts.errors import EngineError, InfrastructureError, TamperedError
-from serving.gateway.orphans import end_orphans
 from serving.gateway.ports import LivePolicy
-from serving.platform import ingress as gateway_module
-from serving.platform.ingress import ServePolicies
+from serving.platform import replicas as gateway_module
+from serving.platform.replicas import ServePolicies, end_orphans
 from serving.store.ledger import RequestLedger
 from serving.store.served import ServedPolicies
 from serving.store.trace_log import TraceLog, read_traces

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -37,11 +38,15 @@ def raw(ledger: RequestLedger) -> sqlite3.Connection:
     return sqlite3.connect(ledger.path, isolation_level=None)
 
 
+def counts(ledger: RequestLedger) -> dict[tuple[str, str], int]:
+    return Counter((row.release_channel, row.status) for row in ledger.rows())
+
+
 class TestStart:
     def test_the_row_exists_before_the_run_ends(self, ledger: RequestLedger):
         assert ledger.start(make_record())
         assert list(ledger.rows()) == [make_record()]
-        assert ledger.counts() == {("canary", "running"): 1}
+        assert counts(ledger) == {("canary", "running"): 1}
 
     def test_a_retry_makes_no_second_row(self, ledger: RequestLedger):
         assert ledger.start(make_record())
@@ -101,7 +106,7 @@ class TestComplete:
     @pytest.mark.parametrize("status", ["ok", "truncated", "tool_budget", "timeout", "engine_error", "aborted"])
     def test_every_ending(self, ledger: RequestLedger, status: str):
         record_run(ledger, 0, status=status)
-        assert ledger.counts() == {("canary", status): 1}
+        assert counts(ledger) == {("canary", status): 1}
 
     def test_once(self, ledger: RequestLedger):
         record_run(ledger, 0)
@@ -306,23 +311,16 @@ class TestWindow:
         record_run(ledger, 1, **change)
         assert ledger.window(RELEASE.candidate, "canary", epoch=2).num_runs == 1
 
-    def test_every_epoch_and_since(self, ledger: RequestLedger):
+    def test_every_epoch(self, ledger: RequestLedger):
         for index in range(6):
             record_run(ledger, index, split_epoch=2 + index % 2)
         assert ledger.window(RELEASE.candidate, "canary").num_runs == 6
-        assert ledger.window(RELEASE.candidate, "canary", since=START + 4).num_runs == 2
 
     def test_samples_come_in_order_of_completion(self, ledger: RequestLedger):
         for index, ended in enumerate((30.0, 10.0, 20.0)):
             record_run(ledger, index, at=START + ended)
         window = ledger.window(RELEASE.candidate, "canary")
         assert [sample.session_key for sample in window.samples] == ["session-1", "session-2", "session-0"]
-
-    def test_rows_can_be_filtered(self, ledger: RequestLedger):
-        record_run(ledger, 0)
-        record_run(ledger, 1, policy_version="sft-a", release_channel="general")
-        assert [row.run_id for row in ledger.rows(policy_version="sft-a")] == ["run-1"]
-        assert [row.run_id for row in ledger.rows(channel="canary")] == ["run-0"]
 
 
 class TestEvents:
@@ -401,9 +399,9 @@ class TestCrashes:
         assert ready.wait(20)
         os.kill(victim.pid or 0, signal.SIGKILL)
         victim.join()
-        assert ledger.counts() == {("canary", "running"): 1}
+        assert counts(ledger) == {("canary", "running"): 1}
         assert ledger.abort_orphans("victim", at=START) == 1
-        assert ledger.counts() == {("canary", "aborted"): 1}
+        assert counts(ledger) == {("canary", "aborted"): 1}
 
     def test_a_worker_that_comes_back_late_cannot_rewrite_history(self, ledger: RequestLedger):
         ledger.start(make_record())
@@ -429,7 +427,7 @@ class TestConcurrency:
             thread.start()
         for thread in threads:
             thread.join()
-        assert ledger.counts() == {("canary", "ok"): 240}
+        assert counts(ledger) == {("canary", "ok"): 240}
 
     def test_racing_retries_make_one_row(self, ledger: RequestLedger):
         started: list[bool] = []
@@ -448,7 +446,7 @@ class TestConcurrency:
     def test_processes_share_one_file(self, ledger: RequestLedger):
         with multiprocessing.get_context("fork").Pool(3) as pool:
             pool.starmap(write_runs, [(ledger.path, worker, 60) for worker in range(3)])
-        assert ledger.counts() == {("canary", "ok"): 180}
+        assert counts(ledger) == {("canary", "ok"): 180}
         assert len({row.run_id for row in ledger.rows()}) == 180
 
     def test_five_hundred_writes_a_second(self, ledger: RequestLedger):

@@ -17,12 +17,11 @@ from rl_actors.contracts.errors import BadInputError, EngineError
 from rl_actors.contracts.rollouts import Completion, PlanRevision, SamplingParams, ToolResult
 from rl_actors.contracts.tasks import AgentLimits
 from rl_actors.environment.tools import PLAN_ACCEPTED, render_error
-from serving.gateway.answer import LiveRuns
+from serving.gateway.answer import LiveRequests
 from serving.gateway.openai_api import ApiError
-from serving.gateway.ports import LiveRequest
 from serving.store.ledger import RequestLedger
 from tests.serving.fakes import START, make_completion, make_record, record_run
-from tests.serving.gateway.live_fakes import HELLO, PROMPT, STABLE, MemoryWorlds, Rig, make_rig, renderer
+from tests.serving.gateway.live_fakes import HELLO, STABLE, MemoryWorlds, Rig, live_request, make_rig, renderer
 
 ROOMY = AgentLimits(max_turns=8, max_tool_calls=4, max_tokens_per_turn=200, max_context_tokens=3_000, timeout_s=20.0)
 LONG = "look " * 100
@@ -76,11 +75,7 @@ def answered(tmp_path: Path, engine: Any, *, failures: int) -> Rig:
     rig = make_rig(tmp_path, config={"limits": ROOMY})
     rig.engines[STABLE] = engine
     rig.ports = replace(rig.ports, worlds=FlakyWorlds(failures=failures))
-    request = LiveRequest(
-        request_id="ask-1", session_key="ann", messages=(("user", PROMPT),), user_text=PROMPT, temperature=None,
-        seed=1, token_cap=None, intent="pay", task_id="",
-    )  # fmt: skip
-    asyncio.run(LiveRuns(rig.ports).answer(request))
+    asyncio.run(LiveRequests(rig.ports).answer(live_request(request_id="ask-1", session_key="ann")))
     return rig
 
 

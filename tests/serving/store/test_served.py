@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rl_actors.contracts.errors import BadInputError, EngineError, TamperedError
-from serving.store.served import ReleaseFiles, ServedPolicies
+from serving.store.served import ReleaseFiles, ServedPolicies, application_of
 from tests.serving.gateway.live_fakes import make_config, make_policy
 
 
@@ -27,7 +27,7 @@ def test_config_crosses_processes(tmp_path: Path) -> None:
 
 class TestPolicy:
     def test_application_carries_the_version(self) -> None:
-        assert make_policy("ppo-b.7").application == "policy-ppo-b.7"
+        assert application_of(make_policy("ppo-b.7").version) == "policy-ppo-b.7"
 
     @pytest.mark.parametrize("version", ["", "a/b", "../a", "a b", "-a", ".a", "a#1", "x" * 101, "ä"])
     def test_bad_names(self, version: str) -> None:

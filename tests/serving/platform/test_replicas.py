@@ -1,14 +1,19 @@
-"""A policy replica on a fake engine: warm-up, probe, health. And the critic on a real, untrained model."""
+"""Replicas: a gateway's policies on a fake Serve, a policy on a fake engine, the critic on a real, untrained model."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import RayServeException
 
 from rl_actors.actors.rollouts import RewardScorer
 from rl_actors.agent.rollout import rollout_token_ids
@@ -16,11 +21,11 @@ from rl_actors.algorithms.rewards import RewardMix
 from rl_actors.contracts.errors import EngineError
 from rl_actors.contracts.rollouts import Completion, SamplingParams
 from rl_actors.models.reward_model import RewardModel
-from serving.platform import policy_server
-from serving.platform.critic_server import CriticServer
-from serving.platform.policy_server import PolicyServer
+from serving.platform import replicas
+from serving.platform.replicas import CriticServer, PolicyServer, ServePolicies
+from serving.store.served import ServedPolicies
 from tests.rl_actors.fakes import make_rollout, make_turn
-from tests.serving.gateway.live_fakes import make_policy
+from tests.serving.gateway.live_fakes import STABLE, make_config, make_policy, renderer
 
 
 @dataclass
@@ -42,7 +47,7 @@ class FakeEngine:
 
 def server(engine: FakeEngine) -> PolicyServer:
     return PolicyServer(
-        make_policy(), max_model_len=512, max_num_seqs=4, build_engine=lambda path, length, seqs: engine
+        make_policy(), max_model_len=512, max_num_seqs=4, build_engine=lambda path, length, seqs: engine.generate
     )
 
 
@@ -50,9 +55,9 @@ class TestPolicyServer:
     def test_builds_the_engine_of_its_directory(self) -> None:
         seen: list[tuple[str, int, int]] = []
 
-        def build(path: str, max_model_len: int, max_num_seqs: int) -> FakeEngine:
+        def build(path: str, max_model_len: int, max_num_seqs: int) -> Any:
             seen.append((path, max_model_len, max_num_seqs))
-            return FakeEngine()
+            return FakeEngine().generate
 
         PolicyServer(make_policy(), max_model_len=512, max_num_seqs=4, build_engine=build)
         assert seen == [("/models/sft-a", 512, 4)]
@@ -86,7 +91,7 @@ class TestPolicyServer:
         assert [params.max_tokens for _, params in engine.asked] == [16, 16, 1]
 
     def test_silent_engine_is_told_apart_from_a_slow_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(policy_server, "_PROBE_TIMEOUT_S", 0.02)
+        monkeypatch.setattr(replicas, "_PROBE_TIMEOUT_S", 0.02)
         with pytest.raises(EngineError, match="no token within"):
             asyncio.run(server(FakeEngine(hangs=True)).probe())
 
@@ -147,3 +152,115 @@ class TestCriticServer:
     def test_missing_directory(self, tmp_path: Path) -> None:
         with pytest.raises(OSError, match="reward_model"):
             CriticServer(str(tmp_path))
+
+
+@dataclass
+class FakeHandle:
+    """A policy's handle whose answer, error or delay a test chooses."""
+
+    answer: Any
+
+    @property
+    def generate(self) -> Any:
+        return SimpleNamespace(remote=self.answer)
+
+
+class TestServePolicies:
+    def policies(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Any, timeout_s: float = 1.0) -> Any:
+        config = replace(make_config(tmp_path), engine_timeout_s=timeout_s)
+        ServedPolicies(config.files.served).add(make_policy())
+        monkeypatch.setattr(replicas.serve, "get_app_handle", lambda name: FakeHandle(answer))
+        monkeypatch.setattr(replicas, "renderer_of", lambda path: renderer())
+        return ServePolicies(config)
+
+    def test_loads_a_version_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        policies = self.policies(tmp_path, monkeypatch, None)
+        first = asyncio.run(policies.find(STABLE))
+        assert asyncio.run(policies.find(STABLE)) is first
+        assert first.stamps == make_policy()
+
+    def test_version_never_deployed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(EngineError, match="never deployed"):
+            asyncio.run(self.policies(tmp_path, monkeypatch, None).find("other"))
+
+    def test_engine_is_looked_up_when_it_samples_and_again_until_it_is_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Finding a version asks only the disk; a missing application fails an attempt, and heals by itself."""
+        asked: list[str] = []
+
+        def look_up(name: str) -> FakeHandle:
+            asked.append(name)
+            if len(asked) < 3:
+                raise RayServeException(f"Application '{name}' does not exist.")
+            return FakeHandle(answer)
+
+        async def answer(prompt: Any, sampling: Any) -> Any:
+            return prompt
+
+        async def run() -> Any:
+            policies = self.policies(tmp_path, monkeypatch, None)
+            monkeypatch.setattr(replicas.serve, "get_app_handle", look_up)
+            policy = await policies.find(STABLE)
+            assert asked == []
+            for _ in range(2):
+                with pytest.raises(EngineError, match=r"policy sft-a: .*does not exist"):
+                    await policy.generate([1, 2], None)
+            return [await policy.generate([1, 2], None) for _ in range(2)]
+
+        assert asyncio.run(run()) == [(1, 2), (1, 2)]
+        assert asked == ["policy-sft-a"] * 3, "once found, it is kept"
+
+    def test_a_look_up_that_hangs_is_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        release = threading.Event()
+
+        async def run() -> None:
+            policies = self.policies(tmp_path, monkeypatch, None, timeout_s=0.02)
+            monkeypatch.setattr(replicas.serve, "get_app_handle", lambda name: release.wait(10.0))
+            policy = await policies.find(STABLE)
+            try:
+                await policy.generate([1], None)
+            finally:
+                release.set()
+
+        with pytest.raises(EngineError, match="no answer in time"):
+            asyncio.run(run())
+
+    @pytest.mark.parametrize("error", [RayActorError(), RayServeException("full"), EngineError("dead"), RayError("x")])
+    def test_whatever_ray_says_is_an_engine_error(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        async def answer(*args: Any) -> Any:
+            raise error
+
+        async def generate() -> Any:
+            policy = await self.policies(tmp_path, monkeypatch, answer).find(STABLE)
+            return await policy.generate((1, 2), None)
+
+        with pytest.raises(EngineError):
+            asyncio.run(generate())
+
+    def test_silent_engine_is_an_engine_error_not_a_timeout_of_the_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def answer(*args: Any) -> Any:
+            await asyncio.sleep(60)
+
+        async def generate() -> Any:
+            policy = await self.policies(tmp_path, monkeypatch, answer, timeout_s=0.02).find(STABLE)
+            async with asyncio.timeout(5):
+                return await policy.generate((1, 2), None)
+
+        with pytest.raises(EngineError, match="no answer in time"):
+            asyncio.run(generate())
+
+    def test_critic_behind_serve(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def score(sequences: list[list[int]]) -> list[float]:
+            return [float(len(sequence)) for sequence in sequences]
+
+        handle = SimpleNamespace(score=SimpleNamespace(remote=score))
+        monkeypatch.setattr(replicas.serve, "get_app_handle", lambda name: handle)
+        critic = replicas._serve_critic("critic")
+        assert critic is not None
+        assert asyncio.run(critic([(1, 2), (3,)])) == [2.0, 1.0]  # type: ignore[arg-type]
+        assert replicas._serve_critic("") is None
