@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from rl_actors.contracts import BadInputError
+from rl_actors.contracts import BadInputError, nearest
 
 MAX_SPEC_BYTES = 1_000_000
 
@@ -103,21 +102,6 @@ def _syntax_error(error: yaml.YAMLError, name: str) -> BadInputError:
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     where = f"line {mark.line + 1} of {name}" if mark else name
     return BadInputError("spec", name, f"not valid YAML at {where}: {problem}; check indentation, quotes and colons")
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return the most similar choice, or nothing when none is similar."""
-    by_lower = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
-    return by_lower[found[0]] if found else ""
-
-
-def unknown_name(word: str, choices: Iterable[str]) -> str:
-    """Return the remedy for a name outside a closed list."""
-    names = list(choices)
-    best = nearest(word, names)
-    hint = f"did you mean {best!r}? " if best else ""
-    return f"unknown name; {hint}valid: {', '.join(names)}"
 
 
 def leaf_paths(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -11,11 +11,11 @@ from typing import Any, Final, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cluster.spec.errors import leaf_paths, nearest
+from cluster.spec.errors import leaf_paths
 from cluster.spec.sections import known_gates
 from cluster.spec.spec import ALGORITHMS, WorkflowSpec
 from cluster.workflows import known_workflows
-from rl_actors.contracts import BadInputError
+from rl_actors.contracts import BadInputError, nearest
 
 MEANINGS: Final[Mapping[str, str]] = {
     "workflow.name": "The job to learn: its tasks, tools, policies and annotators.",

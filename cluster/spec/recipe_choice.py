@@ -8,8 +8,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from cluster.spec.errors import unknown_name
-from rl_actors.contracts import RECIPES, BadInputError, Recipe
+from rl_actors.contracts import RECIPES, BadInputError, Recipe, unknown_name
 
 _LIMITED: Final[Mapping[str, Any]] = {  # as in `rl_actors.algorithms`, before hours of training instead of after
     "dual_clip": Annotated[float | None, Field(gt=1)],

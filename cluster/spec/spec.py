@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from cluster.spec.errors import SpecSource, bad_input, parse_yaml, unknown_name
+from cluster.spec.errors import SpecSource, bad_input, parse_yaml
 from cluster.spec.recipe_choice import chosen_recipe
 from cluster.spec.sections import (
     ALGORITHMS,
@@ -39,7 +39,7 @@ from cluster.spec.sections import (
     refuse,
 )
 from cluster.workflows import PATH_VARIABLE, SPEC_FILE, known_workflows, spec_file
-from rl_actors.contracts import BadInputError, Recipe, Split, require_batch_choices
+from rl_actors.contracts import BadInputError, Recipe, Split, require_batch_choices, unknown_name
 
 if TYPE_CHECKING:
     pass

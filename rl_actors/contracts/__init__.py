@@ -12,6 +12,8 @@ from rl_actors.contracts.errors import (
     StageRefusedError,
     TamperedError,
     ToolHostError,
+    nearest,
+    unknown_name,
 )
 from rl_actors.contracts.recipe import (
     MAX_RELATIVE_KL_ERROR,
