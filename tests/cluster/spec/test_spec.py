@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cluster.spec.errors import leaf_paths, nearest, parse_yaml
+from cluster.spec.errors import leaf_paths, parse_yaml
 from cluster.spec.spec import MONITORS, WorkflowSpec, load_spec, override, parse_spec, spec_to_yaml
 from cluster.workflows import PATH_VARIABLE, known_workflows
-from rl_actors.contracts.errors import BadInputError
+from rl_actors.contracts.errors import BadInputError, nearest
 from serving.contracts.gates import ARTICLE_GATES
-from serving.gates import gates
+from serving.gates import registry as gates
 
 ARTICLE = """\
 workflow:
@@ -93,7 +93,7 @@ def test_a_registered_gate_may_be_named_and_the_packaged_spec_stays_valid(monkey
     assert (caught.value.field, caught.value.value, caught.value.exit_code) == (
         "release.gates.4", "replies_not_longer", 2
     )  # fmt: skip
-    monkeypatch.setitem(gates.GATES, "replies_not_longer", gates.GATES["task_success_not_worse"])  # type: ignore[arg-type]
+    monkeypatch.setitem(gates.GATES, "replies_not_longer", gates.GATES["task_success_not_worse"])
     assert load_spec("support_desk") == packaged
     assert override(packaged, [f"release.gates={own}"]).release.gates == (*ARTICLE_GATES, "replies_not_longer")
     assert "did you mean 'replies_not_longer'?" in refusal(changed("no_safety_regression", "reply_not_longer")).remedy
