@@ -10,9 +10,9 @@ from typing import Final
 
 from cluster.plan import becomes_free, check_model, check_workflow, plan_run, probe_machine, require_ready
 from cluster.records import RunFolder, RunSummary, list_runs, new_run_id
-from cluster.spec import SpecSource, WorkflowSpec, leaf_paths, load_spec, override, parse_spec, parse_yaml, unknown_name
+from cluster.spec import SpecSource, WorkflowSpec, leaf_paths, load_spec, override, parse_spec, parse_yaml
 from cluster.workflows import known_workflows
-from rl_actors.contracts import BadInputError, TamperedError
+from rl_actors.contracts import BadInputError, TamperedError, unknown_name
 from rl_actors.durable import write_json
 
 LATEST: Final = "latest"

@@ -17,7 +17,7 @@ from rl_actors.contracts import DataSnapshot, Task
 from rl_actors.durable import write_json
 from serving.contracts import Canary, Release, ReleasePlan, ReleaseState
 from serving.platform import CRITIC, PlatformConfig, ServePlatform
-from serving.release import TERMINAL, Aliases, LedgerEvidence, ReleaseController
+from serving.release import TERMINAL, Aliases, ReleaseController, open_release
 from serving.split import SplitStore
 from serving.store import GatewayConfig, RequestLedger, ServedPolicy
 
@@ -113,7 +113,15 @@ class ReleaseBench:
         tasks, book = live_tasks(self._snapshot, index), TicketBook(directory / "tickets.jsonl")
         with closing(RequestLedger(self.ledger_path, owner="controller")) as ledger:
             traffic = TrafficThread(self._driver(index, book), tasks, over, self._run.watch.progress, index)
-            controller = self._controller(release, plan, ledger, directory)
+            controller = open_release(
+                release,
+                plan,
+                directory=directory,
+                split_directory=self._config.files.split,
+                ledger=ledger,
+                platform=self.platform,
+                aliases=self._aliases,
+            )
             traffic.start()
             try:
                 state = self._drive(controller, traffic)
@@ -138,22 +146,6 @@ class ReleaseBench:
                     controller.roll_back(actor="seatrial", reason="tickets ran out before the evidence sufficed")
             state = controller.tick()
         return state
-
-    def _controller(
-        self, release: Release, plan: ReleasePlan, ledger: RequestLedger, directory: Path
-    ) -> ReleaseController:
-        splits = SplitStore(self._config.files.split)
-        return ReleaseController(
-            release,
-            plan,
-            directory=directory,
-            splits=splits,
-            platform=self.platform,
-            evidence=LedgerEvidence(ledger, splits),
-            aliases=self._aliases,
-            clock=time.time,
-            sleep=time.sleep,
-        )
 
     def _result(
         self,

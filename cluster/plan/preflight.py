@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 
 from cluster.plan.workload import measure_workload, require_workload
-from cluster.spec import NUM_RELEASES, WorkflowSpec, unknown_name
+from cluster.spec import NUM_RELEASES, WorkflowSpec
 from cluster.workflows import find_workflow, most_tasks
-from rl_actors.contracts import BadInputError, InfrastructureError, Outcome
+from rl_actors.contracts import BadInputError, InfrastructureError, Outcome, unknown_name
 from rl_actors.environment import RolloutView, Workflow
 from rl_actors.ports import listen_error
 

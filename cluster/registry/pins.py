@@ -12,8 +12,8 @@ from typing import Final
 
 from cluster.registry.entries import ModelEntry, ModelKind
 from cluster.registry.versions import RegisteredVersions
-from cluster.spec import WorkflowSection, is_pinned, nearest
-from rl_actors.contracts import BadInputError, TamperedError
+from cluster.spec import WorkflowSection, is_pinned
+from rl_actors.contracts import BadInputError, TamperedError, nearest
 
 BASELINE: Final = "workflow.baseline"
 

@@ -1,6 +1,6 @@
 """The workflow spec: sections, knobs, errors."""
 
-from cluster.spec.errors import SpecSource, leaf_paths, nearest, parse_yaml, unknown_name
+from cluster.spec.errors import SpecSource, leaf_paths, parse_yaml
 from cluster.spec.knobs import MEANINGS, Knob, knob_named
 from cluster.spec.sections import NUM_RELEASES, WorkflowSection, is_pinned
 from cluster.spec.spec import (

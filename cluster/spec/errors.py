@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rl_actors.contracts import BadInputError
+from rl_actors.contracts import BadInputError, nearest
 
 MAX_SPEC_BYTES = 1_000_000  # counted before PyYAML sees it, whose safe loader is slow, being all Python
 _FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$")
@@ -100,21 +99,6 @@ def _syntax_error(error: yaml.YAMLError, name: str) -> BadInputError:
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     where = f"line {mark.line + 1} of {name}" if mark else name
     return BadInputError("spec", name, f"not valid YAML at {where}: {problem}; check indentation, quotes and colons")
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """Return the most similar choice, or nothing when none is similar."""
-    by_lower = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
-    return by_lower[found[0]] if found else ""
-
-
-def unknown_name(word: str, choices: Iterable[str]) -> str:
-    """Return the remedy for a name outside a closed list."""
-    names = list(choices)
-    best = nearest(word, names)
-    hint = f"did you mean {best!r}? " if best else ""
-    return f"unknown name; {hint}valid: {', '.join(names)}"
 
 
 def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:

@@ -8,11 +8,11 @@ from typing import Any, Final, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from cluster.spec.errors import leaf_fields, nearest
+from cluster.spec.errors import leaf_fields
 from cluster.spec.sections import ALGORITHMS, known_gates
 from cluster.spec.spec import WorkflowSpec
 from cluster.workflows import known_workflows
-from rl_actors.contracts import BadInputError
+from rl_actors.contracts import BadInputError, nearest
 
 # For a reader who must decide: in which direction it moves learning or release, not how it is computed.
 MEANINGS: Final[Mapping[str, str]] = {

@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from cluster.spec.errors import unknown_name
 from cluster.workflows import PATH_VARIABLE, known_workflows
-from rl_actors.contracts import RECIPES
+from rl_actors.contracts import RECIPES, unknown_name
 from serving.contracts import ARTICLE_GATES
 
 MonitorName = Literal["human_override_rate", "tool_error_rate", "policy_kl_drift", "task_completion_quality"]
@@ -49,11 +48,11 @@ def closed_list(names: object, known: Sequence[str]) -> object:
 
 
 def known_gates() -> tuple[str, ...]:
-    """Return every gate that is registered."""
+    """Return every gate that is registered, the article's four first."""
     # Imported here: the gates load numpy, which most command lines can do without.
     from serving.gates import GATES
 
-    return tuple(GATES)
+    return tuple(dict.fromkeys((*ARTICLE_GATES, *GATES)))
 
 
 class Section(BaseModel):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin, get_typ
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from cluster.spec.errors import SpecSource, bad_input, parse_yaml, unknown_name
+from cluster.spec.errors import SpecSource, bad_input, parse_yaml
 from cluster.spec.sections import (
     MONITORS,
     AgentSection,
@@ -33,7 +33,7 @@ from cluster.spec.sections import (
     refuse,
 )
 from cluster.workflows import PATH_VARIABLE, SPEC_FILE, known_workflows, spec_file
-from rl_actors.contracts import RECIPES, BadInputError, Recipe, Split, require_batch_choices
+from rl_actors.contracts import RECIPES, BadInputError, Recipe, Split, require_batch_choices, unknown_name
 
 MAX_ROLLBACK_S: Final = 300.0
 """Longest way back to stable: the article's five minutes, and the limit of the gate that times the drill."""

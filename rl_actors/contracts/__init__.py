@@ -11,6 +11,8 @@ from rl_actors.contracts.errors import (
     StageRefusedError,
     TamperedError,
     ToolHostError,
+    nearest,
+    unknown_name,
 )
 from rl_actors.contracts.recipe import (
     BATCH_PAIRS,

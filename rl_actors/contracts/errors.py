@@ -14,6 +14,9 @@ SeatrialError
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class SeatrialError(Exception):
     """Root of the tree; carries the process exit code."""
@@ -69,3 +72,18 @@ class AttestationError(InfrastructureError):
 
 class TamperedError(SeatrialError):
     """Something frozen changed after it was hashed."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return the most similar choice, or nothing when none is similar."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(str(word).lower(), by_lower, n=1, cutoff=0.5)
+    return by_lower[found[0]] if found else ""
+
+
+def unknown_name(word: str, choices: Iterable[str]) -> str:
+    """Return the remedy for a name outside a closed list."""
+    names = list(choices)
+    best = nearest(word, names)
+    hint = f"did you mean {best!r}? " if best else ""
+    return f"unknown name; {hint}valid: {', '.join(names)}"

@@ -1,12 +1,20 @@
 """Values that cross borders in release: requests, gate results, plans, states, decisions."""
 
-from serving.contracts.gates import ARTICLE_GATES, Evidence, GateResult, Verdict
+from serving.contracts.gates import (
+    ARTICLE_GATES,
+    ArmEvent,
+    Drill,
+    Evidence,
+    GateResult,
+    GateResults,
+    LiveEvidence,
+    Verdict,
+)
 from serving.contracts.release import (
     STALE_AFTER_S,
     Advance,
     Canary,
     Decision,
-    Drill,
     Drilling,
     Ending,
     FailedBack,

@@ -1,4 +1,4 @@
-"""What a gate says: a verdict with its evidence."""
+"""What a gate sees of a canary, and what it says: a verdict with its evidence."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from serving.contracts.requests import TrafficWindow
+
 Verdict = Literal["pass", "fail", "inconclusive", "invalid"]
-
-
 Evidence = Mapping[str, float | str]
-
 
 ARTICLE_GATES: Final = (
     "no_safety_regression",
@@ -31,3 +30,42 @@ class GateResult:
     verdict: Verdict
     evidence: Evidence
     reason: str
+
+
+GateResults = tuple[GateResult, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drill:
+    """One timed use of the rollback path: `seconds` from detection until every gateway acknowledged the safe split."""
+
+    at: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmEvent:
+    """The first bad event of one session: its arm, and the canary's share when its request was routed."""
+
+    is_canary: bool
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveEvidence:
+    """Everything that a live gate or a monitor may look at.
+
+    Windows and `epoch_sessions` = (canary, all) cover the current ramp step; events, `canary_sessions` and
+    `failed_checks` (candidate requests by failed check) the whole release.
+    """
+
+    stable: TrafficWindow
+    candidate: TrafficWindow
+    share: float
+    epoch_sessions: tuple[int, int]
+    canary_sessions: int
+    failed_checks: Mapping[str, int]
+    safety_events: tuple[ArmEvent, ...]
+    failure_events: tuple[ArmEvent, ...]
+    drills: tuple[Drill, ...]
+    now: float

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from rl_actors.contracts import BadInputError
-from serving.contracts.gates import ARTICLE_GATES, GateResult
+from serving.contracts.gates import ARTICLE_GATES, GateResults
 
 Ending = Literal["rolled_back", "failed_back", "halted"]
-
 
 STALE_AFTER_S: Final = 30.0  # the age at which a split record that nobody refreshes counts as share 0
 
@@ -47,14 +46,10 @@ class RampStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleasePlan:
-    """The rules of one release, armed before any traffic.
+    """The rules of one release, armed before any traffic. All `gates` must pass to advance; any fail rolls back.
 
-    All `gates` must pass to advance; a failing gate or stop rule rolls back. `alpha` bounds the chance of a false roll
-    back and, per gate, of a false promotion; `ramp_alpha` that of a false pass to the next step. Latency keeps neither
-    from n m / (n + m) = `full_samples` on (n and m runs an arm): there the point estimate decides. Margins are relative
-    (non-inferiority). `event_rate_tolerance` is the rate of bad sessions that is acceptable even where events are too
-    rare to compare the arms. After more than `stale_after_s`, the gateways' own bound, a controller that comes
-    back does not count its absence. `may_promote=False`: a drill, never promoted.
+    `alpha` bounds the chance of a false roll back and, per gate, of a false promotion; `ramp_alpha` that of a false
+    pass to the next step. Margins are relative (non-inferiority). With `may_promote=False` it is a drill.
     """
 
     ramp: tuple[RampStep, ...]
@@ -65,18 +60,18 @@ class ReleasePlan:
     alpha: float = 0.05
     ramp_alpha: float = 0.25
     event_margin: float = 0.5
-    event_rate_tolerance: float = 0.05
+    event_rate_tolerance: float = 0.05  # bad sessions at this rate are fine, even too rare to compare the arms
     cost_margin: float = 0.10
     latency_limit: float = 0.15
     min_samples: int = 50
-    full_samples: int = 350
+    full_samples: int = 350  # from n m / (n + m) of them on, the p95 itself decides, whatever its bounds
     sample_ratio_alpha: float = 0.001
     max_rollback_s: float = 300.0
     drill_max_age_s: float = 86_400.0
     ack_poll_s: float = 2.0
     may_promote: bool = True
     tick_s: float = 5.0
-    stale_after_s: float = STALE_AFTER_S
+    stale_after_s: float = STALE_AFTER_S  # a controller that was away for longer does not count its absence
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,9 +85,14 @@ class ReleasePlan:
             raise BadInputError("plan.alpha", self.alpha, "give 0 < alpha < 0.5 and min_samples >= 2")
 
     @property
+    def rules(self) -> tuple[str, ...]:
+        """Gates and stop rules, each once."""
+        return tuple(dict.fromkeys((*self.gates, *self.stop_rules)))
+
+    @property
     def alpha_per_rule(self) -> float:
         """Share of alpha for each rule that can roll back on its own (Bonferroni)."""
-        return self.alpha / len({*self.gates, *self.stop_rules})
+        return self.alpha / len(self.rules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,14 +102,6 @@ class Release:
     release_id: str
     stable: str
     candidate: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drill:
-    """One timed use of the rollback path: `seconds` from detection until every gateway acknowledged the safe split."""
-
-    at: float
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +186,7 @@ class Reasoned:
     """What every decision carries: why, and the gate results it rests on."""
 
     reason: str
-    evidence: tuple[GateResult, ...]
+    evidence: GateResults
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,12 @@
-"""The gates and the statistics they stand on."""
+"""The gates, each one file that registers itself, and the statistics they stand on."""
 
-from serving.gates.gates import (
+from serving.gates.registry import (
     GATES,
-    ArmEvent,
-    LiveEvidence,
     check_gate_names,
-    evaluate_live,
     evaluate_offline,
+    import_modules,
     may_enter_canary,
-    traffic_result,
 )
-from serving.gates.statistics import quantile, rate_upper_bound, reliability_score
+from serving.gates.statistics import quantile, rate_upper_bound, reliability_score, sample_ratio_check
+
+import_modules(__path__, __name__)

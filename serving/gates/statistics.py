@@ -2,13 +2,13 @@
 
 Two kinds of validity under repeated looks. Event counts use e-processes (valid at every look by Ville's inequality).
 Latency and cost use fixed-sample intervals at doubling sample sizes, each look spending its own part of alpha
-(`looks_at`), so that ticking more often changes nothing.
+(`look_at`), so that ticking more often changes nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,15 +19,12 @@ from numpy.typing import NDArray
 from serving.contracts import RequestSample
 
 _SERIES_TERMS: Final = 8192
-
-
 _BOOTSTRAP_DRAWS: Final = 2000
+_MAX_BOOTSTRAP_UNITS: Final = 256  # bounds the time and memory of a look, however many sessions there are
+_MAX_EXPONENT: Final = 700.0  # exp overflows above 709.8
 
-
-_MAX_BOOTSTRAP_UNITS: Final = 256
-
-
-_MAX_EXPONENT: Final = 700.0
+LogTail = Callable[[float, float, float], float]
+"""(a, b, x) -> natural log of the part of Beta(a, b) on one side of x."""
 
 
 class EventEProcess:
@@ -40,10 +37,7 @@ class EventEProcess:
         e_fail = [B(a+k, b+n-k) / B(a, b)] [1 - I_w(a+k, b+n-k)] / [1 - I_w(a, b)] / (w^k (1-w)^(n-k))
 
     `e_pass` is the mirror image on theta < w_m, with w_m = w (1+m) / (w (1+m) + 1 - w) at relative non-inferiority
-    margin m. Roll back when e_fail >= 1/alpha, pass when e_pass >= 1/alpha. Each share has its own factor and factors
-    multiply: events of an earlier share that become known late still count at their own share.
-
-    Feed at most one event per session: sticky routing puts all events of a session into the same arm.
+    margin m. Feed at most one event per session: sticky routing puts all events of a session into the same arm.
     """
 
     def __init__(self, canary_share: float, margin: float = 0.0, concentration: float = 20.0) -> None:
@@ -51,6 +45,8 @@ class EventEProcess:
         if margin < 0.0 or concentration <= 0.0:
             raise ValueError(f"margin {margin} must be >= 0 and concentration {concentration} > 0")
         self._share, self._margin, self._concentration = _checked_share(canary_share), margin, concentration
+        # By share, for each has a factor of its own, and factors multiply: an event that becomes known after the share
+        # was raised still counts at the share it happened at.
         self._counts: dict[float, tuple[int, int]] = {}
 
     def observe(self, is_canary: bool, share: float | None = None) -> None:
@@ -72,14 +68,13 @@ class EventEProcess:
     @property
     def log_e_fail(self) -> float:
         """Natural log of `e_fail`; 0 before the first event."""
-        return sum(self._log_factor(share, counts, w=share, above=True) for share, counts in self._counts.items())
+        return self._log_evidence(log_betaincc, lambda share: share)
 
     @property
     def log_e_pass(self) -> float:
         """Natural log of `e_pass`; 0 before the first event."""
-        return sum(
-            self._log_factor(share, counts, w=self._shifted(share), above=False)
-            for share, counts in self._counts.items()
+        return self._log_evidence(
+            log_betainc, lambda share: share * (1 + self._margin) / (share * (1 + self._margin) + 1 - share)
         )
 
     @property
@@ -92,16 +87,18 @@ class EventEProcess:
         """Evidence that the canary is not worse by more than the margin."""
         return math.exp(min(self.log_e_pass, _MAX_EXPONENT))
 
-    def _shifted(self, share: float) -> float:
-        return share * (1 + self._margin) / (share * (1 + self._margin) + 1 - share)
+    def _log_evidence(self, log_tail: LogTail, limit_of: Callable[[float], float]) -> float:
+        c = self._concentration
+        return sum(
+            _log_e_value(c * share, c * (1 - share), num_canary, num_stable, limit_of(share), log_tail)
+            for share, (num_canary, num_stable) in self._counts.items()
+        )
 
-    def _log_factor(self, share: float, counts: tuple[int, int], *, w: float, above: bool) -> float:
-        """Log of one share's factor: mixture over theta above (or below) `w`, against theta = w."""
-        a, b = self._concentration * share, self._concentration * (1 - share)
-        num_canary, num_stable = counts
-        log_tail = log_betaincc if above else log_betainc
-        log_restriction = log_tail(a + num_canary, b + num_stable, w) - log_tail(a, b, w)
-        return _log_mixture(a, b, num_canary, num_stable, w) + log_restriction
+
+def _log_e_value(a: float, b: float, num_hits: int, num_misses: int, w: float, log_tail: LogTail) -> float:
+    """Log evidence of theta ~ Beta(a, b), restricted to one side of `w` by its log tail, against theta = w."""
+    log_restriction = log_tail(a + num_hits, b + num_misses, w) - log_tail(a, b, w)
+    return _log_mixture(a, b, num_hits, num_misses, w) + log_restriction
 
 
 def _log_mixture(a: float, b: float, num_hits: int, num_misses: int, w: float) -> float:
@@ -117,11 +114,7 @@ def _checked_share(share: float) -> float:
 
 
 def log_betainc(a: float, b: float, x: float) -> float:
-    """Natural log of the regularized incomplete beta I_x(a, b), right where I_x itself underflows.
-
-    In the far lower tail: x^a (1-x)^b / (a B(a, b)) * 2F1(a+b, 1; a+1; x) (DLMF 8.17.8), a series that converges fast
-    exactly where the tail is far.
-    """
+    """Natural log of the regularized incomplete beta I_x(a, b), right where I_x itself underflows."""
     value = float(scipy.special.betainc(a, b, x))
     if value > 0.5:
         return math.log1p(-float(scipy.special.betaincc(a, b, x)))
@@ -137,7 +130,8 @@ def log_betaincc(a: float, b: float, x: float) -> float:
 
 
 def _log_lower_tail(a: float, b: float, x: float, log_complement: float) -> float:
-    """Evaluate DLMF 8.17.8; `log_complement` is log(1 - x), given exactly where 1 - x was rounded."""
+    """x^a (1-x)^b / (a B(a, b)) * 2F1(a+b, 1; a+1; x) (DLMF 8.17.8); `log_complement` is log(1 - x), not rounded."""
+    # The series converges fast exactly where the tail is far, and it is used only there.
     steps = np.arange(_SERIES_TERMS)
     series = 1.0 + float(np.cumprod((a + b + steps) / (a + 1.0 + steps) * x).sum())
     return a * math.log(x) + b * log_complement - math.log(a) - float(scipy.special.betaln(a, b)) + math.log(series)
@@ -147,9 +141,9 @@ def sample_ratio_check(num_canary: int, num_total: int, share: float, *, concent
     """p-value, valid at every look, that sessions were split as declared.
 
     p = min(1, 1/e) with the two-sided beta-binomial e-process e = B(a+k, b+n-k) / B(a, b) / (w^k (1-w)^(n-k)) for
-    n sessions, k of them canary (mixture martingale; Ville's inequality gives P(ever p <= alpha) <= alpha). Count
-    sessions, not requests: sticky routing makes the requests of one session one draw.
+    n sessions, k of them canary (mixture martingale; Ville's inequality gives P(ever p <= alpha) <= alpha).
     """
+    # Sessions, not requests, are counted: sticky routing makes the requests of one session one draw.
     if not 0 <= num_canary <= num_total:
         raise ValueError(f"{num_canary} canary sessions of {num_total}")
     w = _checked_share(share)
@@ -164,8 +158,7 @@ def rate_below_e_value(num_events: int, num_trials: int, limit: float, *, concen
     theta < limit, against theta = limit. At limit 5 % and alpha 5 %, 82 clean trials are enough.
     """
     a, b, num_clean = concentration * limit, concentration * (1 - limit), num_trials - num_events
-    log_restriction = log_betainc(a + num_events, b + num_clean, limit) - log_betainc(a, b, limit)
-    return math.exp(min(_log_mixture(a, b, num_events, num_clean, limit) + log_restriction, _MAX_EXPONENT))
+    return math.exp(min(_log_e_value(a, b, num_events, num_clean, limit, log_betainc), _MAX_EXPONENT))
 
 
 def rate_upper_bound(num_events: int, num_trials: int, alpha: float) -> float:
@@ -195,38 +188,6 @@ def look_at(num_candidate: int, first: int) -> Look | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MatchedSamples:
-    """Samples of both arms up to the same moment: that of the last planned look."""
-
-    stable: tuple[RequestSample, ...]
-    candidate: tuple[RequestSample, ...]
-    alpha_fraction: float
-
-    @property
-    def num_effective(self) -> float:
-        """n m / (n + m): the variance of a difference goes with 1/n + 1/m.
-
-        Beside far more stable runs, n of the candidate weigh n; beside as many, n / 2.
-        """
-        n, m = len(self.candidate), len(self.stable)
-        return n * m / (n + m)
-
-
-def match_samples(
-    stable: Sequence[RequestSample], candidate: Sequence[RequestSample], min_samples: int
-) -> MatchedSamples | None:
-    """Return both arms as of the last planned look; None while either has fewer than `min_samples` runs."""
-    look = look_at(len(candidate), min_samples)
-    if look is None:
-        return None
-    seen = tuple(candidate[: look.num_samples])
-    beside = tuple(sample for sample in stable if sample.completed_at <= seen[-1].completed_at)
-    if len(beside) < min_samples:
-        return None
-    return MatchedSamples(stable=beside, candidate=seen, alpha_fraction=look.alpha_fraction)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RatioEstimate:
     """candidate / stable with one-sided bounds: `low` at 1 - alpha, `high` at 1 - alpha_high (else alpha)."""
 
@@ -235,13 +196,11 @@ class RatioEstimate:
     high: float
 
 
-def mean_log_ratio(
-    stable: Sequence[float], candidate: Sequence[float], *, alpha: float, alpha_high: float | None = None
-) -> RatioEstimate:
+def mean_log_ratio(stable: Sequence[float], candidate: Sequence[float], *, alpha: float) -> RatioEstimate:
     """Ratio of geometric means (Welch interval on log durations): needs 4.5 times fewer samples than a p95 test."""
     logs = [np.log(np.maximum(np.asarray(values, dtype=np.float64), 1e-9)) for values in (candidate, stable)]
     error = math.sqrt(sum(float(values.var(ddof=1)) / len(values) for values in logs))
-    return _log_normal_estimate(float(logs[0].mean() - logs[1].mean()), error, alpha, alpha_high or alpha)
+    return _log_normal_estimate(float(logs[0].mean() - logs[1].mean()), error, alpha, alpha)
 
 
 def p95_ratio(
@@ -273,10 +232,8 @@ def _log_p95_error(values: Sequence[float]) -> float:
 
 
 def _log_normal_estimate(log_ratio: float, error: float, alpha: float, alpha_high: float) -> RatioEstimate:
-    low, high = (
-        log_ratio - float(scipy.stats.norm.isf(alpha)) * error,
-        log_ratio + float(scipy.stats.norm.isf(alpha_high)) * error,
-    )
+    low = log_ratio - float(scipy.stats.norm.isf(alpha)) * error
+    high = log_ratio + float(scipy.stats.norm.isf(alpha_high)) * error
     return RatioEstimate(ratio=math.exp(log_ratio), low=math.exp(low), high=math.exp(min(high, _MAX_EXPONENT)))
 
 
@@ -291,7 +248,7 @@ def cost_per_success_ratio(
     """Ratio of costs per successful completion, with percentile-bootstrap bounds over sessions.
 
     Cost per success = cost per run / success rate of labelled runs, which is sum(cost) / successes when every run has
-    a label. Without a success the cost is infinite, never 0: the ratio is inf (candidate), 0 (stable) or NaN (both).
+    a label; infinite without a success, so that the ratio is inf (candidate), 0 (stable) or NaN (both).
     """
     draws = [_cost_draws(samples, rng) for samples in (candidate, stable)]
     points = [_cost_per_success(_session_totals(samples).sum(axis=0)) for samples in (candidate, stable)]

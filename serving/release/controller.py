@@ -10,43 +10,52 @@ aliases. A tick that finds a safe split one epoch ahead of the record adopts it 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
 from rl_actors.contracts import EngineError, StageRefusedError
 from rl_actors.durable import file_lock
-from serving import contracts
 from serving.contracts import (
+    ArmEvent,
     Canary,
     Decision,
     Drill,
     Drilling,
     EventKind,
     GateResult,
+    GateResults,
+    LiveEvidence,
     Preparing,
     Promoted,
     Promoting,
     Release,
     ReleasePlan,
     ReleaseState,
-    RequestEvent,
     Restoring,
     RollBack,
     SplitRecord,
 )
-from serving.gates import ArmEvent, LiveEvidence, check_gate_names, evaluate_live, traffic_result
-from serving.release.state_machine import ACKNOWLEDGED, HEALTHY, TERMINAL, decide, desired_split, next_state, woken
+from serving.gates import check_gate_names
+from serving.release.monitors import evaluate_live
+from serving.release.state_machine import (
+    ACKNOWLEDGED,
+    HEALTHY,
+    SAFE,
+    TERMINAL,
+    decide,
+    desired_split,
+    leave_out_absence,
+    next_state,
+    traffic_result,
+)
 from serving.split import SplitStore
 from serving.store import DecisionLog, RequestLedger
 
 _POLL_S: Final = 0.05
-
-
-_SAFETY_KINDS: Final[tuple[EventKind, ...]] = ("violation", "override")
-
-
-_FAILURE_KINDS: Final[tuple[EventKind, ...]] = ("failure", "override")
+_LOCK: Final = "controller.lock"
 
 
 class ReleasePlatform(Protocol):
@@ -54,7 +63,6 @@ class ReleasePlatform(Protocol):
 
     def set_split(self, record: SplitRecord) -> None:
         """Hurry an already durable record to the gateways; may do nothing where they poll it."""
-        ...
 
     def acknowledged_epoch(self) -> int:
         """Return the lowest split epoch by which any live gateway still routes."""
@@ -74,11 +82,9 @@ class Aliases(Protocol):
 
     def move(self, alias: str, version: str) -> None:
         """Let an alias name a version."""
-        ...
 
     def clear(self, alias: str) -> None:
         """Let an alias name nothing."""
-        ...
 
 
 class EvidenceSource(Protocol):
@@ -90,10 +96,9 @@ class EvidenceSource(Protocol):
 
 
 class LedgerEvidence:
-    """Live evidence from the ledger and the split history: only runs of this release's epochs, never offline ones."""
+    """Live evidence from the ledger and the split history: only this release's epochs, never offline requests."""
 
     def __init__(self, ledger: RequestLedger, splits: SplitStore) -> None:
-        """Read from `ledger`; `splits` tells the share of every epoch."""
         self._ledger, self._splits = ledger, splits
 
     def collect(self, release: Release, state: Canary, drills: tuple[Drill, ...], now: float) -> LiveEvidence:
@@ -107,109 +112,107 @@ class LedgerEvidence:
             epoch_sessions=self._ledger.session_counts([state.epoch]),
             canary_sessions=self._ledger.session_counts(shares)[0],
             failed_checks=self._ledger.failed_checks(release.candidate, shares),
-            safety_events=_first_per_session(self._ledger.events(_SAFETY_KINDS, epochs=shares), release, shares),
-            failure_events=_first_per_session(self._ledger.events(_FAILURE_KINDS, epochs=shares), release, shares),
+            safety_events=self._first_events(("violation", "override"), release, shares),
+            failure_events=self._first_events(("failure", "override"), release, shares),
             drills=drills,
             now=now,
         )
 
-
-def _first_per_session(
-    events: tuple[RequestEvent, ...], release: Release, shares: Mapping[int, float]
-) -> tuple[ArmEvent, ...]:
-    """Keep the first bad event of each session: later ones fall into the same arm and prove nothing new."""
-    first: dict[str, RequestEvent] = {}
-    for event in events:
-        if event.policy_version in {release.stable, release.candidate}:
-            first.setdefault(event.session_key, event)
-    return tuple(
-        ArmEvent(is_canary=event.policy_version == release.candidate, share=shares[event.split_epoch])
-        for event in first.values()
-    )
+    def _first_events(
+        self, kinds: tuple[EventKind, ...], release: Release, shares: Mapping[int, float]
+    ) -> tuple[ArmEvent, ...]:
+        # Later events of a session fall into the same arm and prove nothing new.
+        first: dict[str, ArmEvent] = {}
+        for event in self._ledger.events(kinds, epochs=shares):
+            if event.policy_version in {release.stable, release.candidate}:
+                is_canary, share = event.policy_version == release.candidate, shares[event.split_epoch]
+                first.setdefault(event.session_key, ArmEvent(is_canary=is_canary, share=share))
+        return tuple(first.values())
 
 
+@dataclass(kw_only=True)
 class ReleaseController:
-    """Drives one release to its end. Ticks on one directory exclude each other across processes."""
+    """Drives one release to its end. Ticks on one directory exclude each other across processes.
 
-    def __init__(
-        self,
-        release: Release,
-        plan: ReleasePlan,
-        *,
-        directory: Path,
-        splits: SplitStore,
-        platform: ReleasePlatform,
-        evidence: EvidenceSource,
-        aliases: Aliases,
-        clock: Callable[[], float],
-        sleep: Callable[[float], None],
-    ) -> None:
-        """Check the rules, touch nothing. `directory` is the run's `release/`; `clock` gives Unix seconds."""
-        check_gate_names(plan)
-        self.release, self.plan, self.log = release, plan, DecisionLog(directory)
-        self._splits, self._platform, self._evidence, self._aliases = splits, platform, evidence, aliases
-        self._clock, self._sleep, self._lock_path = clock, sleep, directory / "controller.lock"
-        self._has_ticked = False
+    `directory` is the release's own; `clock` gives Unix seconds. Nothing is touched before the first tick.
+
+    Raises:
+        BadInputError: The plan names an unknown gate.
+    """
+
+    release: Release = field(kw_only=False)
+    plan: ReleasePlan = field(kw_only=False)
+    directory: Path
+    splits: SplitStore
+    platform: ReleasePlatform
+    evidence: EvidenceSource
+    aliases: Aliases
+    clock: Callable[[], float]
+    sleep: Callable[[float], None]
+
+    def __post_init__(self) -> None:
+        check_gate_names(self.plan)
+        self.log, self._has_ticked = DecisionLog(self.directory), False
 
     def run(self) -> ReleaseState:
         """Tick until the release is over; waits `tick_s` only while the canary carries traffic."""
         state = self.tick()
         while not isinstance(state, TERMINAL):
             if isinstance(state, Canary):
-                self._sleep(self.plan.tick_s)
+                self.sleep(self.plan.tick_s)
             state = self.tick()
         return state
 
     def tick(self) -> ReleaseState:
-        """Take one step: settle, observe, decide, act, record. Returns the state it leaves behind."""
-        with file_lock(self._lock_path):
-            state = self._woken(self._settled())
+        """Take one step: load, observe, decide, act, record. Returns the state it leaves behind."""
+        with file_lock(self.directory / _LOCK):
+            state = self._leave_out_absence(self._load_state())
             if isinstance(state, TERMINAL):
                 return state
-            self._beat(state)
+            # Refreshed, or it would go stale; said again, for a kill may have swallowed the first time.
+            if not isinstance(state, Preparing) and (record := self.splits.refresh(self.clock())):
+                self.platform.set_split(record)
             results = self._observe(state)
-            now = self._clock()
+            now = self.clock()
             return self._act(state, decide(state, results, self.plan, now), now)
 
     def roll_back(self, *, actor: str, reason: str) -> ReleaseState:
         """Give all traffic back to stable at once, on a human's word; a promoted release fails back."""
-        with file_lock(self._lock_path):
-            state = self._settled()
-            if isinstance(state, Restoring | contracts.RolledBack | contracts.FailedBack | contracts.Halted):
+        with file_lock(self.directory / _LOCK):
+            state = self._load_state()
+            if isinstance(state, SAFE):
                 return state
             decision = RollBack(reason=f"{actor}: {reason}", evidence=())
-            return self._act(state, decision, self._clock())
+            return self._act(state, decision, self.clock())
 
     # --- observe ------------------------------------------------------------------------------------------------------
 
-    def _observe(self, state: ReleaseState) -> tuple[GateResult, ...]:
+    def _observe(self, state: ReleaseState) -> GateResults:
         if isinstance(state, Restoring):
-            return (self._acknowledged(state.epoch),)
-        health = self._health()
-        if health.verdict == "fail" or isinstance(state, Preparing):
+            return (self._await_acknowledgement(state.epoch),)
+        health = self._check_health()
+        if health.verdict == "fail" or not isinstance(state, Drilling | Canary | Promoting):
             return (health,)
-        if isinstance(state, Drilling | Promoting):
-            return health, self._acknowledged(state.epoch)
         if not isinstance(state, Canary):
-            return (health,)
-        evidence = self._evidence.collect(self.release, state, self.log.drills(), self._clock())
+            return health, self._await_acknowledgement(state.epoch)
+        evidence = self.evidence.collect(self.release, state, self.log.drills(), self.clock())
         traffic = traffic_result(evidence.candidate.num_runs, self.plan.ramp[state.step].min_requests)
         return health, traffic, *evaluate_live(evidence, self.plan)
 
-    def _health(self) -> GateResult:
+    def _check_health(self) -> GateResult:
+        verdict, reason = "fail", "the candidate's engine does not answer"
         try:
-            is_healthy, reason = self._platform.candidate_healthy(), "the candidate's engine does not answer"
-        except EngineError as error:
-            is_healthy, reason = False, str(error)
-        if is_healthy:
-            return GateResult(gate=HEALTHY, verdict="pass", evidence={}, reason="the candidate's engine answers")
-        return GateResult(gate=HEALTHY, verdict="fail", evidence={}, reason=reason)
+            if self.platform.candidate_healthy():
+                verdict, reason = "pass", "the candidate's engine answers"
+        except EngineError as error:  # any other failure is not the candidate's, and must not roll it back
+            reason = str(error)
+        return GateResult(gate=HEALTHY, verdict=verdict, evidence={}, reason=reason)
 
-    def _acknowledged(self, epoch: int) -> GateResult:
+    def _await_acknowledgement(self, epoch: int) -> GateResult:
         """Poll the gateways for at most `ack_poll_s`; the next tick goes on polling."""
-        deadline = self._clock() + self.plan.ack_poll_s
-        while (found := self._platform.acknowledged_epoch()) < epoch and self._clock() < deadline:
-            self._sleep(_POLL_S)
+        deadline = self.clock() + self.plan.ack_poll_s
+        while (found := self.platform.acknowledged_epoch()) < epoch and self.clock() < deadline:
+            self.sleep(_POLL_S)
         verdict, reason = ("pass", "acknowledged") if found >= epoch else ("inconclusive", "not acknowledged")
         return GateResult(
             gate=ACKNOWLEDGED,
@@ -234,71 +237,94 @@ class ReleaseController:
 
     def _put_split(self, state: ReleaseState) -> None:
         """Make the split agree with the state; a split that already does is left alone."""
-        record = desired_split(state, self.release, self.plan, self._clock())
+        record = desired_split(state, self.release, self.plan, self.clock())
         if record is not None:
-            self._splits.compare_and_set(record)
-            self._platform.set_split(record)
+            self.splits.compare_and_set(record)
+            self.platform.set_split(record)
 
     def _move_aliases(self, after: ReleaseState) -> None:
         """Let the registry follow the traffic; idempotent, and before the record, so that a kill repeats it."""
-        match after:
-            case Drilling():
-                self._aliases.move("candidate", self.release.candidate)
-            case Promoted():
-                self._aliases.move("stable", self.release.candidate)
-                self._aliases.clear("candidate")
-            case contracts.RolledBack() | contracts.FailedBack() | contracts.Halted():
-                # Another run's release may have promoted a better policy: this one takes back only what it gave.
-                if self._aliases.alias_version("stable") in {"", self.release.candidate}:
-                    self._aliases.move("stable", self.release.stable)
-                self._aliases.clear("candidate")
-            case _:
-                pass
+        if isinstance(after, Drilling):
+            self.aliases.move("candidate", self.release.candidate)
+        elif isinstance(after, Promoted):
+            self.aliases.move("stable", self.release.candidate)
+            self.aliases.clear("candidate")
+        elif isinstance(after, TERMINAL):
+            # Another run's release may have promoted a better policy: this one takes back only what it gave.
+            if self.aliases.alias_version("stable") in {"", self.release.candidate}:
+                self.aliases.move("stable", self.release.stable)
+            self.aliases.clear("candidate")
 
     # --- resume -------------------------------------------------------------------------------------------------------
 
-    def _settled(self) -> ReleaseState:
-        """Load the recorded state and repair what a kill interrupted."""
-        current = self._splits.read()
+    def _load_state(self) -> ReleaseState:
+        """Return the recorded state, after repairing what a kill interrupted."""
+        current = self.splits.read()
         epoch = current.epoch if current else 0
         state = self.log.state(self.release)
         if state is None:
             return Preparing(epoch=epoch)
-        wanted = desired_split(state, self.release, self.plan, self._clock())
+        wanted = desired_split(state, self.release, self.plan, self.clock())
         if wanted is None or (epoch == wanted.epoch and isinstance(state, Promoted)):
             return state
         if current is not None and epoch > wanted.epoch:
-            return self._adopted(state, current, wanted)
-        self._splits.compare_and_set(wanted)
+            return self._adopt_split(state, current, wanted)
+        self.splits.compare_and_set(wanted)
         return state
 
-    def _woken(self, state: ReleaseState) -> ReleaseState:
-        """Take the time without any controller out of a canary's clock, on record: its split was stale, so nobody was
-        served by the candidate. Only a new controller may, so that a slow one cannot stretch a release for ever.
-        """
-        is_first, self._has_ticked = not self._has_ticked, True
-        if not is_first or not isinstance(state, Canary):
-            return state
-        now = self._clock()
-        if (asleep_s := now - self.log.last_at()) <= self.plan.stale_after_s:
-            return state
-        after, decision = woken(state, asleep_s)
-        self.log.append(self.release, state, decision, after, now)
-        return after
-
-    def _beat(self, state: ReleaseState) -> None:
-        """Keep the split in force fresh, and say it again: a kill may have swallowed the first time."""
-        if not isinstance(state, Preparing) and (record := self._splits.refresh(self._clock())):
-            self._platform.set_split(record)
-
-    def _adopted(self, state: ReleaseState, current: SplitRecord, wanted: SplitRecord) -> ReleaseState:
+    def _adopt_split(self, state: ReleaseState, current: SplitRecord, wanted: SplitRecord) -> ReleaseState:
         """Take over a safe split that is one epoch ahead: a roll back killed before its record, or a human's stop."""
         is_safe = current.share == 0 and current.stable == self.release.stable
         if not is_safe or current.epoch != wanted.epoch + 1 or isinstance(state, Restoring):
-            if isinstance(state, Promoted):
+            if isinstance(state, Promoted):  # it is over, and a later release has split the traffic since
                 return state
-            raise StageRefusedError(f"{self._splits.path}: epoch {current.epoch} is another release's; end that first")
+            raise StageRefusedError(f"{self.splits.path}: epoch {current.epoch} is another release's; end that first")
         decision = RollBack(reason="adopted a safe split found in force", evidence=())
         after = next_state(state, decision, current.updated_at)
-        self.log.append(self.release, state, decision, after, self._clock())
+        self.log.append(self.release, state, decision, after, self.clock())
         return after
+
+    def _leave_out_absence(self, state: ReleaseState) -> ReleaseState:
+        """Take the time without any controller out of a canary's clock, on record."""
+        is_first, self._has_ticked = not self._has_ticked, True
+        # Only a new controller may, so that a slow one cannot stretch a release for ever.
+        if not is_first or not isinstance(state, Canary):
+            return state
+        now = self.clock()
+        absent_s = now - self.log.last_at()
+        # Past this age the split was stale, so that nobody was served by the candidate.
+        if absent_s <= self.plan.stale_after_s:
+            return state
+        after, decision = leave_out_absence(state, absent_s)
+        self.log.append(self.release, state, decision, after, now)
+        return after
+
+
+def open_release(
+    release: Release,
+    plan: ReleasePlan,
+    *,
+    directory: Path,
+    split_directory: Path,
+    ledger: RequestLedger,
+    platform: ReleasePlatform,
+    aliases: Aliases,
+    clock: Callable[[], float] = time.time,
+    sleep: Callable[[float], None] = time.sleep,
+) -> ReleaseController:
+    """Return the controller of a release over the ledger and split that its gateways use; nothing is touched yet.
+
+    `directory` is the release's own, for its decisions. Raises BadInputError for a plan with an unknown gate.
+    """
+    splits = SplitStore(split_directory)
+    return ReleaseController(
+        release,
+        plan,
+        directory=directory,
+        splits=splits,
+        platform=platform,
+        evidence=LedgerEvidence(ledger, splits),
+        aliases=aliases,
+        clock=clock,
+        sleep=sleep,
+    )

@@ -15,7 +15,8 @@ import numpy as np
 from rl_actors.contracts.errors import EngineError
 from rl_actors.contracts.reports import EvalReport, Interval, SuiteResult
 from rl_actors.durable.files import ChainedLog
-from serving.contracts.release import Canary, Drill, RampStep, Release, ReleasePlan, SplitRecord
+from serving.contracts.gates import ArmEvent, Drill, LiveEvidence
+from serving.contracts.release import Canary, RampStep, Release, ReleasePlan, SplitRecord
 from serving.contracts.requests import (
     ReleaseChannel,
     RequestCompletion,
@@ -24,7 +25,6 @@ from serving.contracts.requests import (
     Success,
     TrafficWindow,
 )
-from serving.gates.gates import ArmEvent, LiveEvidence
 from serving.release.controller import ReleaseController
 from serving.split import record as split_module
 from serving.split.record import SplitStore, slot_position

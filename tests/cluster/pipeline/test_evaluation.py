@@ -19,7 +19,7 @@ from rl_actors.contracts.reports import EvalReport
 from rl_actors.contracts.versions import DataSnapshot
 from rl_actors.durable.codec import decode
 from serving.contracts.release import ReleasePlan
-from serving.gates.gates import evaluate_offline
+from serving.gates.registry import evaluate_offline
 from tests.cluster.pipeline.fakes import NUM_TASKS, FakePool, Places, PoolRecorder, make_policy, make_run
 from tests.serving.fakes import make_report, make_suite
 

@@ -22,7 +22,8 @@ from rl_actors.contracts.errors import BadInputError, InfrastructureError
 from rl_actors.contracts.versions import DataSnapshot, PolicyVersion
 from serving.contracts.gates import ARTICLE_GATES
 from serving.contracts.release import Canary, ReleasePlan, RollBack
-from serving.gates.gates import check_gate_names, evaluate_live
+from serving.gates.registry import check_gate_names
+from serving.release.monitors.registry import evaluate_live
 from serving.release.state_machine import decide
 from serving.store.served import ServedPolicy
 from tests.cluster.pipeline.fakes import FakeRegistry, make_policy, make_result, make_reward_model, make_run

@@ -15,8 +15,7 @@ from cluster.reports import locales
 from cluster.reports.brief import GLOSSARY, SECTIONS
 from cluster.reports.locales import LOCALES, LocaleName, Phrasebook, strings_of
 from cluster.reports.view import _EVIDENCE, _FALLBACK_EVIDENCE
-from serving.contracts.gates import Verdict
-from serving.gates.gates import GATES
+from serving.contracts.gates import ARTICLE_GATES, Verdict
 from serving.release.state_machine import HEALTHY, TERMINAL
 
 SOURCE = Path(locales.__file__).parent
@@ -38,7 +37,7 @@ def used_keys() -> set[str]:
         "member": MEMBERS,
         "section": SECTIONS,
         "verdict": get_args(Verdict),
-        "gate": (*GATES, HEALTHY),
+        "gate": (*ARTICLE_GATES, "task_success_not_worse", HEALTHY),
         "phase": ("offline", "canary"),
         "evidence": (*_EVIDENCE, *_FALLBACK_EVIDENCE),
         "ending": (*(state.__name__ for state in TERMINAL), "open"),

@@ -12,8 +12,8 @@ import pytest
 
 from cluster.reports.release_rows import ReleaseLog, canary_curve, live_gates, release_row, triggers_of
 from rl_actors.durable.files import ChainedLog
+from serving.contracts.gates import LiveEvidence
 from serving.contracts.release import Canary, Drilling
-from serving.gates.gates import LiveEvidence
 from tests.serving.fakes import RELEASE, Harness, arm_events, good_evidence, harness, make_evidence
 
 SPEC = {"gates": ["no_safety_regression", "rollback_under_5_minutes"], "ramp": [5.0, 25.0], "alpha": 0.05}

@@ -13,13 +13,13 @@ from pydantic import ValidationError
 
 from cluster.cli.runs import RunRequest, open_run
 from cluster.records import RunFolder
-from cluster.spec.errors import leaf_paths, nearest, parse_yaml
+from cluster.spec.errors import leaf_fields, parse_yaml
 from cluster.spec.sections import MONITORS
 from cluster.spec.spec import WorkflowSpec, load_spec, override, parse_spec, spec_to_yaml
 from cluster.workflows import PATH_VARIABLE, known_workflows
-from rl_actors.contracts.errors import BadInputError
+from rl_actors.contracts.errors import BadInputError, nearest
 from serving.contracts.gates import ARTICLE_GATES
-from serving.gates import gates
+from serving.gates import registry as gates
 
 ARTICLE = """\
 workflow:
@@ -73,7 +73,7 @@ def test_the_articles_block_is_valid_verbatim_and_gets_every_default():
 
 
 def test_every_value_of_a_spec_is_a_knob_once():
-    knobs = leaf_paths(WorkflowSpec)
+    knobs = leaf_fields(WorkflowSpec)
     assert len(knobs) == len(set(knobs)) > 17
     named = {"workflow.baseline", "release.ramp", "ppo.kl_coef", "seed", "monitoring"}
     assert named | {"reward.epochs", "reward.learning_rate"} <= set(knobs)
@@ -118,7 +118,7 @@ def test_a_registered_gate_may_be_named_and_the_packaged_spec_stays_valid(monkey
     assert (caught.value.field, caught.value.value, caught.value.exit_code) == (
         "release.gates.4", "replies_not_longer", 2
     )  # fmt: skip
-    monkeypatch.setitem(gates.GATES, "replies_not_longer", gates.GATES["task_success_not_worse"])  # type: ignore[arg-type]
+    monkeypatch.setitem(gates.GATES, "replies_not_longer", gates.GATES["task_success_not_worse"])
     assert load_spec("support_desk") == packaged
     assert override(packaged, [f"release.gates={own}"]).release.gates == (*ARTICLE_GATES, "replies_not_longer")
     assert "did you mean 'replies_not_longer'?" in refusal(changed("no_safety_regression", "reply_not_longer")).remedy
@@ -383,7 +383,7 @@ def test_any_text_is_a_spec_or_a_refusal(text: str):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(leaf_paths(WorkflowSpec)), st.one_of(st.booleans(), st.text("ab{}[]: ", max_size=6), st.integers())
+    st.sampled_from(leaf_fields(WorkflowSpec)), st.one_of(st.booleans(), st.text("ab{}[]: ", max_size=6), st.integers())
 )
 def test_any_value_of_any_knob_is_taken_or_refused_by_name(path: str, value: object):
     refused: list[BadInputError] = []

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from rl_actors.contracts.reports import SuiteResult
-from serving.contracts.gates import GateResult
-from serving.contracts.release import Drill, ReleasePlan
+from serving.contracts.gates import Drill, GateResult, LiveEvidence
+from serving.contracts.release import ReleasePlan
 from serving.contracts.requests import RequestSample
-from serving.gates import gates as gates_module
-from serving.gates.gates import GATES, LiveEvidence, evaluate_live, evaluate_offline
+from serving.gates import comparison
+from serving.gates.registry import GATES, evaluate_offline
 from serving.gates.statistics import EventEProcess, cost_per_success_ratio, mean_log_ratio, p95_ratio
 from tests.serving.fakes import (
     START,
     arm_events,
-    good_evidence,
     make_evidence,
     make_plan,
     make_report,
@@ -65,7 +64,7 @@ class TestEventBounds:
     ):
         monkeypatch.setattr(EventEProcess, "e_fail", property(lambda process: e_fail))
         monkeypatch.setattr(EventEProcess, "e_pass", property(lambda process: e_pass))
-        monkeypatch.setattr(gates_module, "rate_below_e_value", lambda *counts: e_rate)
+        monkeypatch.setattr(comparison, "rate_below_e_value", lambda *counts: e_rate)
         assert live(SAFETY, make_evidence(), ALONE).verdict == verdict
 
     def test_a_pass_needs_alpha_itself_a_fail_only_a_rule_s_part_of_it(self, monkeypatch: pytest.MonkeyPatch):
@@ -73,7 +72,7 @@ class TestEventBounds:
         plan = make_plan()
         assert plan.alpha_per_rule == plan.alpha / 5
         monkeypatch.setattr(EventEProcess, "e_pass", property(lambda process: 0.0))
-        monkeypatch.setattr(gates_module, "rate_below_e_value", lambda *counts: 0.0)
+        monkeypatch.setattr(comparison, "rate_below_e_value", lambda *counts: 0.0)
         for e_fail, verdict in ((20.0, "inconclusive"), (99.9, "inconclusive"), (100.1, "fail")):
             monkeypatch.setattr(EventEProcess, "e_fail", property(lambda process, value=e_fail: value))
             assert live(SAFETY, make_evidence(), plan).verdict == verdict
@@ -90,28 +89,6 @@ class TestEventBounds:
         assert float(theirs["e_pass"]) > 1.0 > float(theirs["e_fail"])
         assert float(ours["e_fail"]) > 1.0 > float(ours["e_pass"])
         assert (theirs["canary_events"], ours["canary_events"]) == (0, 40)
-
-
-class TestSampleRatioBound:
-    @pytest.mark.parametrize(("p_value", "is_valid"), [(0.001, True), (below(0.001), False)])
-    def test_a_p_value_at_the_bound_still_compares(
-        self, monkeypatch: pytest.MonkeyPatch, p_value: float, is_valid: bool
-    ):
-        monkeypatch.setattr(gates_module, "sample_ratio_check", lambda canary, total, share: p_value)
-        found = {result.verdict for result in evaluate_live(good_evidence(), make_plan())}
-        assert found == ({"pass"} if is_valid else {"invalid"})
-
-    def test_what_is_checked_is_this_step_s_sessions_at_this_step_s_share(self, monkeypatch: pytest.MonkeyPatch):
-        seen: list[tuple[int, int, float]] = []
-        monkeypatch.setattr(gates_module, "sample_ratio_check", lambda *given: seen.append(given) or 1.0)
-        evaluate_live(replace(good_evidence(), epoch_sessions=(7, 90), canary_sessions=55, share=0.05), make_plan())
-        assert seen == [(7, 90, 0.05)]
-
-    def test_only_a_check_that_the_plan_calls_critical_ends_a_release_at_once(self):
-        evidence = replace(good_evidence(), failed_checks={"polite": 3, "no_secret_leak": 1, "short": 9})
-        (result,) = evaluate_live(evidence, make_plan(critical_checks=("short", "no_secret_leak", "never_seen")))
-        assert result.evidence == {"no_secret_leak": 1, "short": 9}
-        assert len(evaluate_live(evidence, make_plan(critical_checks=("never_seen",)))) == 5
 
 
 class TestLatencyLooks:

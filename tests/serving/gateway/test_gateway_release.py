@@ -15,7 +15,7 @@ import pytest
 
 from rl_actors.contracts.errors import EngineError
 from serving.contracts.release import Promoted, RampStep, Release, ReleasePlan, ReleaseState, RolledBack
-from serving.release.controller import LedgerEvidence, ReleaseController
+from serving.release.controller import ReleaseController, open_release
 from serving.release.state_machine import TERMINAL
 from serving.split.record import slot_position
 from serving.split.watch import acknowledged_epoch
@@ -54,13 +54,13 @@ class Site:
 
     def controller(self) -> ReleaseController:
         """A new one, as after a restart."""
-        return ReleaseController(
+        return open_release(
             RELEASE,
             self.plan,
             directory=self.rig.root / "release",
-            splits=self.rig.store,
+            split_directory=self.rig.ports.config.files.split,
+            ledger=self.rig.ledger,
             platform=self,
-            evidence=LedgerEvidence(self.rig.ledger, self.rig.store),
             aliases=self.aliases,
             clock=self.rig.clock,
             sleep=self._sleep,

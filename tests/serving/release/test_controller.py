@@ -15,6 +15,7 @@ import pytest
 
 from rl_actors.contracts.errors import BadInputError, EngineError, InfrastructureError, StageRefusedError
 from rl_actors.durable.files import ChainedLog, file_lock
+from serving.contracts.gates import LiveEvidence
 from serving.contracts.release import (
     Canary,
     Drilling,
@@ -30,8 +31,8 @@ from serving.contracts.release import (
     RolledBack,
     SplitRecord,
 )
-from serving.gates.gates import LiveEvidence, evaluate_live
-from serving.release.controller import LedgerEvidence, ReleaseController
+from serving.release.controller import LedgerEvidence, open_release
+from serving.release.monitors.registry import evaluate_live
 from serving.split.record import SplitStore, route, slot_position
 from serving.store.decision_log import DecisionLog
 from serving.store.ledger import RequestLedger
@@ -157,7 +158,7 @@ class TestWholeReleases:
         waits: list[float] = []
         rig = harness(tmp_path, make=silent)
         controller = rig.controller()
-        controller._sleep = lambda seconds: (waits.append(seconds), rig.clock.sleep(seconds))[0]
+        controller.sleep = lambda seconds: (waits.append(seconds), rig.clock.sleep(seconds))[0]
         controller.run()
         assert set(waits) == {rig.plan.tick_s}
 
@@ -173,13 +174,13 @@ class TestWholeReleases:
         rig = harness(tmp_path)
         rig.controller().run()
         follower = Release(release_id="release-2", stable="ppo-b", candidate="ppo-c")
-        second = ReleaseController(
+        second = open_release(
             follower,
             rig.plan,
             directory=tmp_path / "second",
-            splits=rig.splits,
+            split_directory=tmp_path / "split",
+            ledger=RequestLedger(tmp_path / "l.sqlite", owner="o"),
             platform=rig.platform,
-            evidence=LedgerEvidence(RequestLedger(tmp_path / "l.sqlite", owner="o"), rig.splits),
             aliases=rig.aliases,
             clock=rig.clock,
             sleep=rig.clock.sleep,

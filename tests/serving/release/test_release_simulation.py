@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 from rl_actors.durable.files import read_rows
-from serving.contracts.release import Canary, Drill, RampStep
+from serving.contracts.gates import ArmEvent, Drill, LiveEvidence
+from serving.contracts.release import Canary, RampStep
 from serving.contracts.requests import RequestSample, Success
-from serving.gates.gates import ArmEvent, LiveEvidence, evaluate_live, traffic_result
 from serving.release.controller import ReleaseController
-from serving.release.state_machine import decide
+from serving.release.monitors.registry import evaluate_live
+from serving.release.state_machine import decide, traffic_result
 from serving.split.record import SplitStore, route
 from tests.serving.fakes import (
     RELEASE,

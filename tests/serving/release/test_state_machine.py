@@ -38,6 +38,7 @@ from serving.release.state_machine import (
     decide,
     desired_split,
     next_state,
+    traffic_result,
 )
 from tests.serving.fakes import RELEASE, START, make_plan
 
@@ -277,6 +278,14 @@ class TestWholeMachine:
                 state = next_state(state, decide(state, (), PLAN, now), now)
                 now += 5.0
             assert isinstance(state, TERMINAL), start
+
+
+class TestTraffic:
+    @pytest.mark.parametrize(
+        ("runs", "verdict"), [(0, "inconclusive"), (49, "inconclusive"), (50, "pass"), (51, "pass")]
+    )
+    def test_enough_candidate_runs(self, runs: int, verdict: str):
+        assert traffic_result(runs, 50).verdict == verdict
 
 
 class TestDesiredSplit:
