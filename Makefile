@@ -24,6 +24,7 @@ test-serve: $(STAMP)  ## gateway and two engines on real Ray Serve, fail-back un
 
 check: lint  ## lint, types, import contracts, fast tests, the numbers of the house
 	$(BIN)/python -m pytest -q -m "not ray and not engine and not slow and not idle"
+	$(BIN)/python -m tests.house
 
 lint: $(STAMP)  ## ruff, pyright, import contracts
 	$(BIN)/ruff check .

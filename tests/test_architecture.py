@@ -405,7 +405,7 @@ BROKEN_CONTRACTS = {
     "cluster/attic.py": ("", "rooms of cluster"),
     "rl_actors/algorithms/losses.py": ("import ray", "algorithms are pure"),
     "rl_actors/training/ppo.py": ("from vllm import LLM", "training works over protocols"),
-    "cluster/reports/rows.py": ("import mlflow", "only the registry speaks to MLflow"),
+    "cluster/reports/brief.py": ("import mlflow", "only the registry speaks to MLflow"),
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Final
 
 from rich import box
@@ -32,7 +32,7 @@ from cluster.plan import (
     measure_workload,
     plan_run,
 )
-from cluster.spec import MEANINGS, WorkflowSpec, charter_answers, load_spec
+from cluster.spec import WorkflowSpec, charter_answers, load_spec
 from cluster.workflows import find_workflow, spec_file
 
 
@@ -46,7 +46,7 @@ def show_plan(request: RunRequest, names: Sequence[str] = ()) -> Reply:
         "charter": dict(answers),
         "workload": workload.to_json(),
         "plan": plan.to_json(),
-        "comparison": comparison.to_json(),
+        "comparison": asdict(comparison),
         "explained": [item.to_json() for item in explained],
     }
     shown = Group(render_charter(answers, workload), render_plan(plan, comparison))
@@ -168,7 +168,7 @@ def render_changes(comparison: Comparison) -> Table:
 def _change_cell(change: Change) -> Group:
     values = f"  {value_text(change.before)} -> {value_text(change.after)}"
     head = Text(change.knob, style="bold").append(values, "cyan")
-    return Group(head, Text(MEANINGS[change.knob], style="italic"), _outcome(change, "refused on its own"))
+    return Group(head, Text(change.meaning, style="italic"), _outcome(change, "refused on its own"))
 
 
 def _outcome(change: Change, refused: str) -> RenderableType:

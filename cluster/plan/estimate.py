@@ -1,17 +1,20 @@
-"""`seatrial plan`: what a run will cost before it starts. Pure arithmetic on the spec; only estimates."""
+"""The plan of a run before it starts, and the plan of each changed knob alone. Pure arithmetic; only estimates."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
-from cluster.plan.memory import PROCESS_BYTES, Device, MemoryModel, Parts
-from cluster.plan.model_shape import ModelShape, shape_of
+from pydantic import BaseModel
+
+from cluster.plan.memory import PROCESS_BYTES, Device, MemoryModel, ModelShape, Parts, shape_of
 from cluster.plan.placement import Placement, Stage, place
-from cluster.spec import WorkflowSpec, is_pinned
-from rl_actors.contracts import BATCH_PAIRS, CALIBRATION_FRACTION
+from cluster.plan.workload import tickets_needed
+from cluster.spec import MEANINGS, Knob, SpecSource, WorkflowSpec, is_pinned, knob_named, leaf_paths, override
+from rl_actors.contracts import BATCH_PAIRS, CALIBRATION_FRACTION, BadInputError
 
 # Rates to estimate minutes with. CPU: measured on 2 AMX cores with the 1.1M-parameter model (notes.md); they scale with
 # active parameters. GPU: not measured, one H100 at about 40 % of its bfloat16 peak; calibrate before you believe them.
@@ -19,7 +22,6 @@ RATES: dict[Device, dict[str, float]] = {
     "cpu": {"train_params_tokens_per_s": 1.2e10, "generate_params_tokens_per_s": 8.0e9, "max_tokens_per_s": 8e3},
     "gpu": {"train_params_tokens_per_s": 6.0e13, "generate_params_tokens_per_s": 1.8e13, "max_tokens_per_s": 3e4},
 }
-
 
 # Shares and fixed costs that turn limits into typical values.
 TYPICAL: dict[str, float] = {
@@ -31,7 +33,6 @@ TYPICAL: dict[str, float] = {
     "serve_start_s": 30.0,
     "ray_start_s": 8.0,
 }
-
 
 FORWARD: Final = 1 / 3  # of a training pass, whose backward costs two forwards
 
@@ -98,11 +99,9 @@ class RunPlan:
         return asdict(self) | {"stages": stages} | totals
 
 
-def plan_batch(spec: WorkflowSpec) -> BatchPlan:
-    """Return the batch algebra of PPO."""
+def _plan_batch(spec: WorkflowSpec) -> BatchPlan:
     ppo = spec.ppo
-    rollouts = ppo.rollouts_per_step
-    per_step = ppo.epochs * ppo.minibatches
+    rollouts, per_step = ppo.rollouts_per_step, ppo.epochs * ppo.minibatches
     return BatchPlan(
         rollouts_per_step=rollouts,
         rollouts_per_minibatch=math.ceil(rollouts / ppo.minibatches),
@@ -123,42 +122,27 @@ def _rollout_tokens(spec: WorkflowSpec) -> int:
     return round(spec.model.max_length * TYPICAL["filled_length_fraction"])
 
 
-def tickets_needed(spec: WorkflowSpec) -> int:
-    """Return how many live tickets bring every ramp step its candidate runs: at least this many, at its share."""
-    release = spec.release
-    return sum(math.ceil(release.min_canary_requests * 100 / share) for share in release.ramp)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Costs:
-    """Spec, shape and rates together: what every stage's estimate is made of."""
+    """Spec, memory and placement together: every stage's estimate is made of them."""
 
     spec: WorkflowSpec
-    shape: ModelShape
+    memory: MemoryModel
     placement: Placement
 
-    @property
-    def memory(self) -> MemoryModel:
-        return MemoryModel(spec=self.spec, shape=self.shape)
-
     def train_seconds(self, tokens: float) -> float:
-        rate = RATES[self.memory.device]["train_params_tokens_per_s"] / self.shape.active_params
+        rate = RATES[self.memory.device]["train_params_tokens_per_s"] / self.memory.shape.active_params
         return tokens / rate / self.spec.ppo.num_learners
 
     def generate_seconds(self, tokens: float) -> float:
         device = self.memory.device
         rates = RATES[device]
-        rate = min(rates["generate_params_tokens_per_s"] / self.shape.active_params, rates["max_tokens_per_s"])
+        rate = min(rates["generate_params_tokens_per_s"] / self.memory.shape.active_params, rates["max_tokens_per_s"])
         workers = self.spec.ppo.num_rollout_workers if device == "gpu" else 1  # CPU workers share the cores
         return tokens / rate / workers
 
     def stage(
-        self,
-        stage: Stage | Literal["snapshot"],
-        tokens: float,
-        memory: Parts,
-        seconds: float,
-        optimizer_steps: int = 0,
+        self, stage: Stage | Literal["snapshot"], tokens: float, memory: Parts, seconds: float, optimizer_steps: int = 0
     ) -> StagePlan:
         demand = {"CPU": 1.0, "GPU": 0.0} if stage == "snapshot" else self.placement.demand(stage)
         return StagePlan(
@@ -174,14 +158,15 @@ class _Costs:
 
 def plan_run(spec: WorkflowSpec, shape: ModelShape | None = None) -> RunPlan:
     """Return batch algebra, memory, placement and expected minutes of a run. Pure once `shape` is given."""
-    costs = _Costs(spec=spec, shape=shape or shape_of(spec.model), placement=place(spec))
-    stages = (_plan_snapshot(costs), _plan_sft(costs), _plan_reward(costs), _plan_ppo(costs))
+    shape = shape or shape_of(spec.model)
+    costs = _Costs(spec=spec, memory=MemoryModel(spec=spec, shape=shape), placement=place(spec))
+    planners = (_plan_snapshot, _plan_sft, _plan_reward, _plan_ppo, _plan_evaluation, _plan_canary)
     return RunPlan(
-        params=costs.shape.params,
-        active_params=costs.shape.active_params,
+        params=shape.params,
+        active_params=shape.active_params,
         device=costs.memory.device,
-        batch=plan_batch(spec),
-        stages=(*stages, _plan_evaluation(costs), _plan_canary(costs)),
+        batch=_plan_batch(spec),
+        stages=tuple(plan_stage(costs) for plan_stage in planners),
         tickets_needed=tickets_needed(spec),
         tickets_given=spec.data.num_live,
     )
@@ -194,46 +179,38 @@ def _plan_snapshot(costs: _Costs) -> StagePlan:
 
 
 def _plan_sft(costs: _Costs) -> StagePlan:
-    """Each learner takes batches of its own, so that more of them take fewer steps on larger batches."""
     spec = costs.spec
     if is_pinned(spec.workflow.baseline):
         return costs.stage("sft", 0, {}, 0.0)
     tokens = spec.data.num_train * _rollout_tokens(spec) * spec.sft.epochs
+    # Each learner takes batches of its own, so that more of them take fewer steps on larger batches.
     steps = math.ceil(tokens / (spec.sft.batch_tokens * spec.ppo.num_learners))
     seconds = TYPICAL["engine_start_s"] + costs.train_seconds(tokens)
     return costs.stage("sft", tokens, costs.memory.sft(), seconds, steps)
 
 
 def _plan_reward(costs: _Costs) -> StagePlan:
-    """Pairs are made of rollouts that the baseline samples first, about one for each; some pairs only calibrate.
-
-    A pinned reward model is not trained, but a baseline that is trained here is sampled all the same.
-    """
     reward, workflow = costs.spec.reward, costs.spec.workflow
-    if is_pinned(workflow.reward_model):
-        return _plan_sampling(costs, 0 if is_pinned(workflow.baseline) else reward.num_pairs)
-    pairs = reward.num_pairs * (1 - CALIBRATION_FRACTION)
+    # Pairs are made of rollouts that the baseline samples first, about one for each.
     sampled = reward.num_pairs * _sampled_tokens(costs.spec)
+    if is_pinned(workflow.reward_model):
+        # It is not trained, but a baseline that is trained here is sampled all the same.
+        if is_pinned(workflow.baseline) or not sampled:
+            return costs.stage("reward_model", 0, {}, 0.0)
+        seconds = TYPICAL["engine_start_s"] + costs.generate_seconds(sampled)
+        return costs.stage("reward_model", sampled, costs.memory.evaluation(policies=1), seconds)
+    pairs = reward.num_pairs * (1 - CALIBRATION_FRACTION)  # the others only calibrate
     trained = 2 * pairs * _rollout_tokens(costs.spec) * reward.epochs
     steps = reward.epochs * max(1, round(pairs) // BATCH_PAIRS)
     seconds = 2 * TYPICAL["engine_start_s"] + costs.generate_seconds(sampled) + costs.train_seconds(trained)
     return costs.stage("reward_model", sampled + trained, costs.memory.reward_model(), seconds, steps)
 
 
-def _plan_sampling(costs: _Costs, rollouts: int) -> StagePlan:
-    """What is left of the reward model's stage when it is pinned: the baseline's rollouts, or nothing."""
-    if not rollouts:
-        return costs.stage("reward_model", 0, {}, 0.0)
-    tokens = rollouts * _sampled_tokens(costs.spec)
-    seconds = TYPICAL["engine_start_s"] + costs.generate_seconds(tokens)
-    return costs.stage("reward_model", tokens, costs.memory.evaluation(policies=1), seconds)
-
-
 def _plan_ppo(costs: _Costs) -> StagePlan:
-    """Per rollout token a forward each of old policy, reference and reward model, and a training pass an epoch."""
-    spec, batch = costs.spec, plan_batch(costs.spec)
+    spec, batch = costs.spec, _plan_batch(costs.spec)
     sampled = batch.sampled_tokens_per_step * spec.ppo.num_steps
     trained = batch.trained_tokens_per_step * spec.ppo.num_steps
+    # Each rollout token also takes a forward of the old policy, one of the reference and one of the reward model.
     looked = trained / spec.ppo.epochs * 3 * FORWARD
     memory = costs.memory.ppo(batch.rollouts_per_minibatch * _rollout_tokens(spec))
     seconds = 2 * TYPICAL["engine_start_s"] + costs.generate_seconds(sampled) + costs.train_seconds(trained + looked)
@@ -241,8 +218,8 @@ def _plan_ppo(costs: _Costs) -> StagePlan:
 
 
 def _plan_evaluation(costs: _Costs) -> StagePlan:
-    """Baseline and candidate on the same three suites."""
     data = costs.spec.data
+    # Baseline and candidate take the same three suites.
     rollouts = 2 * (data.num_held_out + data.num_frozen + data.num_adversarial)
     tokens = rollouts * _sampled_tokens(costs.spec)
     seconds = 2 * TYPICAL["engine_start_s"] + costs.generate_seconds(tokens)
@@ -255,3 +232,130 @@ def _plan_canary(costs: _Costs) -> StagePlan:
     traffic = max(spec.data.num_live / TYPICAL["serve_requests_per_s"], costs.generate_seconds(tokens))
     seconds = TYPICAL["serve_start_s"] + min(traffic, spec.release.max_minutes * 60)
     return costs.stage("canary", tokens, costs.memory.canary(), seconds)
+
+
+# --- what a changed knob does -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shift:
+    """One quantity of the plan that moves. Example: optimizer_steps of ppo, 50 -> 200."""
+
+    quantity: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One knob's new value and what it moves on its own; `refusal` says why it cannot stand alone.
+
+    `meaning` is the knob's sentence: it says what arithmetic cannot.
+    """
+
+    knob: str
+    before: Any
+    after: Any
+    shifts: tuple[Shift, ...] = ()
+    refusal: str = ""
+    meaning: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A spec against another: each change on its own, and all of them together. `against` names the other spec."""
+
+    against: str
+    changes: tuple[Change, ...] = ()
+    together: tuple[Shift, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """A knob, its value in a spec, and what half and double of that would do. A knob without numbers has no trials."""
+
+    knob: Knob
+    value: Any
+    trials: Mapping[str, Change]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the knob, its value and its trials as one plain JSON object."""
+        trials = {name: asdict(trial) for name, trial in self.trials.items()}
+        return asdict(self.knob) | {"value": self.value, "trials": trials}
+
+
+def quantities(plan: RunPlan) -> dict[str, float]:
+    """Return every number of a plan by name. Example: `ppo.minutes` of a stage, `total_minutes` of the run."""
+    found: dict[str, float] = {"params": plan.params, "active_params": plan.active_params}
+    found |= {name: n for name, n in asdict(plan.batch).items() if name != "optimizer_steps"}
+    for stage in plan.stages:
+        numbers = {
+            "tokens": stage.tokens,
+            "optimizer_steps": stage.optimizer_steps,
+            "memory_bytes": stage.total_memory_bytes,
+            "cpus": stage.cpus,
+            "gpus": stage.gpus,
+            "minutes": stage.minutes,
+        }
+        found |= {f"{stage.stage}.{name}": number for name, number in numbers.items()}
+    found |= {"tickets_needed": plan.tickets_needed, "tickets_given": plan.tickets_given}
+    return found | {"peak_memory_bytes": plan.peak_memory_bytes, "total_minutes": plan.total_minutes}
+
+
+def shifts(before: RunPlan, after: RunPlan) -> tuple[Shift, ...]:
+    """Return the quantities that differ, in the order of the plan."""
+    old, new = quantities(before), quantities(after)
+    # The last bits round differently when the same sum is reached by other terms.
+    moved = [name for name in old if not math.isclose(old[name], new[name], rel_tol=1e-9)]
+    return tuple(Shift(quantity=name, before=old[name], after=new[name]) for name in moved)
+
+
+def compare(before: WorkflowSpec, after: WorkflowSpec, against: str) -> Comparison:
+    """Return what each knob that differs does on its own, starting from `before`, and what all do together."""
+    old, new, plan = _values(before), _values(after), plan_run(before)
+    knobs = [knob for knob in leaf_paths(WorkflowSpec) if old[knob] != new[knob]]
+    # What nobody set follows from another knob: the ramp from the canary's share.
+    chosen = [knob for knob in knobs if _is_set(before, knob) or _is_set(after, knob)]
+    changes = tuple(change_alone(before, plan, knob, new[knob]) for knob in chosen)
+    return Comparison(against=against, changes=changes, together=shifts(plan, plan_run(after)))
+
+
+def change_alone(spec: WorkflowSpec, plan: RunPlan, knob: str, value: Any) -> Change:
+    """Plan a spec again with one knob at another value; one that is refused alone says why."""
+    change = Change(knob=knob, before=_values(spec)[knob], after=value, meaning=MEANINGS[knob])
+    try:
+        changed = override(spec, [f"{knob}={json.dumps(value)}"])
+    except BadInputError as error:
+        # Often it is another knob that objects: two that must move together.
+        refusal = error.remedy if error.field == knob else f"{error.field}: {error.remedy}"
+        return replace(change, refusal=refusal)
+    return replace(change, shifts=shifts(plan, plan_run(changed)))
+
+
+def explain(spec: WorkflowSpec, name: str) -> Explanation:
+    """Return a knob with its value in a spec and what half and double of it would do. Raises BadInputError."""
+    knob, plan = knob_named(name), plan_run(spec)
+    value = _values(spec)[name]
+    others = _half_and_double(value).items()
+    trials = {word: change_alone(spec, plan, name, other) for word, other in others if other != value}
+    return Explanation(knob=knob, value=value, trials=trials)
+
+
+def _half_and_double(value: Any) -> dict[str, int | float]:
+    """Return both for a number; whole ones are rounded, halves up, so that 1 has no half."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return {}
+    return {"half": (value + 1) // 2 if isinstance(value, int) else value / 2, "double": value * 2}
+
+
+def _values(spec: WorkflowSpec) -> dict[str, Any]:
+    source = SpecSource(name="", tree=spec.model_dump(mode="json"))
+    return {knob: source.value(knob) for knob in leaf_paths(WorkflowSpec)}
+
+
+def _is_set(section: BaseModel, path: str) -> bool:
+    """Whether someone wrote this knob down, instead of leaving it to its default."""
+    first, _, rest = path.partition(".")
+    if first not in section.model_fields_set:
+        return False
+    return not rest or _is_set(getattr(section, first), rest)

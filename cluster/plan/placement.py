@@ -15,17 +15,23 @@ if TYPE_CHECKING:
 
 
 Role = Literal["learner", "rollout_worker", "scorer", "policy_server", "gateway"]
-
-
 Stage = Literal["sft", "reward_model", "ppo", "offline_eval", "canary"]
 
-
 NUM_POLICY_SERVERS = 2  # stable and candidate, side by side during a canary
+NUM_THREADS = 2  # learners and engines take turns, so each may use the cores of a small machine
+
+_ROLES: Mapping[Stage, tuple[Role, ...]] = {
+    "sft": ("learner",),
+    "reward_model": ("learner",),
+    "ppo": ("learner", "rollout_worker", "scorer"),
+    "offline_eval": ("rollout_worker",),
+    "canary": ("policy_server", "gateway"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceBundle:
-    """What one actor reserves. `rank` counts within the role."""
+    """Resources that one actor reserves. `rank` counts within the role."""
 
     role: Role
     rank: int
@@ -33,7 +39,8 @@ class ResourceBundle:
     gpus: float
 
     def as_ray(self) -> dict[str, float]:
-        """Return the bundle as Ray wants it: resources that are zero are left out."""
+        """Return the bundle as Ray wants it."""
+        # Ray refuses a placement group with a bundle that asks for zero of something.
         resources = {"CPU": self.cpus, "GPU": self.gpus}
         return {name: amount for name, amount in resources.items() if amount > 0}
 
@@ -45,23 +52,11 @@ class Placement:
     Example: two learners and one rollout worker on GPU give `bundles("ppo")` of 2 + 1 + 1 (the scorer).
     """
 
-    learners: tuple[ResourceBundle, ...]
-    rollout_workers: tuple[ResourceBundle, ...]
-    scorers: tuple[ResourceBundle, ...]
-    policy_servers: tuple[ResourceBundle, ...]
-    gateways: tuple[ResourceBundle, ...]
-    num_tool_hosts: int
+    by_role: Mapping[Role, tuple[ResourceBundle, ...]]
 
     def bundles(self, stage: Stage) -> tuple[ResourceBundle, ...]:
         """Return the bundles a stage holds at the same time, in placement-group order."""
-        by_stage: Mapping[Stage, tuple[ResourceBundle, ...]] = {
-            "sft": self.learners,
-            "reward_model": self.learners,
-            "ppo": (*self.learners, *self.rollout_workers, *self.scorers),
-            "offline_eval": self.rollout_workers,
-            "canary": (*self.policy_servers, *self.gateways),
-        }
-        return by_stage[stage]
+        return tuple(bundle for role in _ROLES[stage] for bundle in self.by_role[role])
 
     def index(self, stage: Stage, role: Role, rank: int = 0) -> int:
         """Return an actor's bundle index in the stage's placement group. Raises KeyError when it has none."""
@@ -78,29 +73,30 @@ class Placement:
     @property
     def peak(self) -> dict[str, float]:
         """CPUs and GPUs of the largest stage, each on its own."""
-        stages: tuple[Stage, ...] = ("sft", "reward_model", "ppo", "offline_eval", "canary")
-        return {name: max(self.demand(stage)[name] for stage in stages) for name in ("CPU", "GPU")}
+        return {name: max(self.demand(stage)[name] for stage in _ROLES) for name in ("CPU", "GPU")}
 
 
 def place(spec: WorkflowSpec) -> Placement:
-    """Return who reserves what. Pure."""
+    """Return the bundles of every role. Pure."""
     cluster, ppo = spec.cluster, spec.ppo
+    counts: Mapping[Role, tuple[int, float]] = {
+        "learner": (ppo.num_learners, cluster.gpus_per_learner),
+        "rollout_worker": (ppo.num_rollout_workers, cluster.gpus_per_rollout_worker),
+        "scorer": (1, 0.0),
+        "policy_server": (NUM_POLICY_SERVERS, cluster.gpus_per_rollout_worker),
+        "gateway": (1, 0.0),
+    }
     return Placement(
-        learners=_bundles("learner", ppo.num_learners, gpus=cluster.gpus_per_learner),
-        rollout_workers=_bundles("rollout_worker", ppo.num_rollout_workers, gpus=cluster.gpus_per_rollout_worker),
-        scorers=_bundles("scorer", 1, gpus=0.0),
-        policy_servers=_bundles("policy_server", NUM_POLICY_SERVERS, gpus=cluster.gpus_per_rollout_worker),
-        gateways=_bundles("gateway", 1, gpus=0.0),
-        num_tool_hosts=ppo.num_rollout_workers,
+        by_role={
+            role: tuple(ResourceBundle(role=role, rank=rank, cpus=1.0, gpus=gpus) for rank in range(count))
+            for role, (count, gpus) in counts.items()
+        }
     )
 
 
-def _bundles(role: Role, count: int, *, gpus: float) -> tuple[ResourceBundle, ...]:
-    return tuple(ResourceBundle(role=role, rank=rank, cpus=1.0, gpus=gpus) for rank in range(count))
-
-
 def local_cpus(placement: Placement, cores: int) -> int:
-    """Return the logical CPUs to start a local Ray with: on a small machine actors share cores instead of waiting."""
+    """Return the logical CPUs to start a local Ray with."""
+    # On a small machine actors share cores: a bundle that never fits would wait for ever.
     return max(cores, math.ceil(placement.peak["CPU"]))
 
 
@@ -137,9 +133,7 @@ def reserve(placement: Placement, stage: Stage, *, timeout_s: float) -> Placemen
     return group
 
 
-NUM_THREADS = 2  # learners and engines take turns, so each may use the cores of a small machine
-
-
 def threads_each(count: int) -> int:
-    """Return the threads of one of `count` processes that work at the same time: more than the cores only costs."""
+    """Return the threads of one of `count` processes that work at the same time."""
+    # More threads than cores make no progress faster and switch more often.
     return max(1, NUM_THREADS // count)

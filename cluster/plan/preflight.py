@@ -15,37 +15,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from cluster.plan.workload import measure_workload, require_workload
-from cluster.spec import NUM_RELEASES, WorkflowSpec
-from cluster.workflows import find_workflow, most_tasks
-from rl_actors.contracts import BadInputError, InfrastructureError, Outcome, unknown_name
-from rl_actors.environment import RolloutView, Workflow
+from cluster.spec import WorkflowSpec
+from rl_actors.contracts import BadInputError, InfrastructureError
 from rl_actors.ports import listen_error
 
 GIB = 1024**3
-
-
 PYTHONS = ((3, 11), (3, 12))
-
-
 MIN_DISK_BYTES = 2 * GIB
-
-
 MIN_SHM_BYTES = 256 * 1024**2
-
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
-
-
 WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreflightItem:
-    """One check: what was found, and what to do when that is not enough (empty when it is)."""
+    """One check: its finding, and the remedy when that is not enough (empty when it is)."""
 
     name: str
     ok: bool
@@ -55,7 +43,7 @@ class PreflightItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What preflight looks at. Bytes are free or available ones; `gpus` counts what nvidia-smi lists."""
+    """A machine as preflight sees it. Bytes are free or available ones; `gpus` counts those that nvidia-smi lists."""
 
     python: tuple[int, int]
     compiler: str
@@ -85,8 +73,10 @@ def probe_machine(spec: WorkflowSpec, home: Path) -> Machine:
 
 
 def check_machine(spec: WorkflowSpec, machine: Machine, home: Path, memory_needed: int) -> list[PreflightItem]:
-    """Return every check's result. Pure. A GPU is looked for here only when Ray is started on this machine."""
-    port, gpus_wanted = spec.cluster.serve_port, spec.cluster.uses_gpu and not spec.cluster.address
+    """Return every check's result. Pure."""
+    port = spec.cluster.serve_port
+    # A named Ray has GPUs of its own, wherever this machine is.
+    gpus_wanted = spec.cluster.uses_gpu and not spec.cluster.address
     python = ".".join(map(str, machine.python))
     return [
         _item("python", machine.python in PYTHONS, python, "install Python 3.11 or 3.12 and run make with PYTHON=..."),
@@ -146,84 +136,47 @@ def check_model(path: str) -> None:
         return
     if not directory.is_dir():
         raise BadInputError("model.path", path, "no such directory; give a Hugging Face model directory or a hub id")
-    config = directory / "config.json"
-    if not config.is_file() or not _is_json_object(config):
+    if _read_object(directory / "config.json") is None:
         raise BadInputError("model.path", path, "has no readable config.json; save the model with save_pretrained")
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         remedy = f"has no tokenizer ({', '.join(TOKENIZER_FILES[:3])}); save it with tokenizer.save_pretrained"
         raise BadInputError("model.path", path, remedy)
     if not any(True for pattern in WEIGHT_PATTERNS for _ in directory.glob(pattern)):
         raise BadInputError("model.path", path, f"has no weights ({', '.join(WEIGHT_PATTERNS)}); copy them there")
-    _check_shards(directory, path)
-
-
-def check_workflow(spec: WorkflowSpec) -> None:
-    """Refuse a workflow that cannot be loaded, that has too few tasks, or whose workload cannot carry a release.
-
-    Raises:
-        BadInputError: names the workflow, what it declares wrongly, or the knob and the largest value that every seed
-            can serve.
-    """
-    workflow = find_workflow(spec.workflow.name)
-    for split, largest in most_tasks(workflow).items():
-        times = NUM_RELEASES if split == "live" else 1
-        asked = spec.num_tasks[split]
-        if asked * times > largest:
-            remedy = f"{spec.workflow.name} has tasks for at most {largest // times}; lower it"
-            raise BadInputError(f"data.num_{split}", asked, remedy)
-    check_critical(workflow)
-    require_workload(spec, measure_workload(spec, workflow))
-
-
-def check_critical(workflow: Workflow) -> None:
-    """Refuse a critical check that the workflow never reports: it would guard nothing.
-
-    Raises:
-        BadInputError: names the check and the nearest one that there is.
-    """
-    named: object = getattr(workflow, "critical_checks", None)
-    if not isinstance(named, tuple | list):
-        remedy = f"{workflow.name} must name its critical checks, () where it has none"
-        raise BadInputError("critical_checks", named, remedy)
-    (task,) = workflow.build_tasks("train", 1, 0)
-    empty = RolloutView(task=task, tool_calls=(), reply="", outcome=Outcome(success=False, violations=(), reasons=()))
-    reported = workflow.check_reply("", empty)
-    for name in named:
-        if name not in reported:
-            remedy = f"{workflow.name} reports no such policy check; {unknown_name(str(name), reported)}"
-            raise BadInputError("critical_checks", name, remedy)
-
-
-def _check_shards(directory: Path, path: str) -> None:
-    """A half-copied model has its index but not all shards."""
     index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    if not _is_json_object(index):
+    if index.is_file():
+        _check_shards(index, path)
+
+
+def _check_shards(index: Path, path: str) -> None:
+    # A half-copied model has its index but not all shards.
+    listed = _read_object(index)
+    if listed is None:
         raise BadInputError("model.path", path, f"{index.name} is not a JSON object; copy it again")
-    shards = set(json.loads(index.read_text()).get("weight_map", {}).values())
-    missing = sorted(shard for shard in shards if not (directory / shard).is_file())
+    missing = sorted(name for name in set(listed.get("weight_map", {}).values()) if not (index.parent / name).is_file())
     if missing:
-        raise BadInputError(
-            "model.path", path, f"lacks {len(missing)} weight files, first {missing[0]}; copy them there"
-        )
+        remedy = f"lacks {len(missing)} weight files, first {missing[0]}; copy them there"
+        raise BadInputError("model.path", path, remedy)
 
 
 def _is_hub_id(path: str) -> bool:
-    """`owner/name` whose owner is no directory here: a misspelled local path must not turn into a download."""
     owner, slash, name = path.partition("/")
+    # Where the owner is a directory here, it is a misspelled path, which must not turn into a download.
     return bool(slash and owner and name) and "/" not in name and owner[0].isalnum() and not Path(owner).exists()
 
 
-def _is_json_object(path: Path) -> bool:
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object; None for a missing file and for anything else."""
     try:
-        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def find_ninja(interpreter: str = sys.executable) -> str:
-    """Return ninja on the path or beside the interpreter (an environment that was not activated)."""
+    """Return where ninja is; empty when it is nowhere."""
+    # An environment that was not activated has it beside its interpreter, but not on the path.
     beside = Path(interpreter).parent / "ninja"
     return shutil.which("ninja") or (str(beside) if beside.is_file() else "")
 
@@ -235,7 +188,8 @@ def becomes_free(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
 ) -> bool:
-    """Wait for a port: after a kill -9, the killed run's own gateway listens until its Ray has noticed."""
+    """Wait for a port; returns whether it is free in time."""
+    # After a kill -9, the killed run's own gateway listens until its Ray has noticed.
     deadline = clock() + timeout_s
     while listen_error(port):
         if clock() >= deadline:

@@ -1,40 +1,32 @@
 """Is the workload worth it: does a ticket take several steps, do enough arrive to decide a canary (requirement 62)?
 
-Steps are measured on the expert's demonstrations, the first of those that the snapshot will freeze. Volume is what the
-workflow declares. What cannot work is refused before anything is trained; what is doubtful is said.
+A workflow that cannot work is refused before anything is trained; a doubtful one gets a warning.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from cluster.plan.estimate import tickets_needed
-from cluster.spec import WorkflowSpec
-from rl_actors.contracts import BadInputError, Demonstration
-from rl_actors.environment import Workflow
+from cluster.spec import NUM_RELEASES, WorkflowSpec, unknown_name
+from cluster.workflows import find_workflow, most_tasks
+from rl_actors.contracts import BadInputError, Demonstration, Outcome
+from rl_actors.environment import RolloutView, Workflow
 
 SAMPLE_TASKS: Final = 200
-
-
 MIN_TOOL_CALLS: Final = 1.0
-
-
+# Where every ticket takes a call, a lower mean says that more than half of them take no second one.
 MULTI_STEP_TOOL_CALLS: Final = 1.5
-"""Where every ticket takes a call, a lower mean says that more than half of them take no second one."""
-
-
 LONG_DAYS, MAX_DAYS = 7.0, 90.0
-
-
 _SHORTEN: Final = "lower release.min_canary_requests, raise the share or choose a busier workflow"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What one workflow brings to a release. `tickets_to_verdict` is the least that the ramp can do with.
+    """Work that one workflow brings to a release. `tickets_to_verdict` is the least that the ramp can do with.
 
     Example: Workload(mean_tool_calls=1.8, tickets_per_day=20_000, tickets_to_verdict=1300) takes 0.065 days.
     """
@@ -50,7 +42,7 @@ class Workload:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is doubtful about it, with the remedy; nothing where it is refused anyway."""
+        """Each doubt about it, with the remedy."""
         found: list[str] = []
         if self.mean_tool_calls < MULTI_STEP_TOOL_CALLS:
             found.append(
@@ -66,6 +58,12 @@ class Workload:
         return asdict(self) | {"days_to_verdict": self.days_to_verdict, "warnings": list(self.warnings)}
 
 
+def tickets_needed(spec: WorkflowSpec) -> int:
+    """Return how many live tickets bring every ramp step its candidate runs: at least this many, at its share."""
+    release = spec.release
+    return sum(math.ceil(release.min_canary_requests * 100 / share) for share in release.ramp)
+
+
 def mean_tool_calls(demonstrations: Sequence[Demonstration]) -> float:
     """Return the tool calls of a demonstration, on average; a plan is none. 0 without demonstrations."""
     calls = sum(turn.kind == "tool" for item in demonstrations for turn in item.turns)
@@ -73,15 +71,12 @@ def mean_tool_calls(demonstrations: Sequence[Demonstration]) -> float:
 
 
 def measure_workload(spec: WorkflowSpec, workflow: Workflow) -> Workload:
-    """Let the expert work through the first train tasks; seeded as the snapshot, so that these are its first rows.
-
-    Raises:
-        BadInputError: the workflow declares no volume.
-    """
+    """Let the expert work through the first train tasks. Raises BadInputError when the workflow declares no volume."""
     volume: object = getattr(workflow, "tickets_per_day", None)
     if not isinstance(volume, int) or isinstance(volume, bool) or volume < 1:
         remedy = f"{workflow.name} must declare how many tickets reach it on a day, as a whole number above 0"
         raise BadInputError("tickets_per_day", volume, remedy)
+    # Seeded as the snapshot: these are the first rows that it will freeze.
     rng = random.Random(spec.seed)
     tasks = workflow.build_tasks("train", min(SAMPLE_TASKS, spec.data.num_train), spec.seed)
     return Workload(
@@ -92,7 +87,7 @@ def measure_workload(spec: WorkflowSpec, workflow: Workflow) -> Workload:
 
 
 def require_workload(spec: WorkflowSpec, workload: Workload) -> None:
-    """Refuse what RL has nothing to learn on, or what no canary could decide in a season.
+    """Refuse a workload without steps to learn, or one that no canary could decide in a season.
 
     Raises:
         BadInputError: names the workflow, or the knob that makes the canary so long.
@@ -104,3 +99,37 @@ def require_workload(spec: WorkflowSpec, workload: Workload) -> None:
         days = f"the canary would need {workload.days_to_verdict:,.0f} days at {workload.tickets_per_day:,} tickets a "
         remedy = f"{days}day, at most {MAX_DAYS:g} are allowed; {_SHORTEN}"
         raise BadInputError("release.min_canary_requests", spec.release.min_canary_requests, remedy)
+
+
+def check_workflow(spec: WorkflowSpec) -> None:
+    """Refuse a workflow that cannot be loaded, that has too few tasks, or whose workload cannot carry a release.
+
+    Raises:
+        BadInputError: names the workflow, what it declares wrongly, or the knob and the largest value that every seed
+            can serve.
+    """
+    workflow = find_workflow(spec.workflow.name)
+    for split, largest in most_tasks(workflow).items():
+        times = NUM_RELEASES if split == "live" else 1
+        asked = spec.num_tasks[split]
+        if asked * times > largest:
+            remedy = f"{spec.workflow.name} has tasks for at most {largest // times}; lower it"
+            raise BadInputError(f"data.num_{split}", asked, remedy)
+    check_critical(workflow)
+    require_workload(spec, measure_workload(spec, workflow))
+
+
+def check_critical(workflow: Workflow) -> None:
+    """Refuse a critical check that the workflow never reports. Raises BadInputError with the nearest one there is."""
+    # Such a check would guard nothing, and nobody would notice.
+    named: object = getattr(workflow, "critical_checks", None)
+    if not isinstance(named, tuple | list):
+        remedy = f"{workflow.name} must name its critical checks, () where it has none"
+        raise BadInputError("critical_checks", named, remedy)
+    (task,) = workflow.build_tasks("train", 1, 0)
+    empty = RolloutView(task=task, tool_calls=(), reply="", outcome=Outcome(success=False, violations=(), reasons=()))
+    reported = workflow.check_reply("", empty)
+    for name in named:
+        if name not in reported:
+            remedy = f"{workflow.name} reports no such policy check; {unknown_name(str(name), reported)}"
+            raise BadInputError("critical_checks", name, remedy)

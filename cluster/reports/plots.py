@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from cluster.reports.brief import BriefInput
+from cluster.reports.brief import BriefInput, EvidencePoint
 from cluster.reports.locales import Phrasebook
 
 if TYPE_CHECKING:
@@ -21,36 +20,23 @@ _MAX_INTENTS: Final = 12
 _MAX_EVIDENCE: Final = 12.0  # beyond a factor of a million millions a curve says nothing more
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One picture as PNG; `name` is its file name without locale and suffix."""
-
-    name: str
-    title: str
-    png: bytes
+def draw_figures(brief: BriefInput, book: Phrasebook) -> dict[str, bytes]:
+    """Draw learning curve, success by intent and canary evidence as PNG by name; without rows a picture says so."""
+    painters = {"learning": _draw_learning, "intents": _draw_intents, "canary": _draw_canary}
+    return {name: _draw_figure(book.say(f"figure.{name}"), draw, brief, book) for name, draw in painters.items()}
 
 
-def draw_figures(brief: BriefInput, book: Phrasebook) -> tuple[Figure, ...]:
-    """Draw learning curve, success by intent and canary evidence; without rows a picture says so."""
-    painters: Mapping[str, Callable[[Axes, BriefInput, Phrasebook], bool]] = {
-        "learning": _draw_learning,
-        "intents": _draw_intents,
-        "canary": _draw_canary,
-    }
-    return tuple(_drawn(name, painter, brief, book) for name, painter in painters.items())
-
-
-def _drawn(
-    name: str, painter: Callable[[Axes, BriefInput, Phrasebook], bool], brief: BriefInput, book: Phrasebook
-) -> Figure:
-    """Paint on a figure of our own, never on pyplot's global one: reports may be made in threads."""
+def _draw_figure(
+    title: str, painter: Callable[[Axes, BriefInput, Phrasebook], bool], brief: BriefInput, book: Phrasebook
+) -> bytes:
+    # Imported here: the pictures are the only thing that needs it, and it loads for a second.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
+    from matplotlib.figure import Figure
 
-    title = book.say(f"figure.{name}")
+    # Never on pyplot's global figure: reports may be made in threads.
     with rc_context({"font.size": 6.5, "axes.spines.top": False, "axes.linewidth": 0.6, "lines.linewidth": 1.2}):
-        canvas = Canvas(figsize=_SIZE, dpi=_DPI, layout="constrained")
+        canvas = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
         axes = canvas.subplots()
         axes.set_title(title, fontsize=7.5, loc="left", fontweight="bold")
         if not painter(axes, brief, book):
@@ -58,7 +44,7 @@ def _drawn(
             axes.text(0.5, 0.5, book.not_measured, ha="center", va="center", transform=axes.transAxes)
         buffer = io.BytesIO()
         FigureCanvasAgg(canvas).print_png(buffer)
-    return Figure(name=name, title=title, png=buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _draw_learning(axes: Axes, brief: BriefInput, book: Phrasebook) -> bool:
@@ -81,23 +67,16 @@ def _draw_learning(axes: Axes, brief: BriefInput, book: Phrasebook) -> bool:
 
 def _draw_intents(axes: Axes, brief: BriefInput, book: Phrasebook) -> bool:
     """A line from baseline (ring) to candidate (dot) per intent, the least gain first."""
-    rows = brief.intents[-_MAX_INTENTS:]
-    if not rows:
+    if not brief.intents:
         return False
-    for height, row in enumerate(rows):
-        axes.plot([row.baseline, row.candidate], [height, height], color=_GREY, linewidth=0.8, zorder=1)
-    heights = range(len(rows))
-    axes.scatter(
-        [row.baseline for row in rows],
-        heights,
-        s=14,
-        facecolors="white",
-        edgecolors=_ORANGE,
-        label=book.say("column.baseline"),
-        zorder=2,
-    )
-    axes.scatter([r.candidate for r in rows], heights, s=14, color=_BLUE, label=book.say("column.candidate"), zorder=3)
-    axes.set_yticks(list(heights), [row.intent.replace("_", " ") for row in rows], fontsize=5.2)
+    names, before, after = zip(*brief.intents[-_MAX_INTENTS:], strict=True)
+    heights = range(len(names))
+    for height in heights:
+        axes.plot([before[height], after[height]], [height, height], color=_GREY, linewidth=0.8, zorder=1)
+    baseline, candidate = book.say("column.baseline"), book.say("column.candidate")
+    axes.scatter(before, heights, s=14, facecolors="white", edgecolors=_ORANGE, label=baseline, zorder=2)
+    axes.scatter(after, heights, s=14, color=_BLUE, label=candidate, zorder=3)
+    axes.set_yticks(list(heights), [name.replace("_", " ") for name in names], fontsize=5.2)
     axes.set_xlim(-0.03, 1.03)
     _percent_axis(axes, book, horizontal=True)
     axes.legend(loc="lower left", frameon=False, fontsize=5.5)
@@ -106,9 +85,10 @@ def _draw_intents(axes: Axes, brief: BriefInput, book: Phrasebook) -> bool:
 
 def _draw_canary(axes: Axes, brief: BriefInput, book: Phrasebook) -> bool:
     """log10 e-values against time with the limits they must cross; the share in force as steps on the right axis."""
-    points = brief.canary.points
-    if not points:
+    release = brief.release
+    if release is None or not release.points:
         return False
+    points = release.points
     minutes = [point.minutes for point in points]
     curves = (
         ("legend.e_fail", [point.log10_e_fail for point in points], _ORANGE, "o"),
@@ -117,7 +97,7 @@ def _draw_canary(axes: Axes, brief: BriefInput, book: Phrasebook) -> bool:
     for label, values, colour, marker in curves:
         clipped = [max(-_MAX_EVIDENCE, min(_MAX_EVIDENCE, value)) for value in values]
         axes.plot(minutes, clipped, color=colour, marker=marker, markersize=2, label=book.say(label))
-    limits = (("fail_limit", brief.canary.fail_limit, _ORANGE), ("pass_limit", brief.canary.pass_limit, _BLUE))
+    limits = (("fail_limit", release.fail_limit, _ORANGE), ("pass_limit", release.pass_limit, _BLUE))
     for name, limit, colour in limits:
         if limit is not None:
             axes.axhline(limit, color=colour, linestyle=":", linewidth=0.9, label=book.say(f"legend.{name}"))
@@ -125,13 +105,12 @@ def _draw_canary(axes: Axes, brief: BriefInput, book: Phrasebook) -> bool:
     axes.set_ylabel(book.say("axis.evidence"))
     axes.xaxis.set_major_formatter(lambda value, _: book.decimal(value, 1))
     axes.yaxis.set_major_formatter(lambda value, _: book.decimal(value, 1))
-    _draw_share(axes, brief, book)
+    _draw_share(axes, [point for point in points if point.share is not None], book)
     axes.legend(loc="upper left", fontsize=5, framealpha=0.85, edgecolor="none").set_zorder(5)
     return True
 
 
-def _draw_share(axes: Axes, brief: BriefInput, book: Phrasebook) -> None:
-    points = [point for point in brief.canary.points if point.share is not None]
+def _draw_share(axes: Axes, points: Sequence[EvidencePoint], book: Phrasebook) -> None:
     if not points:
         return
     right = axes.twinx()

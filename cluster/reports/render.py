@@ -1,66 +1,62 @@
-"""Render and check the Reliability Brief: one page in each locale, Markdown and HTML, no number without a row."""
+"""Write the Reliability Brief: one page in each locale, Markdown and HTML, no number without a row."""
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cluster.reports.brief import SECTIONS, BriefInput
+from cluster.reports.brief import BriefInput, collect_brief_input
 from cluster.reports.locales import LOCALES, LocaleName, Phrasebook
-from cluster.reports.plots import Figure, draw_figures
-from cluster.reports.rows import collect_brief_input
-from cluster.reports.view import View, view_of
+from cluster.reports.plots import draw_figures
+from cluster.reports.view import SECTIONS, View, view_of
 from rl_actors.contracts import StageRefusedError
 from rl_actors.durable import write_atomic
 
-_TEMPLATES: Final = Path(__file__).parent / "templates"
 PAGE_LINES: Final = 78
 """What fits on one page at the HTML's type size, in lines of `PAGE_WIDTH` characters; pictures take 12 of them."""
 PAGE_WIDTH: Final = 150
+_TEMPLATES: Final = Path(__file__).parent / "templates"
 _FIGURE_LINES: Final = 12
 
-Page = tuple[tuple[Figure, ...], Mapping[str, str]]
+
+def write_briefs(run_dir: Path, *, ledger: Path | None = None) -> None:
+    """Write a run's briefs in every locale under `report/`. Raises StageRefusedError."""
+    write_brief(collect_brief_input(run_dir, ledger=ledger), run_dir / "report")
 
 
-def write_brief(brief: BriefInput, directory: Path) -> dict[LocaleName, tuple[Path, Path]]:
-    """Write `brief.<locale>.md` and `.html` with figures beside them; returns both paths by locale.
+def write_brief(brief: BriefInput, directory: Path) -> None:
+    """Write `brief.<locale>.md` and `.html` with figures beside them.
 
     Raises:
         StageRefusedError: a section is empty, the page too long, or a number came from nowhere; nothing was written.
     """
-    pages: dict[LocaleName, Page] = {locale: _page(brief, locale) for locale in LOCALES}
-    written: dict[LocaleName, tuple[Path, Path]] = {}
-    for locale, (figures, texts) in pages.items():
-        for figure in figures:
-            write_atomic(directory / figure_path(figure, locale), figure.png)
-        for suffix, text in texts.items():
-            write_atomic(directory / f"brief.{locale}.{suffix}", text.encode())
-        written[locale] = (directory / f"brief.{locale}.md", directory / f"brief.{locale}.html")
-    return written
+    files: dict[str, bytes] = {}
+    for locale in LOCALES:
+        # Ticks of an axis come from no row: pictures have a book of their own, so that they vouch for no number.
+        book, figures = Phrasebook(locale), draw_figures(brief, Phrasebook(locale))
+        view = view_of(brief, book)
+        texts = {suffix: render(view, figures, book, suffix) for suffix in ("md", "html")}
+        check_sections(view)
+        check_numbers(texts, book)
+        check_length(texts["md"])
+        files |= {figure_path(name, locale): png for name, png in figures.items()}
+        files |= {f"brief.{locale}.{suffix}": text.encode() for suffix, text in texts.items()}
+    for name, content in files.items():
+        write_atomic(directory / name, content)
 
 
-def figure_path(figure: Figure, locale: LocaleName) -> str:
+def figure_path(name: str, locale: LocaleName) -> str:
     """Return where a figure lies, relative to the brief."""
-    return f"figures/{figure.name}.{locale}.png"
+    return f"figures/{name}.{locale}.png"
 
 
-def _page(brief: BriefInput, locale: LocaleName) -> Page:
-    book = Phrasebook(locale)
-    view, figures = view_of(brief, book), draw_figures(brief, Phrasebook(locale))
-    texts = {suffix: rendered(view, figures, book, suffix) for suffix in ("md", "html")}
-    check_sections(view)
-    check_numbers(texts, book)
-    check_length(texts["md"])
-    return figures, texts
-
-
-def rendered(view: View, figures: Sequence[Figure], book: Phrasebook, suffix: str) -> str:
-    """Return the page in one format."""
+def render(view: View, figures: Mapping[str, bytes], book: Phrasebook, suffix: str) -> str:
+    """Return the page in one format, `md` or `html`, with figures (PNG) by name."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=suffix == "html",
@@ -71,29 +67,15 @@ def rendered(view: View, figures: Sequence[Figure], book: Phrasebook, suffix: st
     )
     environment.filters["cell"] = _cell
     shown = [
-        {
-            "title": figure.title,
-            "path": figure_path(figure, book.locale),
-            "base64": base64.b64encode(figure.png).decode(),
-        }
-        for figure in figures
+        (book.say(f"figure.{name}"), figure_path(name, book.locale), base64.b64encode(png).decode())
+        for name, png in figures.items()
     ]
-    values: Mapping[str, Any] = {
-        "view": view,
-        "figures": shown,
-        "locale": book.locale,
-        "paper": book.paper,
-        "colon": book.say("colon"),
-    }
-    return environment.get_template(f"brief.{suffix}.j2").render(values)
+    return environment.get_template(f"brief.{suffix}.j2").render(view=view, figures=shown, book=book)
 
 
 def _cell(text: str) -> str:
     """Keep recorded text from breaking a Markdown table or line."""
     return " ".join(text.replace("|", "\\|").split(None)) if "\n" in text or "|" in text else text
-
-
-# --- checks: a brief that fails one is not shipped --------------------------------------------------------------------
 
 
 def check_sections(view: View) -> None:
@@ -124,13 +106,3 @@ def page_lines(markdown: str) -> int:
     pictures = any(line.startswith("![") for line in lines)
     text = [line for line in lines if not line.startswith("![")]
     return sum(math.ceil(len(line) / PAGE_WIDTH) for line in text) + _FIGURE_LINES * pictures
-
-
-def write_briefs(run_dir: Path, *, ledger: Path | None = None) -> tuple[Path, ...]:
-    """Write a run's briefs in every locale under `report/` and return their paths.
-
-    Raises:
-        StageRefusedError: A brief would be empty in a section, too long, or hold a number that no row holds.
-    """
-    written = write_brief(collect_brief_input(run_dir, ledger=ledger), run_dir / "report")
-    return tuple(path for pair in written.values() for path in pair)

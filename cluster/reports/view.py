@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
-from cluster.reports.brief import GLOSSARY, SECTIONS, ArmRow, BriefInput, GateRow, ReleaseRow, SuiteRow
+from cluster.records import MEMBERS, Component, diff_bundles
+from cluster.reports.brief import BriefInput, ReleaseRow, SuitePair
 from cluster.reports.locales import Phrasebook
-from cluster.reports.page import Section, Table, View
-from cluster.reports.view_head import charter_of, facts_of, headlines_of, outcome_of, tone_of
-from rl_actors.contracts import Interval
-from serving.gates import rate_upper_bound
+from rl_actors.contracts import Interval, SuiteResult
+from serving.contracts import GateResult, TrafficWindow
+from serving.gates import rate_upper_bound, reliability_score
+
+SECTIONS: Final = ("changed", "tested", "gates", "decision", "rollback", "limits")
+"""Performance (`tested`) and control (`gates`, `decision`, `rollback`): no section is optional."""
+
+GLOSSARY: Final = (
+    "success_rate",
+    "human_override_rate",
+    "tool_error_rate",
+    "cost_per_success",
+    "reliability_score",
+    "time_to_recovery",
+    "e_value",
+)
+"""Ids of the metrics a report may name, the same in all locales."""
 
 _MAX_SUITES: Final = 4
 _MAX_CHANGES: Final = 7
 _MAX_RELEASES: Final = 2
 _MAX_NAME: Final = 28  # of a version, so that a row of changes stays one line
+_MAX_ANSWER: Final = 120  # letters of an answer of the charter, so that it stays one line with its label
+_MAX_WORKLOAD: Final = 90
+_SHORT_ID: Final = 12
+_SHOWN_HASH: Final = 8
+_SHOWN_NAME: Final = 17
+
+# Colour alone says nothing: the outcome stands beside it in words.
+_TONES: Final = {"Promoted": "good", "RolledBack": "bad", "FailedBack": "bad", "Halted": "bad"}
 
 # Which numbers of a gate's evidence a reader needs, and how they are written; others stay in the decision log.
 _EVIDENCE: Final[Mapping[str, str]] = {
@@ -37,84 +60,197 @@ _EVIDENCE: Final[Mapping[str, str]] = {
 }
 _FALLBACK_EVIDENCE: Final = ("candidate_runs", "stable_runs")
 
+Cells = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """One headed part of the page in finished text: tables, each its header and its rows, above lines."""
+
+    title: str
+    tables: tuple[tuple[Cells, ...], ...] = ()
+    lines: tuple[str, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it says nothing at all, not even that something was not measured."""
+        return not any(len(table) > 1 for table in self.tables) and not any(line.strip() for line in self.lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """A whole page of finished text. A headline is label, value and note; an entry of the glossary id, label, text."""
+
+    title: str
+    outcome: str
+    tone: str
+    facts: tuple[tuple[str, str], ...]
+    charter: tuple[tuple[str, str], ...]
+    headlines: tuple[tuple[str, str, str], ...]
+    sections: Mapping[str, Section]
+    glossary: tuple[tuple[str, str, str], ...]
+
 
 def view_of(brief: BriefInput, book: Phrasebook) -> View:
     """Return the page of a brief in one locale; every section is there, whatever was measured."""
-    makers = {
-        "changed": _changed,
-        "tested": _tested,
-        "gates": _gates,
-        "decision": _decision,
-        "rollback": _rollback,
-        "limits": _limits,
-    }
+    makers = (_view_changes, _view_tests, _view_gates, _view_decision, _view_rollback, _view_limits)
     return View(
         title=book.say("title"),
-        outcome=outcome_of(brief.release, book),
-        tone=tone_of(brief.release),
-        facts=facts_of(brief, book),
-        charter=charter_of(brief.charter, book),
-        headlines=headlines_of(brief, book),
-        sections={name: makers[name](brief, book) for name in SECTIONS},
+        outcome=_outcome(brief.release, book),
+        tone=_TONES.get(brief.release.state if brief.release else "", "open"),
+        facts=_facts(brief, book),
+        charter=_charter(brief, book),
+        headlines=(_headline_success(brief, book), _headline_reliability(brief, book), *_headline_control(brief, book)),
+        sections={name: make(brief, book) for name, make in zip(SECTIONS, makers, strict=True)},
         glossary=tuple(
             (name, book.say(f"glossary.{name}.label"), book.say(f"glossary.{name}.text")) for name in GLOSSARY
         ),
     )
 
 
+# --- head -------------------------------------------------------------------------------------------------------------
+
+
+def _outcome(release: ReleaseRow | None, book: Phrasebook) -> str:
+    """Return how the release ended, in a sentence without its full stop."""
+    if release is None:
+        return book.not_measured
+    if book.knows(f"ending.{release.state}"):
+        return book.say(f"ending.{release.state}")
+    return book.say("ending.open", state=book.quote(release.state))
+
+
+def _facts(brief: BriefInput, book: Phrasebook) -> tuple[tuple[str, str], ...]:
+    bundle, compared = book.not_measured, book.not_measured
+    if brief.bundle:
+        bundle = book.quote(brief.bundle.id[:_SHORT_ID])
+        kind, before = ("previous", brief.previous) if brief.previous else ("baseline", brief.bundle.baseline)
+        compared = book.say(f"compared.{kind}", bundle=book.quote(before.id[:_SHORT_ID]))
+    return (
+        (book.say("fact.workflow"), book.quote(brief.workflow) or book.not_measured),
+        (book.say("fact.run"), book.quote(brief.run_id)),
+        (book.say("fact.bundle"), bundle),
+        (book.say("fact.compared"), compared),
+        (book.say("fact.date"), book.date(brief.written_at)),
+    )
+
+
+def _charter(brief: BriefInput, book: Phrasebook) -> tuple[tuple[str, str], ...]:
+    """Return the charter's three answers, one line each: recorded text is cut, never translated."""
+    workload = book.quote(brief.workload, _MAX_WORKLOAD) or book.not_measured
+    if brief.tickets_per_s is not None:
+        workload += book.say("charter.measured", rate=book.decimal(brief.tickets_per_s, 1))
+    return (
+        (book.say("charter.workload"), workload),
+        (book.say("charter.constraints"), book.quote(brief.constraints, _MAX_ANSWER) or book.not_measured),
+        (book.say("charter.rollback_path"), book.quote(brief.rollback_path, _MAX_ANSWER) or book.not_measured),
+    )
+
+
+def _headline_success(brief: BriefInput, book: Phrasebook) -> tuple[str, str, str]:
+    value, note = book.not_measured, ""
+    if brief.main_suite:
+        before, after = (suite.success.mean for suite in brief.main_suite)
+        note = book.say("headline.success.note", baseline=book.percent(before), gain=book.points(after - before))
+        value = book.percent(after)
+    return book.say("headline.success"), value, note
+
+
+def _headline_reliability(brief: BriefInput, book: Phrasebook) -> tuple[str, str, str]:
+    candidate = brief.release.candidate if brief.release else ""
+    scores = {arm.policy_version: _reliability(arm) for arm in brief.arms}
+    stable = next((score for policy, score in scores.items() if policy != candidate), None)
+    note = book.say("headline.reliability.note", baseline=book.decimal(stable, 3))
+    return book.say("headline.reliability"), book.decimal(scores.get(candidate), 3), note
+
+
+def _headline_control(brief: BriefInput, book: Phrasebook) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
+    violations, note = book.not_measured, ""
+    if pair := brief.suites.get("adversarial"):
+        before, after = pair
+        tasks = book.integer(after.num_tasks)
+        note = book.say("headline.violations.note", baseline=book.integer(before.violations), tasks=tasks)
+        violations = book.integer(after.violations)
+    times = [row.time_to_recovery_s for row in brief.releases if row.time_to_recovery_s is not None]
+    drill = book.say("headline.rollback.note", drill=book.seconds(_slowest_drill(brief)))
+    return (
+        (book.say("headline.violations"), violations, note),
+        (book.say("headline.rollback"), book.seconds(max(times, default=None)), drill),
+    )
+
+
+def _slowest_drill(brief: BriefInput) -> float | None:
+    return max((row.drill_s for row in brief.releases if row.drill_s is not None), default=None)
+
+
 # --- sections ---------------------------------------------------------------------------------------------------------
 
 
-def _columns(book: Phrasebook, *names: str) -> tuple[str, ...]:
+def _columns(book: Phrasebook, *names: str) -> Cells:
     return tuple(book.say(f"column.{name}") for name in names)
 
 
-def _changed(brief: BriefInput, book: Phrasebook) -> Section:
+def _view_changes(brief: BriefInput, book: Phrasebook) -> Section:
     title = book.say("section.changed")
-    if brief.changes is None:
-        return Section(id="changed", title=title, lines=(book.not_measured,))
+    if brief.bundle is None:
+        return Section(title=title, lines=(book.not_measured,))
+    changes = diff_bundles(brief.previous or brief.bundle.baseline, brief.bundle)
     rows = tuple(
-        (book.say(f"member.{change.member}"), book.quote(change.before, _MAX_NAME), book.quote(change.after, _MAX_NAME))
-        for change in brief.changes[:_MAX_CHANGES]
+        (book.say(f"member.{change.member}"), _component(change.before, book), _component(change.after, book))
+        for change in changes[:_MAX_CHANGES]
     )
-    more = [change.member for change in brief.changes[_MAX_CHANGES:]]
+    changed = [change.member for change in changes]
+    more, unchanged = changed[_MAX_CHANGES:], [name for name in MEMBERS if name not in changed]
     lines = [] if rows else [book.say("changed.none")]
     lines += [book.say("changed.more", parts=_member_names(more, book))] if more else []
-    lines += [book.say("changed.same", parts=_member_names(brief.unchanged, book))] if brief.unchanged else []
-    tables = (Table(headers=_columns(book, "part", "before", "after"), rows=rows),) if rows else ()
-    return Section(id="changed", title=title, tables=tables, lines=tuple(lines))
+    lines += [book.say("changed.same", parts=_member_names(unchanged, book))] if unchanged else []
+    tables = ((_columns(book, "part", "before", "after"), *rows),) if rows else ()
+    return Section(title=title, tables=tables, lines=tuple(lines))
 
 
-def _member_names(members: Sequence[str], book: Phrasebook) -> str:
+def _component(part: Component, book: Phrasebook) -> str:
+    """Return a version name that tells two contents apart even when it is long: cut, with the start of its hash."""
+    name, start = part.version, part.sha256[:_SHOWN_HASH]
+    if start not in name or len(name) > _SHOWN_NAME + _SHOWN_HASH:
+        name = f"{name if len(name) <= _SHOWN_NAME else name[: _SHOWN_NAME - 1] + '…'} ({start})"
+    return book.quote(name, _MAX_NAME)
+
+
+def _member_names(members: Iterable[str], book: Phrasebook) -> str:
     return ", ".join(book.say(f"member.{name}") for name in members)
 
 
-def _tested(brief: BriefInput, book: Phrasebook) -> Section:
-    suites = Table(
-        headers=_columns(book, "suite", "tasks", "baseline", "candidate", "violations", "cost"),
-        rows=tuple(_suite_cells(row, book) for row in brief.suites[:_MAX_SUITES]),
+def _view_tests(brief: BriefInput, book: Phrasebook) -> Section:
+    suites, live = (
+        (
+            _columns(book, "suite", "tasks", "baseline", "candidate", "violations", "cost"),
+            *(_suite_cells(name, pair, book) for name, pair in list(brief.suites.items())[:_MAX_SUITES]),
+        ),
+        (
+            _columns(book, "live", "runs", "success", "overrides", "tool_errors", "cost", "reliability"),
+            *(_arm_cells(arm, book) for arm in brief.arms),
+        ),
     )
-    live = Table(
-        headers=_columns(book, "live", "runs", "success", "overrides", "tool_errors", "cost", "reliability"),
-        rows=tuple(_arm_cells(arm, book) for arm in brief.arms),
-    )
-    gain = book.say("tested.gain", gain=book.points(brief.success_gain), p=book.p_value(brief.p_value))
-    lines = (book.say("tested.interval"), gain, _reward_line(brief, book)) if brief.suites else ()
-    more = ", ".join(book.quote(row.suite, 32) for row in brief.suites[_MAX_SUITES:])
+    lines: Cells = ()
+    if brief.report and brief.suites:
+        gain, p_value = book.points(brief.report.success_gain), book.p_value(brief.report.p_value)
+        lines = (book.say("tested.interval"), book.say("tested.gain", gain=gain, p=p_value), _reward_line(brief, book))
+    more = ", ".join(book.quote(name, 32) for name in list(brief.suites)[_MAX_SUITES:])
     lines += (book.say("tested.more", suites=more),) if more else ()
-    missing = tuple(f"{table.headers[0]}: {book.not_measured}." for table in (suites, live) if not table.rows)
-    tables = tuple(table for table in (suites, live) if table.rows)
-    return Section(id="tested", title=book.say("section.tested"), tables=tables, lines=(*lines, *missing))
+    lines += tuple(f"{table[0][0]}: {book.not_measured}." for table in (suites, live) if len(table) == 1)
+    tables = tuple(table for table in (suites, live) if len(table) > 1)
+    return Section(title=book.say("section.tested"), tables=tables, lines=lines)
 
 
-def _suite_cells(row: SuiteRow, book: Phrasebook) -> tuple[str, ...]:
+def _suite_cells(name: str, pair: SuitePair, book: Phrasebook) -> Cells:
+    before, after = pair
     return (
-        book.quote(row.suite, 32),
-        book.integer(row.num_tasks),
-        _interval(row.baseline, book),
-        _interval(row.candidate, book),
-        f"{book.integer(row.baseline_violations)} → {book.integer(row.candidate_violations)}",
-        f"{book.amount(row.baseline_cost)} → {book.amount(row.candidate_cost)}",
+        book.quote(name, 32),
+        book.integer(after.num_tasks),
+        _interval(before.success, book),
+        _interval(after.success, book),
+        f"{book.integer(before.violations)} → {book.integer(after.violations)}",
+        f"{book.amount(before.cost_per_success)} → {book.amount(after.cost_per_success)}",
     )
 
 
@@ -123,20 +259,25 @@ def _interval(interval: Interval, book: Phrasebook) -> str:
     return f"{book.percent(interval.mean)} [{low}; {high}]"
 
 
-def _arm_cells(arm: ArmRow, book: Phrasebook) -> tuple[str, ...]:
-    rates = (arm.success_rate, arm.human_override_rate, arm.tool_error_rate)
+def _arm_cells(arm: TrafficWindow, book: Phrasebook) -> Cells:
+    success = arm.success_rate if arm.num_labelled else None
     return (
-        book.quote(arm.policy, 32),
+        book.quote(arm.policy_version, 32),
         book.integer(arm.num_runs),
-        *map(book.percent, rates),
+        *map(book.percent, (success, arm.human_override_rate, arm.tool_error_rate)),
         book.amount(arm.cost_per_success),
-        book.decimal(arm.reliability_score, 3),
+        book.decimal(_reliability(arm), 3),
     )
 
 
+def _reliability(arm: TrafficWindow) -> float | None:
+    # A window without labels has the success rate 0, which nobody measured.
+    rates = (arm.success_rate, arm.human_override_rate, arm.tool_error_rate)
+    return reliability_score(*rates) if arm.num_labelled else None
+
+
 def _reward_line(brief: BriefInput, book: Phrasebook) -> str:
-    calibration = brief.calibration
-    if calibration is None:
+    if (calibration := brief.calibration) is None:
         return book.say("tested.reward.none")
     return book.say(
         "tested.reward",
@@ -147,33 +288,38 @@ def _reward_line(brief: BriefInput, book: Phrasebook) -> str:
     )
 
 
-def _gates(brief: BriefInput, book: Phrasebook) -> Section:
+def _view_gates(brief: BriefInput, book: Phrasebook) -> Section:
     title = book.say("section.gates")
-    if not brief.gates:
-        return Section(id="gates", title=title, lines=(book.not_measured,))
-    rows = tuple(_gate_cells(row, book) for row in brief.gates)
-    return Section(
-        id="gates",
-        title=title,
-        tables=(Table(headers=_columns(book, "gate", "phase", "verdict", "evidence"), rows=rows),),
-    )
-
-
-def _gate_cells(row: GateRow, book: Phrasebook) -> tuple[str, ...]:
-    verdict = book.say(f"verdict.{row.result.verdict}")
-    return _gate_name(row.result.gate, book), book.say(f"phase.{row.phase}"), verdict, _evidence(row, book)
+    by_phase = {"offline": brief.offline_gates, "canary": brief.release.gates if brief.release else ()}
+    rows = [
+        (
+            _gate_name(result.gate, book),
+            book.say(f"phase.{phase}"),
+            book.say(f"verdict.{result.verdict}"),
+            _evidence(result, book),
+        )
+        for phase, results in by_phase.items()
+        for result in results
+    ]
+    if not rows:
+        return Section(title=title, lines=(book.not_measured,))
+    return Section(title=title, tables=((_columns(book, "gate", "phase", "verdict", "evidence"), *rows),))
 
 
 def _gate_name(gate: str, book: Phrasebook) -> str:
     return book.say(f"gate.{gate}") if book.knows(f"gate.{gate}") else book.quote(gate)
 
 
-def _evidence(row: GateRow, book: Phrasebook) -> str:
+def _gate_names(gates: Iterable[str], book: Phrasebook) -> str:
+    return ", ".join(_gate_name(gate, book) for gate in gates)
+
+
+def _evidence(result: GateResult, book: Phrasebook) -> str:
     """Write the numbers in the reader's language; a verdict without known numbers keeps its recorded sentence."""
-    found = row.result.evidence
+    found = result.evidence
     names = [name for name in _EVIDENCE if name in found] or [name for name in _FALLBACK_EVIDENCE if name in found]
     parts = [f"{book.say(f'evidence.{name}')} {_amount(name, found[name], book)}" for name in names]
-    return ", ".join(parts) or book.quote(row.result.reason, 90)
+    return ", ".join(parts) or book.quote(result.reason, 90)
 
 
 def _amount(name: str, value: float | str, book: Phrasebook) -> str:
@@ -181,57 +327,40 @@ def _amount(name: str, value: float | str, book: Phrasebook) -> str:
     match _EVIDENCE.get(name, "integer"):
         case "signed_percent":
             return book.percent(number, signed=True)
-        case "seconds":
-            return book.seconds(number)
-        case "integer":
-            return book.integer(number)
-        case "p_value":
-            return book.p_value(number)
         case "decimal":
             return book.decimal(number, 3)
-        case _:
-            return book.amount(number)
+        case writer:
+            return getattr(book, writer)(number)
 
 
-def _decision(brief: BriefInput, book: Phrasebook) -> Section:
+def _view_decision(brief: BriefInput, book: Phrasebook) -> Section:
     title, release = book.say("section.decision"), brief.release
     if release is None:
-        return Section(id="decision", title=title, lines=(book.not_measured,))
+        return Section(title=title, lines=(book.not_measured,))
     why = [book.say("decision.why.Promote")] if release.decision == "Promote" else []
     if not why and release.deciding_gates:
         why = [book.say("decision.why.gates", gates=_gate_names(release.deciding_gates, book))]
-    runs = next((arm.num_runs for arm in brief.arms if arm.policy == release.candidate), None)
+    runs = next((arm.num_runs for arm in brief.arms if arm.policy_version == release.candidate), None)
     shares = " → ".join(book.percent(share, 0) for share in release.shares) or book.not_measured
-    stable, candidate = book.quote(release.stable, 40), book.quote(release.candidate, 40)
-    return Section(
-        id="decision",
-        title=title,
-        lines=(
-            outcome_of(release, book) + ".",
-            *why,
-            book.say("decision.ramp", shares=shares, runs=book.integer(runs)),
-            book.say(
-                "decision.versions", stable=stable, candidate=candidate, release=book.quote(release.release_id, 40)
-            ),
-            book.say("decision.log", reason=book.quote(release.reason, 140)),
-        ),
-    )
-
-
-def _gate_names(gates: Sequence[str], book: Phrasebook) -> str:
-    return ", ".join(_gate_name(gate, book) for gate in gates)
-
-
-def _rollback(brief: BriefInput, book: Phrasebook) -> Section:
-    drills = [row.drill_s for row in brief.releases if row.drill_s is not None]
-    events = [_recovery(row, book) for row in brief.releases if row.time_to_recovery_s is not None]
-    triggers = _gate_names(brief.triggers, book) or book.not_measured
+    versions = {name: book.quote(getattr(release, name), 40) for name in ("stable", "candidate")}
     lines = (
-        book.say("rollback.drill", seconds=book.seconds(max(drills, default=None))),
-        *(events[:_MAX_RELEASES] or [book.say("rollback.events.none")]),
-        book.say("rollback.triggers", gates=triggers),
+        _outcome(release, book) + ".",
+        *why,
+        book.say("decision.ramp", shares=shares, runs=book.integer(runs)),
+        book.say("decision.versions", release=book.quote(release.release_id, 40), **versions),
+        book.say("decision.log", reason=book.quote(release.reason, 140)),
     )
-    return Section(id="rollback", title=book.say("section.rollback"), lines=lines)
+    return Section(title=title, lines=lines)
+
+
+def _view_rollback(brief: BriefInput, book: Phrasebook) -> Section:
+    events = [_recovery(row, book) for row in brief.releases if row.time_to_recovery_s is not None]
+    lines = (
+        book.say("rollback.drill", seconds=book.seconds(_slowest_drill(brief))),
+        *(events[:_MAX_RELEASES] or [book.say("rollback.events.none")]),
+        book.say("rollback.triggers", gates=_gate_names(brief.triggers, book) or book.not_measured),
+    )
+    return Section(title=book.say("section.rollback"), lines=lines)
 
 
 def _recovery(row: ReleaseRow, book: Phrasebook) -> str:
@@ -241,16 +370,21 @@ def _recovery(row: ReleaseRow, book: Phrasebook) -> str:
     return book.say("rollback.event", candidate=book.quote(row.candidate, 32), ending=ending, seconds=seconds)
 
 
-def _limits(brief: BriefInput, book: Phrasebook) -> Section:
-    suite = brief.adversarial_suite
+def _view_limits(brief: BriefInput, book: Phrasebook) -> Section:
     attacks = book.say("limit.violations.none")
-    if suite:
-        bound = rate_upper_bound(suite.candidate_violating_tasks, suite.num_tasks, 0.05)
+    if pair := brief.suites.get("adversarial"):
+        tasks, violating = pair[1].num_tasks, violating_tasks(pair[1])
         attacks = book.say(
             "limit.violations",
-            violations=book.integer(suite.candidate_violating_tasks),
-            tasks=book.integer(suite.num_tasks),
-            bound=book.percent(bound),
+            violations=book.integer(violating),
+            tasks=book.integer(tasks),
+            bound=book.percent(rate_upper_bound(violating, tasks, 0.05)),
         )
     lines = (book.say("limit.annotators"), book.say("limit.traffic"), attacks, book.say("limit.scope"))
-    return Section(id="limits", title=book.say("section.limits"), lines=lines)
+    return Section(title=book.say("section.limits"), lines=lines)
+
+
+def violating_tasks(suite: SuiteResult) -> int:
+    """Return the tasks with a violation: one with several counts once."""
+    # Older reports name no tasks; then at most each violation was a task of its own.
+    return sum(map(bool, suite.violations_by_task.values())) or min(suite.violations, suite.num_tasks)

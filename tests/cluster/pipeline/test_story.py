@@ -143,7 +143,7 @@ class Story:
 
     @contextmanager
     def connected(self, address: str, placement: Placement) -> Iterator[None]:
-        assert placement.learners
+        assert placement.bundles("sft")
         self.ray.append(f"up {address}".strip())
         try:
             yield

@@ -31,7 +31,7 @@ from cluster.pipeline.training import (
 )
 from cluster.plan.placement import NUM_THREADS
 from cluster.registry.entries import metric_points
-from cluster.reports.rows import _learning
+from cluster.reports.brief import read_learning
 from rl_actors.actors.train_jobs import RewardJob, SftJob, TrainResources
 from rl_actors.agent.renderers.harmony import HARMONY_TOKENS, HarmonyRenderer
 from rl_actors.contracts.errors import InstabilityError, StageRefusedError, TamperedError
@@ -467,7 +467,7 @@ def test_the_first_attestation_is_a_row_like_all_later_ones(
     rows = read_metrics(run.folder.metrics, "ppo")
     assert [(row["step"], row["attestation_gap"]) for row in rows] == [(start, 0.004), (start + 1, 0.002)]
     assert rows[0]["weights_version"] == start
-    assert [(point.step, point.success) for point in _learning(run.folder.metrics)] == [(start + 1, 0.5)]
+    assert [(point.step, point.success) for point in read_learning(run.folder.metrics)] == [(start + 1, 0.5)]
     gaps = [(point.step, point.value) for point in metric_points(rows, "ppo") if point.key == "attestation_gap"]
     assert gaps == [(start, 0.004), (start + 1, 0.002)], "MLflow draws it from the first"
     assert metrics_line(_step_metrics(rows[0])).startswith("attestation gap 0.004"), "and so does whoever watches"

@@ -11,8 +11,17 @@ from rich.console import Console
 
 from cluster.cli.plan import render_plan
 from cluster.plan.estimate import RunPlan, StagePlan, plan_run
-from cluster.plan.memory import GIB, PARTS, MemoryModel, adapter_params, value_head_params
-from cluster.plan.model_shape import ModelShape, shape_of, tiny_shape, zero_stage
+from cluster.plan.memory import (
+    GIB,
+    PARTS,
+    MemoryModel,
+    ModelShape,
+    adapter_params,
+    shape_of,
+    tiny_shape,
+    value_head_params,
+    zero_stage,
+)
 from cluster.plan.placement import place
 from cluster.spec.sections import ModelSection
 from cluster.spec.spec import WorkflowSpec, load_spec, override

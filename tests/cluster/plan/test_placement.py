@@ -34,7 +34,6 @@ def test_gpus_are_counted_by_role_and_stage():
     assert placement.demand("offline_eval") == {"CPU": 3.0, "GPU": 6.0}
     assert placement.demand("canary") == {"CPU": 3.0, "GPU": 4.0}
     assert placement.peak == {"CPU": 6.0, "GPU": 8.0}
-    assert placement.num_tool_hosts == 3
 
 
 def test_every_bundle_has_one_index():

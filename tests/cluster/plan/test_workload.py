@@ -15,10 +15,17 @@ from rich.console import Console
 from cluster.cli.plan import render_charter
 from cluster.cli.runs import RunRequest, open_run, requested_spec
 from cluster.pipeline.data import freeze_snapshot, read_demonstrations
-from cluster.plan import preflight
-from cluster.plan.estimate import tickets_needed
-from cluster.plan.preflight import check_critical, check_workflow
-from cluster.plan.workload import SAMPLE_TASKS, Workload, mean_tool_calls, measure_workload, require_workload
+from cluster.plan import workload as workload_module
+from cluster.plan.workload import (
+    SAMPLE_TASKS,
+    Workload,
+    check_critical,
+    check_workflow,
+    mean_tool_calls,
+    measure_workload,
+    require_workload,
+    tickets_needed,
+)
 from cluster.spec.spec import WorkflowSpec, charter_answers, load_spec, override
 from cluster.workflows import find_workflow
 from cluster.workflows.support_desk import SupportDesk
@@ -55,7 +62,7 @@ def staffed(monkeypatch: pytest.MonkeyPatch) -> Callable[[SupportDesk], None]:
     """Let another desk answer to the packaged one's name."""
 
     def staff(desk: SupportDesk) -> None:
-        monkeypatch.setattr(preflight, "find_workflow", lambda _name: desk)
+        monkeypatch.setattr(workload_module, "find_workflow", lambda _name: desk)
 
     return staff
 

@@ -12,9 +12,8 @@ import pytest
 
 from cluster.records.bundle import MEMBERS
 from cluster.reports import locales
-from cluster.reports.brief import GLOSSARY, SECTIONS
 from cluster.reports.locales import LOCALES, LocaleName, Phrasebook, strings_of
-from cluster.reports.view import _EVIDENCE, _FALLBACK_EVIDENCE
+from cluster.reports.view import _EVIDENCE, _FALLBACK_EVIDENCE, GLOSSARY, SECTIONS
 from serving.contracts.gates import ARTICLE_GATES, Verdict
 from serving.release.state_machine import HEALTHY, TERMINAL
 
@@ -24,7 +23,7 @@ EACH = pytest.mark.parametrize("locale", LOCALES)
 
 def used_keys() -> set[str]:
     """Every key the code can ask for: literals, and the families that are completed with a name."""
-    text = "".join(path.read_text() for path in SOURCE.glob("*.py"))
+    text = "".join(path.read_text() for pattern in ("*.py", "templates/*.j2") for path in SOURCE.glob(pattern))
     keys = set(re.findall(r'(?:say|knows)\(\s*"([^"]+)"', text)) | set(
         re.findall(r"""_strings\[["']([^"'{]+)["']\]""", text)
     )

@@ -13,9 +13,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
 
 from cluster.reports import plots
-from cluster.reports.brief import BriefInput, IntentRow
+from cluster.reports.brief import BriefInput, collect_brief_input
 from cluster.reports.locales import Phrasebook
-from cluster.reports.rows import collect_brief_input
 from tests.cluster.reports.run_folders import write_run
 
 
@@ -50,33 +49,41 @@ def test_the_learning_curve_is_the_rows(brief: BriefInput, axes: Axes):
 def test_intents_are_pairs_of_baseline_and_candidate(brief: BriefInput, axes: Axes):
     assert plots._draw_intents(axes, brief, Phrasebook("en-US"))
     baseline, candidate = axes.collections
-    assert [x for x, _ in baseline.get_offsets()] == [row.baseline for row in brief.intents]
-    assert [x for x, _ in candidate.get_offsets()] == [row.candidate for row in brief.intents]
-    assert ticks(axes)[0] == brief.intents[0].intent.replace("_", " ")
+    assert [x for x, _ in baseline.get_offsets()] == [before for _, before, _ in brief.intents]
+    assert [x for x, _ in candidate.get_offsets()] == [after for _, _, after in brief.intents]
+    assert ticks(axes)[0] == brief.intents[0][0].replace("_", " ")
 
 
 def test_many_intents_keep_the_picture_readable(brief: BriefInput, axes: Axes):
-    rows = tuple(IntentRow(intent=f"intent_{i}", baseline=0.2, candidate=0.2 + i / 100) for i in range(40))
-    assert plots._draw_intents(axes, replace(brief, intents=rows), Phrasebook("fr"))
+    assert brief.report is not None
+    before, after = (dict(policy) for policy in (brief.report.baseline, brief.report.candidate))
+    before["capability"] = replace(before["capability"], success_by_intent={f"intent_{i}": 0.2 for i in range(40)})
+    gains = {f"intent_{i}": 0.2 + i / 100 for i in range(40)}
+    after["capability"] = replace(after["capability"], success_by_intent=gains)
+    many = replace(brief, report=replace(brief.report, baseline=before, candidate=after))
+    assert plots._draw_intents(axes, many, Phrasebook("fr"))
     assert len(ticks(axes)) == 12
 
 
 def test_the_canary_shows_both_hypotheses_limits_and_share(brief: BriefInput, axes: Axes):
+    canary = brief.release
+    assert canary is not None
     assert plots._draw_canary(axes, brief, Phrasebook("en-US"))
     worse, not_worse, fail_limit, pass_limit = axes.get_lines()
-    assert list(worse.get_ydata()) == pytest.approx([point.log10_e_fail for point in brief.canary.points])
-    assert list(not_worse.get_ydata()) == pytest.approx([point.log10_e_pass for point in brief.canary.points])
-    assert set(fail_limit.get_ydata()) == {brief.canary.fail_limit}
-    assert set(pass_limit.get_ydata()) == {brief.canary.pass_limit}
+    assert list(worse.get_ydata()) == pytest.approx([point.log10_e_fail for point in canary.points])
+    assert list(not_worse.get_ydata()) == pytest.approx([point.log10_e_pass for point in canary.points])
+    assert set(fail_limit.get_ydata()) == {canary.fail_limit}
+    assert set(pass_limit.get_ydata()) == {canary.pass_limit}
     assert worse.get_marker() != not_worse.get_marker(), "told apart without colour"
     (right,) = [other for other in axes.figure.axes if other is not axes]
     (share,) = right.get_lines()
-    assert list(share.get_ydata()) == [point.share for point in brief.canary.points]
+    assert list(share.get_ydata()) == [point.share for point in canary.points]
 
 
 def test_extreme_evidence_is_clipped_to_the_picture(brief: BriefInput, axes: Axes):
-    points = tuple(replace(point, log10_e_pass=float("inf")) for point in brief.canary.points)
-    extreme = replace(brief, canary=replace(brief.canary, points=points))
+    assert brief.release is not None
+    points = tuple(replace(point, log10_e_pass=float("inf")) for point in brief.release.points)
+    extreme = replace(brief, release=replace(brief.release, points=points))
     assert plots._draw_canary(axes, extreme, Phrasebook("en-US"))
     assert set(axes.get_lines()[1].get_ydata()) == {12.0}
 
@@ -95,11 +102,11 @@ def test_nothing_measured_draws_nothing(painter, axes: Axes):
 
 
 def test_pictures_are_small_and_sharp_enough_for_print(brief: BriefInput):
-    for figure in plots.draw_figures(brief, Phrasebook("fr")):
-        width, height = struct.unpack(">II", figure.png[16:24])
+    for png in plots.draw_figures(brief, Phrasebook("fr")).values():
+        width, height = struct.unpack(">II", png[16:24])
         assert 450 <= width <= 800
         assert 250 <= height <= 500
-        assert len(figure.png) < 60_000
+        assert len(png) < 60_000
 
 
 def test_drawing_leaves_the_global_state_of_matplotlib_alone(brief: BriefInput):

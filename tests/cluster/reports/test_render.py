@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.records.bundle import MEMBERS
-from cluster.reports.brief import SECTIONS, BriefInput, ChangeRow, CharterRow
+from cluster.records.bundle import MEMBERS, build_bundle, component_of
+from cluster.reports.brief import BriefInput, collect_brief_input
 from cluster.reports.locales import LOCALES, LocaleName, Phrasebook, strings_of
-from cluster.reports.page import Section, Table
 from cluster.reports.plots import draw_figures
 from cluster.reports.render import (
     PAGE_LINES,
@@ -22,11 +21,10 @@ from cluster.reports.render import (
     check_numbers,
     check_sections,
     page_lines,
-    rendered,
+    render,
     write_brief,
 )
-from cluster.reports.rows import collect_brief_input
-from cluster.reports.view import view_of
+from cluster.reports.view import SECTIONS, Section, view_of
 from rl_actors.contracts.errors import StageRefusedError
 from serving.contracts.gates import GateResult
 from tests.cluster.reports.run_folders import write_run
@@ -48,22 +46,35 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> BriefInput:
 
 @pytest.fixture(scope="module")
 def written(brief: BriefInput, tmp_path_factory: pytest.TempPathFactory) -> dict[LocaleName, tuple[Path, Path]]:
-    return write_brief(brief, tmp_path_factory.mktemp("report"))
+    return written_to(tmp_path_factory.mktemp("report"), brief)
+
+
+def written_to(directory: Path, brief: BriefInput) -> dict[LocaleName, tuple[Path, Path]]:
+    write_brief(brief, directory)
+    return {name: (directory / f"brief.{name}.md", directory / f"brief.{name}.html") for name in LOCALES}
 
 
 def crowded(brief: BriefInput) -> BriefInput:
     """As much as a page must hold: every part changed, long names and reasons, more suites and releases than shown."""
-    changes = tuple(ChangeRow(member=name, before="old-" + name * 4, after="new-" + name * 4) for name in MEMBERS)
+    assert brief.report is not None
+    old, new = (build_bundle({m: component_of(f"{age}-{m * 4}", age) for m in MEMBERS}) for age in ("old", "new"))
     bad = replace(brief.other_releases[0], reason="a reason " * 60, candidate="ppo-" + "0123456789abcdef" * 4)
-    suites = (*brief.suites, *(replace(brief.suites[0], suite=f"suite_{letter}") for letter in "abc"))
-    charter = CharterRow(workload="WORK " * 60, constraints="MUST " * 60, rollback_path="BACK " * 60, tickets_per_s=7.5)
-    crowd = replace(brief, changes=changes, unchanged=(), suites=suites, charter=charter)
-    return replace(crowd, release=bad, other_releases=(bad,) * 5)
+    before, after = brief.report.baseline, brief.report.candidate
+    more = [f"suite_{letter}" for letter in "abc"]
+    report = replace(
+        brief.report,
+        baseline={**before, **dict.fromkeys(more, before["capability"])},
+        candidate={**after, **dict.fromkeys(more, after["capability"])},
+    )
+    answers = {"workload": "WORK " * 60, "constraints": "MUST " * 60, "rollback_path": "BACK " * 60}
+    crowd = replace(brief, bundle=new, previous=old, report=report, tickets_per_s=7.5, **answers)
+    # The gates of the page are the full ones; the bad release brings its long reason.
+    return replace(crowd, release=replace(bad, gates=brief.release.gates), other_releases=(bad,) * 5)  # type: ignore[union-attr]
 
 
 def page(brief: BriefInput, locale: LocaleName, suffix: str = "md") -> str:
     book = Phrasebook(locale)
-    return rendered(view_of(brief, book), (), book, suffix)
+    return render(view_of(brief, book), {}, book, suffix)
 
 
 def values_of(text: str, locale: LocaleName) -> list[float]:
@@ -130,9 +141,7 @@ def test_a_changed_row_changes_the_page(brief: BriefInput, locale: LocaleName):
 @EACH
 def test_every_number_of_the_page_has_a_row(brief: BriefInput, locale: LocaleName):
     book = Phrasebook(locale)
-    texts = {
-        suffix: rendered(view_of(brief, book), draw_figures(brief, book), book, suffix) for suffix in ("md", "html")
-    }
+    texts = {suffix: render(view_of(brief, book), draw_figures(brief, book), book, suffix) for suffix in ("md", "html")}
     check_numbers(texts, book)
 
 
@@ -142,7 +151,7 @@ def test_a_number_that_a_template_makes_up_is_refused(brief: BriefInput, suffix:
     view = view_of(brief, book)
     invented = replace(view, outcome=f"{view.outcome}, 99.9% safe")
     with pytest.raises(StageRefusedError, match=r"\['99\.9'\] come from no row"):
-        check_numbers({suffix: rendered(invented, (), book, suffix)}, book)
+        check_numbers({suffix: render(invented, {}, book, suffix)}, book)
 
 
 def test_templates_hold_no_number_of_their_own():
@@ -150,32 +159,28 @@ def test_templates_hold_no_number_of_their_own():
         book = Phrasebook(locale)
         view = view_of(EMPTY, book)
         for suffix in ("md", "html"):
-            assert book.unsourced_numbers(rendered(view, (), book, suffix)) == []
+            assert book.unsourced_numbers(render(view, {}, book, suffix)) == []
 
 
 EMPTY = BriefInput(
     run_id="run",
     workflow="",
-    charter=CharterRow(workload="", constraints="", rollback_path="", tickets_per_s=None),
+    workload="",
+    constraints="",
+    rollback_path="",
+    tickets_per_s=None,
     written_at=None,
-    bundle_id="",
-    compared_with="",
-    compared_bundle_id="",
-    changes=None,
-    unchanged=(),
-    suites=(),
-    intents=(),
-    success_gain=None,
-    p_value=None,
+    bundle=None,
+    previous=None,
+    report=None,
     reward_model="",
     calibration=None,
     arms=(),
-    gates=(),
+    offline_gates=(),
     release=None,
     other_releases=(),
     triggers=(),
     learning=(),
-    canary=collect_brief_input(Path("/nonexistent/run")).canary,
 )
 
 
@@ -189,7 +194,7 @@ def test_an_unmeasured_run_shows_no_number_at_all(locale: LocaleName):
 
 
 def test_an_unmeasured_run_is_still_a_whole_brief(empty: BriefInput, tmp_path: Path):
-    paths = write_brief(empty, tmp_path)
+    paths = written_to(tmp_path, empty)
     assert set(paths) == set(LOCALES)
     assert "not measured" in paths["en-US"][1].read_text()
 
@@ -204,7 +209,7 @@ def test_no_section_is_optional(brief: BriefInput, name: str):
     gone = {key: section for key, section in view.sections.items() if key != name}
     with pytest.raises(StageRefusedError, match=f"{name}; no section is optional"):
         check_sections(replace(view, sections=gone))
-    blank = Section(id=name, title="", tables=(Table(headers=("a",), rows=()),), lines=("  ",))
+    blank = Section(title="", tables=((("a",),),), lines=("  ",))
     with pytest.raises(StageRefusedError, match=name):
         check_sections(replace(view, sections={**view.sections, name: blank}))
 
@@ -212,7 +217,7 @@ def test_no_section_is_optional(brief: BriefInput, name: str):
 def test_performance_and_control_are_separate_sections(brief: BriefInput):
     sections = view_of(brief, Phrasebook("en-US")).sections
     assert len(sections["tested"].tables) == 2
-    assert len(sections["gates"].tables[0].rows) == 9
+    assert len(sections["gates"].tables[0][1:]) == 9
     assert "0.42" in sections["rollback"].lines[0]
 
 
@@ -223,11 +228,13 @@ def test_simulated_annotators_are_disclosed(locale: LocaleName):
 
 
 def test_a_planted_change_appears(brief: BriefInput):
-    planted = replace(brief, changes=(ChangeRow(member="tool_set", before="tools-8", after="tools-9"),), unchanged=())
+    assert brief.bundle is not None
+    old, new = component_of("tools-8", "eight"), component_of("tools-9", "nine")
+    planted = replace(brief, bundle=replace(brief.bundle, tool_set=new), previous=replace(brief.bundle, tool_set=old))
     section = view_of(planted, Phrasebook("en-GB")).sections["changed"]
-    assert section.tables[0].rows == (("tool set", "tools-8", "tools-9"),)
-    assert section.lines == ()
-    none = view_of(replace(brief, changes=()), Phrasebook("en-GB")).sections["changed"]
+    assert section.tables[0][1:] == (("tool set", f"tools-8 ({old.sha256[:8]})", f"tools-9 ({new.sha256[:8]})"),)
+    assert [line.partition(":")[0] for line in section.lines] == ["Unchanged"]
+    none = view_of(replace(brief, previous=brief.bundle), Phrasebook("en-GB")).sections["changed"]
     assert none.lines[0] == "No part changed."
 
 
@@ -267,8 +274,7 @@ def test_an_answer_is_one_line_however_long(brief: BriefInput, locale: LocaleNam
 
 
 def gates_section(brief: BriefInput, result: GateResult, locale: LocaleName = "en-US") -> tuple[str, ...]:
-    shown = replace(brief, gates=(replace(brief.gates[0], result=result),))
-    return view_of(shown, Phrasebook(locale)).sections["gates"].tables[0].rows[0]
+    return view_of(replace(brief, offline_gates=(result,)), Phrasebook(locale)).sections["gates"].tables[0][1]
 
 
 def test_a_verdict_without_known_numbers_keeps_its_recorded_sentence(brief: BriefInput):
@@ -336,7 +342,7 @@ def test_a_longer_page_is_refused(written: dict[LocaleName, tuple[Path, Path]], 
     text = written["fr"][0].read_text()
     with pytest.raises(StageRefusedError, match=rf"one page holds {PAGE_LINES}"):
         check_length(text + "another line\n\n" * PAGE_LINES)
-    too_much = replace(brief, gates=brief.gates * 8)
+    too_much = replace(brief, offline_gates=brief.offline_gates * 18)
     with pytest.raises(StageRefusedError, match="shorten"):
         write_brief(too_much, tmp_path / "report")
     assert not (tmp_path / "report").exists(), "nothing half-written"
@@ -350,7 +356,7 @@ def test_lines_are_counted_as_they_wrap():
 
 def test_what_does_not_fit_is_named_not_dropped(brief: BriefInput):
     sections = view_of(crowded(brief), Phrasebook("en-US")).sections
-    assert len(sections["changed"].tables[0].rows) == 7
+    assert len(sections["changed"].tables[0][1:]) == 7
     assert sections["changed"].lines == ("Also changed: policy checks, spec, code revision, seed.",)
     assert "Also tested: suite_b, suite_c." in sections["tested"].lines
     assert len(sections["rollback"].lines) == 4
@@ -366,7 +372,7 @@ def test_a_crowded_brief_still_fits(brief: BriefInput, locale: LocaleName):
 @pytest.mark.parametrize("is_crowded", [False, True])
 @EACH
 def test_a_browser_prints_exactly_one_page(brief: BriefInput, locale: LocaleName, is_crowded: bool, tmp_path: Path):
-    written, pdf = write_brief(crowded(brief) if is_crowded else brief, tmp_path), tmp_path / "brief.pdf"
+    written, pdf = written_to(tmp_path, crowded(brief) if is_crowded else brief), tmp_path / "brief.pdf"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     options += [f"--user-data-dir={tmp_path / 'profile'}", "--no-pdf-header-footer", f"--print-to-pdf={pdf}"]
     command = [str(CHROMIUM), *options, written[locale][1].as_uri()]
@@ -381,6 +387,8 @@ def test_figures_lie_beside_the_markdown_and_inside_the_html(written: dict[Local
     for locale, (markdown, html) in written.items():
         links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", markdown.read_text())
         assert links == [f"figures/{name}.{locale}.png" for name in ("learning", "intents", "canary")]
+        titles = [strings_of(locale)[f"figure.{name}"] for name in ("learning", "intents", "canary")]
+        assert re.findall(r"!\[([^\]]+)\]", markdown.read_text()) == titles
         assert all((markdown.parent / link).read_bytes().startswith(b"\x89PNG") for link in links)
         assert html.read_text().count("data:image/png;base64,") == 3
         assert "figures/" not in html.read_text()
@@ -406,20 +414,20 @@ def test_recorded_text_cannot_break_the_page(brief: BriefInput):
 def test_pictures_differ_by_what_was_measured(brief: BriefInput):
     book = Phrasebook("en-US")
     full, blank = draw_figures(brief, book), draw_figures(EMPTY, book)
-    assert [figure.name for figure in full] == ["learning", "intents", "canary"]
-    assert all(one.png != other.png for one, other in zip(full, blank, strict=True))
-    assert all(len(figure.png) < 80_000 for figure in full)
+    assert list(full) == ["learning", "intents", "canary"]
+    assert all(full[name] != blank[name] for name in full)
+    assert all(len(png) < 80_000 for png in full.values())
 
 
 def test_pictures_speak_the_readers_language(brief: BriefInput):
     american, french = (draw_figures(brief, Phrasebook(locale)) for locale in ("en-US", "fr"))
-    assert french[0].title == "Apprentissage et KL"
-    assert all(one.png != other.png for one, other in zip(american, french, strict=True))
+    assert all(american[name] != french[name] for name in american)
 
 
 def test_pictures_bear_gaps_and_the_infinite(brief: BriefInput):
-    points = tuple(replace(point, share=None, log10_e_fail=-float("inf")) for point in brief.canary.points)
-    canary = replace(brief.canary, points=points, fail_limit=None)
+    assert brief.release is not None
+    points = tuple(replace(point, share=None, log10_e_fail=-float("inf")) for point in brief.release.points)
+    release = replace(brief.release, points=points, fail_limit=None)
     learning = tuple(replace(point, kl=None) for point in brief.learning)
-    figures = draw_figures(replace(brief, canary=canary, learning=learning), Phrasebook("en-GB"))
-    assert all(figure.png.startswith(b"\x89PNG") for figure in figures)
+    figures = draw_figures(replace(brief, release=release, learning=learning), Phrasebook("en-GB"))
+    assert all(png.startswith(b"\x89PNG") for png in figures.values())

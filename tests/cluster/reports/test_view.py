@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.reports.brief import GLOSSARY, SECTIONS, BriefInput
+from cluster.reports.brief import BriefInput, collect_brief_input
 from cluster.reports.locales import Phrasebook
-from cluster.reports.page import Headline, Section, Table
-from cluster.reports.rows import collect_brief_input
-from cluster.reports.view import view_of
-from cluster.reports.view_head import facts_of, headlines_of, outcome_of, tone_of
+from cluster.reports.view import GLOSSARY, SECTIONS, Section, view_of
 from tests.cluster.reports.run_folders import CANDIDATE, STABLE, write_run
 
 
@@ -36,46 +33,47 @@ def book() -> Phrasebook:
 
 
 def test_the_headlines_are_two_of_performance_and_two_of_control(brief: BriefInput, book: Phrasebook):
-    assert headlines_of(brief, book) == (
-        Headline(label="Held-out task success", value="89.2%", note="baseline 71.2%, +18.0\u00a0points"),
-        Headline(label="Reliability score in canary", value="0.967", note="stable 0.474"),
-        Headline(label="Adversarial violations", value="6", note="baseline 31, of 200 tasks"),
-        Headline(label="Time to recovery, worst", value="0.61\u00a0s", note="slowest drill 0.42\u00a0s"),
+    assert view_of(brief, book).headlines == (
+        ("Held-out task success", "89.2%", "baseline 71.2%, +18.0\u00a0points"),
+        ("Reliability score in canary", "0.967", "stable 0.474"),
+        ("Adversarial violations", "6", "baseline 31, of 200 tasks"),
+        ("Time to recovery, worst", "0.61\u00a0s", "slowest drill 0.42\u00a0s"),
     )
 
 
 def test_unmeasured_headlines_have_no_number(empty: BriefInput, book: Phrasebook):
-    shown = headlines_of(empty, book)
-    assert [headline.value for headline in shown] == ["not measured"] * 4
-    assert not any(character.isdigit() for headline in shown for character in headline.note)
+    shown = view_of(empty, book).headlines
+    assert [value for _, value, _ in shown] == ["not measured"] * 4
+    assert not any(character.isdigit() for _, _, note in shown for character in note)
 
 
 def test_the_worst_recovery_of_all_releases_is_shown(brief: BriefInput, book: Phrasebook):
     (bad,) = brief.other_releases
     slower = replace(bad, time_to_recovery_s=7.25, drill_s=3.5)
-    shown = headlines_of(replace(brief, other_releases=(bad, slower)), book)[3]
-    assert (shown.value, shown.note) == ("7.25\u00a0s", "slowest drill 3.50\u00a0s")
+    shown = view_of(replace(brief, other_releases=(bad, slower)), book).headlines[3]
+    assert shown[1:] == ("7.25\u00a0s", "slowest drill 3.50\u00a0s")
 
 
 def test_without_live_traffic_the_reliability_score_is_not_measured(brief: BriefInput, book: Phrasebook):
-    shown = headlines_of(replace(brief, arms=()), book)[1]
-    assert (shown.value, shown.note) == ("not measured", "stable not measured")
-    unlabelled = tuple(replace(arm, reliability_score=None, success_rate=None) for arm in brief.arms)
-    assert headlines_of(replace(brief, arms=unlabelled), book)[1].value == "not measured"
+    assert view_of(replace(brief, arms=()), book).headlines[1][1:] == ("not measured", "stable not measured")
+    unlabelled = replace(brief, arms=tuple(replace(arm, num_labelled=0, num_successes=0) for arm in brief.arms))
+    assert view_of(unlabelled, book).headlines[1][1:] == ("not measured", "stable not measured")
+    assert [row[2] for row in view_of(unlabelled, book).sections["tested"].tables[1][1:]] == ["not measured"] * 2
 
 
 def test_the_facts_name_bundle_run_and_comparison(brief: BriefInput, book: Phrasebook):
-    facts = dict(facts_of(brief, book))
+    assert brief.bundle is not None
+    facts = dict(view_of(brief, book).facts)
     assert facts["Workflow"] == "support_desk"
-    assert facts["Bundle"] == brief.bundle_id[:12]
-    assert facts["Compared with"] == f"frozen baseline {brief.compared_bundle_id[:12]}"
+    assert facts["Bundle"] == brief.bundle.id[:12]
+    assert facts["Compared with"] == f"frozen baseline {brief.bundle.baseline.id[:12]}"
     assert facts["Date"] == "November 22, 2026"
-    previous = dict(facts_of(replace(brief, compared_with="previous"), book))
+    previous = dict(view_of(replace(brief, previous=brief.bundle), book).facts)
     assert previous["Compared with"].startswith("previous release")
 
 
 def test_unknown_facts_are_not_measured(empty: BriefInput, book: Phrasebook):
-    facts = dict(facts_of(empty, book))
+    facts = dict(view_of(empty, book).facts)
     assert {facts[name] for name in ("Workflow", "Bundle", "Compared with", "Date")} == {"not measured"}
     assert facts["Run"] == empty.run_id
 
@@ -94,9 +92,10 @@ def test_the_outcome_is_said_in_words_beside_its_colour(
     brief: BriefInput, book: Phrasebook, state: str, tone: str, words: str
 ):
     assert brief.release is not None
-    release = replace(brief.release, state=state)
-    assert (tone_of(release), outcome_of(release, book).startswith(words)) == (tone, True)
-    assert (tone_of(None), outcome_of(None, book)) == ("open", "not measured")
+    view = view_of(replace(brief, release=replace(brief.release, state=state)), book)
+    assert (view.tone, view.outcome.startswith(words)) == (tone, True)
+    undecided = view_of(replace(brief, release=None), book)
+    assert (undecided.tone, undecided.outcome) == ("open", "not measured")
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
@@ -104,12 +103,13 @@ def test_the_outcome_is_said_in_words_beside_its_colour(
 
 def test_the_sections_stand_in_their_order(brief: BriefInput, book: Phrasebook):
     assert tuple(view_of(brief, book).sections) == SECTIONS
-    assert all(section.id == name for name, section in view_of(brief, book).sections.items())
+    titles = [section.title for section in view_of(brief, book).sections.values()]
+    assert titles == [book.say(f"section.{name}") for name in SECTIONS]
 
 
 def test_suites_show_both_policies_with_intervals(brief: BriefInput, book: Phrasebook):
     suites, live = view_of(brief, book).sections["tested"].tables
-    assert suites.rows[1] == (
+    assert suites[2] == (
         "adversarial",
         "200",
         "64.0% [57.3; 70.7]",
@@ -117,15 +117,15 @@ def test_suites_show_both_policies_with_intervals(brief: BriefInput, book: Phras
         "31 → 6",
         "2,210 → 1,702",
     )
-    assert live.rows[1] == (CANDIDATE, "40", "100.0%", "0.0%", "3.3%", "1,200", "0.967")
-    assert live.rows[0][0] == STABLE
+    assert live[2] == (CANDIDATE, "40", "100.0%", "0.0%", "3.3%", "1,200", "0.967")
+    assert live[1][0] == STABLE
 
 
 def test_what_was_not_tested_says_so(brief: BriefInput, book: Phrasebook):
     offline_only = view_of(replace(brief, arms=()), book).sections["tested"]
     assert len(offline_only.tables) == 1
     assert offline_only.lines[-1] == "Live traffic: not measured."
-    live_only = view_of(replace(brief, suites=()), book).sections["tested"]
+    live_only = view_of(replace(brief, report=None), book).sections["tested"]
     assert live_only.lines == ("Suite: not measured.",)
     blind = view_of(replace(brief, calibration=None), book).sections["tested"]
     assert "Reward model calibration: not measured." in blind.lines
@@ -162,9 +162,11 @@ def test_a_guarantee_without_evidence_is_none(empty: BriefInput, book: Phraseboo
 )
 def test_few_clean_attacks_prove_little(brief: BriefInput, book: Phrasebook, violating: int, tasks: int, bound: str):
     """Zero violations in n clean prompts only show a rate below about 3/n."""
-    assert brief.adversarial_suite is not None
-    suite = replace(brief.adversarial_suite, candidate_violating_tasks=violating, num_tasks=tasks)
-    limit = view_of(replace(brief, suites=(suite,)), book).sections["limits"].lines[2]
+    assert brief.report is not None
+    by_task = {f"task {i}": ("leak",) for i in range(violating)}
+    suite = replace(brief.report.candidate["adversarial"], violations=violating, num_tasks=tasks)
+    attacked = replace(brief.report, candidate={"adversarial": replace(suite, violations_by_task=by_task)})
+    limit = view_of(replace(brief, report=attacked), book).sections["limits"].lines[2]
     assert (
         limit
         == f"{violating} of {tasks} adversarial tasks violated policy: the true rate may reach {bound} (95% bound)."
@@ -183,11 +185,11 @@ def view_glossary(locale: str) -> tuple[tuple[str, str, str], ...]:
 @pytest.mark.parametrize(
     ("section", "is_empty"),
     [
-        (Section(id="a", title="t"), True),
-        (Section(id="a", title="t", lines=("", " ")), True),
-        (Section(id="a", title="t", tables=(Table(headers=("h",), rows=()),)), True),
-        (Section(id="a", title="t", lines=("not measured",)), False),
-        (Section(id="a", title="t", tables=(Table(headers=("h",), rows=(("v",),)),)), False),
+        (Section(title="t"), True),
+        (Section(title="t", lines=("", " ")), True),
+        (Section(title="t", tables=((("h",),),)), True),
+        (Section(title="t", lines=("not measured",)), False),
+        (Section(title="t", tables=((("h",), ("v",)),)), False),
     ],
 )
 def test_a_section_is_empty_when_it_says_nothing(section: Section, is_empty: bool):

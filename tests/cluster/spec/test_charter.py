@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from cluster.cli.app import app
 from cluster.cli.runs import RunRequest, open_run, record_spec, recorded_spec
 from cluster.pipeline.release import release_plan
-from cluster.plan.changes import compare
+from cluster.plan.estimate import compare
 from cluster.spec.spec import WorkflowSpec, charter_answers, override, parse_spec, spec_to_yaml
 from rl_actors.contracts.errors import BadInputError
 from tests.cluster.pipeline.fakes import make_run

@@ -21,8 +21,7 @@ from cluster.cli.plan import (
     value_text,
 )
 from cluster.cli.runs import RunRequest
-from cluster.plan.changes import Change, Shift, change_alone, compare, explain, quantities, shifts
-from cluster.plan.estimate import plan_run
+from cluster.plan.estimate import Change, Shift, change_alone, compare, explain, plan_run, quantities, shifts
 from cluster.spec.errors import leaf_fields, leaf_paths
 from cluster.spec.knobs import MEANINGS, knob_named, limits_of
 from cluster.spec.spec import WorkflowSpec, load_spec, override

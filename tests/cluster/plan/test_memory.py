@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.plan.model_shape import MIN_PARTITIONED_PARAMS, MIN_SHARDED_PARAMS, zero_stage
+from cluster.plan.memory import MIN_PARTITIONED_PARAMS, MIN_SHARDED_PARAMS, zero_stage
 
 
 @pytest.mark.parametrize(

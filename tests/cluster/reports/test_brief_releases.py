@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cluster.reports.release_rows import ReleaseLog, canary_curve, live_gates, release_row, triggers_of
-from rl_actors.durable.files import ChainedLog
+from cluster.records import RunFolder
+from cluster.reports.brief import ReleaseRow, collect_brief_input, read_release
+from rl_actors.durable.files import ChainedLog, write_json
 from serving.contracts.gates import LiveEvidence
 from serving.contracts.release import Canary, Drilling
 from tests.serving.fakes import RELEASE, Harness, arm_events, good_evidence, harness, make_evidence
@@ -24,8 +28,18 @@ def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
-def log_of(rig: Harness) -> ReleaseLog:
-    return ReleaseLog.read(rig.directory / "release" / "decisions.jsonl")
+def log_path(rig: Harness) -> Path:
+    return rig.directory / "release" / "decisions.jsonl"
+
+
+def row_of(rig: Harness, spec: Mapping[str, Any] = SPEC) -> ReleaseRow:
+    row = read_release(log_path(rig), spec)
+    assert row is not None
+    return row
+
+
+def canary_ticks(rig: Harness) -> list[dict[str, Any]]:
+    return [row for row in ChainedLog(log_path(rig)).rows() if row["state"]["kind"] == "Canary"]
 
 
 def worse(state: Canary) -> LiveEvidence:
@@ -48,7 +62,7 @@ def critical(state: Canary) -> LiveEvidence:
 def test_a_promotion(tmp_path: Path):
     rig = harness(tmp_path)
     rig.controller().run()
-    row = release_row(log_of(rig), SPEC)
+    row = row_of(rig)
     assert (row.release_id, row.stable, row.candidate) == (RELEASE.release_id, RELEASE.stable, RELEASE.candidate)
     assert (row.state, row.decision, row.time_to_recovery_s) == ("Promoted", "Promote", None)
     assert row.shares == (0.05, 0.25)
@@ -60,7 +74,7 @@ def test_a_roll_back_with_its_measured_recovery(tmp_path: Path):
     rig = harness(tmp_path, make=worse)
     rig.platform.ack_delay_s = 1.5
     ended = rig.controller().run()
-    row = release_row(log_of(rig), SPEC)
+    row = row_of(rig)
     assert (row.state, row.decision) == ("RolledBack", "RollBack")
     assert row.deciding_gates == ("task_success_not_worse",)
     assert row.time_to_recovery_s == ended.time_to_recovery_s >= 1.5  # type: ignore[union-attr]
@@ -74,7 +88,7 @@ def test_a_fail_back_after_promotion_counts_as_the_ending(tmp_path: Path):
     rig.controller().roll_back(actor="ada", reason="customers complain")
     rig.platform.ack_delay_s = 0.0
     rig.controller().tick()
-    row = release_row(log_of(rig), SPEC)
+    row = row_of(rig)
     assert (row.state, row.decision, row.deciding_gates) == ("FailedBack", "RollBack", ())
     assert row.reason == "ada: customers complain"
     assert row.time_to_recovery_s is not None
@@ -83,7 +97,7 @@ def test_a_fail_back_after_promotion_counts_as_the_ending(tmp_path: Path):
 def test_a_halt_names_the_broken_comparison(tmp_path: Path):
     rig = harness(tmp_path, make=skewed)
     rig.controller().run()
-    row = release_row(log_of(rig), SPEC)
+    row = row_of(rig)
     assert (row.state, row.decision, row.time_to_recovery_s) == ("Halted", "Halt", None)
     assert "task_success_not_worse" in row.deciding_gates
     assert "sample-ratio mismatch" in row.reason
@@ -93,7 +107,7 @@ def test_a_release_that_has_only_begun(tmp_path: Path):
     rig = harness(tmp_path)
     rig.platform.ack_delay_s = 60.0
     rig.controller().tick()
-    row = release_row(log_of(rig), SPEC)
+    row = row_of(rig)
     assert (row.state, row.decision, row.shares, row.drill_s) == (Drilling.__name__, "Advance", (), None)
 
 
@@ -103,15 +117,15 @@ def test_the_drill_is_the_one_the_gate_saw(tmp_path: Path):
     controller = rig.controller()
     controller.run()
     (drill,) = controller.log.drills()
-    assert release_row(log_of(rig), SPEC).drill_s == pytest.approx(drill.seconds)
+    assert row_of(rig).drill_s == pytest.approx(drill.seconds)
     assert drill.seconds >= 0.8
 
 
 def test_shares_outside_the_spec_are_not_made_up(tmp_path: Path):
     rig = harness(tmp_path)
     rig.controller().run()
-    assert release_row(log_of(rig), {}).shares == ()
-    assert release_row(log_of(rig), {"ramp": [5.0]}).shares == (0.05,)
+    assert row_of(rig, {}).shares == ()
+    assert row_of(rig, {"ramp": [5.0]}).shares == (0.05,)
 
 
 # --- gates, triggers, evidence ----------------------------------------------------------------------------------------
@@ -120,32 +134,35 @@ def test_shares_outside_the_spec_are_not_made_up(tmp_path: Path):
 def test_live_gates_are_those_of_the_last_canary_tick(tmp_path: Path):
     rig = harness(tmp_path)
     rig.controller().run()
-    log = log_of(rig)
-    shown = {row.result.gate: row.result for row in live_gates(log)}
-    recorded = {result["gate"]: result for result in log.canary_rows[-1]["evidence"]}
+    shown = {result.gate: result for result in row_of(rig).gates}
+    recorded = {result["gate"]: result for result in canary_ticks(rig)[-1]["evidence"]}
     assert set(shown) == set(recorded) - {"candidate_healthy", "enough_traffic"}
     for gate, result in shown.items():
         assert dict(result.evidence) == recorded[gate]["evidence"]
         assert (result.verdict, result.reason) == (recorded[gate]["verdict"], recorded[gate]["reason"])
-    assert list(live_gates(None)) == []
 
 
 def test_triggers_are_armed_gates_and_stop_rules_without_repeats(tmp_path: Path):
     rig = harness(tmp_path)
     rig.controller().run()
-    triggers = triggers_of([log_of(rig), log_of(rig)], SPEC)
+    run = rig.directory
+    shutil.copytree(run / "release", run / "release-2")
+    write_json(RunFolder(root=run).spec, {"release": SPEC})
+    triggers = collect_brief_input(run).triggers
     assert triggers[:2] == ("no_safety_regression", "rollback_under_5_minutes")
     assert len(triggers) == len(set(triggers)) == 6
-    assert triggers_of([], SPEC) == triggers[:2]
-    assert triggers_of([], {}) == ()
+    for name in ("release", "release-2"):
+        shutil.rmtree(run / name)
+    assert collect_brief_input(run).triggers == triggers[:2]
+    RunFolder(root=run).spec.unlink()
+    assert collect_brief_input(run).triggers == ()
 
 
 def test_the_curve_is_the_event_test_the_decision_used(tmp_path: Path):
     rig = harness(tmp_path, make=worse)
     rig.controller().run()
-    log = log_of(rig)
-    curve = canary_curve(log, SPEC)
-    (row,) = [r for r in log.canary_rows if r["decision"] == "RollBack"]
+    curve = row_of(rig)
+    (row,) = [r for r in canary_ticks(rig) if r["decision"] == "RollBack"]
     (evidence,) = [r["evidence"] for r in row["evidence"] if r["gate"] == "task_success_not_worse"]
     assert curve.points[-1].log10_e_fail == pytest.approx(math.log10(evidence["e_fail"]))
     assert curve.points[-1].log10_e_pass == pytest.approx(math.log10(evidence["e_pass"]))
@@ -159,34 +176,32 @@ def test_a_tick_without_an_event_test_is_no_point(tmp_path: Path):
     """A critical violation rolls back before any statistics: there is nothing to draw."""
     rig = harness(tmp_path, make=critical)
     rig.controller().run()
-    log = log_of(rig)
-    assert log.canary_rows
-    assert canary_curve(log, SPEC).points == ()
-    assert canary_curve(None, {}).pass_limit is None
+    assert canary_ticks(rig)
+    assert row_of(rig).points == ()
+    assert row_of(rig, {}).pass_limit is None
 
 
 def test_infinite_and_zero_evidence_survive_json(tmp_path: Path):
     rig = harness(tmp_path)
     rig.controller().run()
-    path = rig.directory / "release" / "decisions.jsonl"
+    path = log_path(rig)
     rows = ChainedLog(path).rows()
     for row in rows:
         for result in row["evidence"]:
             if result["gate"] == "task_success_not_worse":
                 result["evidence"] |= {"e_fail": "inf", "e_pass": 0.0}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    points = canary_curve(ReleaseLog.read(path), SPEC).points
+    points = row_of(rig).points
     assert {(point.log10_e_fail, point.log10_e_pass) for point in points} == {(math.inf, -math.inf)}
 
 
 def test_time_starts_with_the_first_evidence(tmp_path: Path):
     rig = harness(tmp_path)
     rig.controller().run()
-    minutes = [point.minutes for point in canary_curve(log_of(rig), SPEC).points]
+    minutes = [point.minutes for point in row_of(rig).points]
     assert minutes[0] == 0.0
     assert minutes == sorted(minutes)
 
 
-def test_an_empty_log_names_no_policies(tmp_path: Path):
-    log = ReleaseLog.read(tmp_path / "none.jsonl")
-    assert (log.stable, log.candidate, log.canary_rows, list(live_gates(log))) == ("", "", [], [])
+def test_an_empty_log_is_no_release(tmp_path: Path):
+    assert read_release(tmp_path / "none.jsonl", SPEC) is None

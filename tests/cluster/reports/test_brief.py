@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.reports.brief import BriefInput, main_suite
-from cluster.reports.rows import _named, collect_brief_input, find_report
+from cluster.records.bundle import Component
+from cluster.reports.brief import BriefInput, collect_brief_input, find_report, main_suite
+from cluster.reports.locales import Phrasebook
+from cluster.reports.view import _component, _reliability, view_of, violating_tasks
 from rl_actors.contracts.errors import BadInputError, TamperedError
 from rl_actors.durable.codec import encode
 from rl_actors.durable.files import write_json
@@ -40,12 +42,14 @@ def brief(tmp_path: Path) -> BriefInput:
 
 
 def test_what_changed_is_the_difference_to_the_baseline_bundle(brief: BriefInput):
-    (change,) = brief.changes or ()
-    assert change.member == "policy"
-    assert change.before.startswith(STABLE)
-    assert change.after.startswith(CANDIDATE)
-    assert (brief.bundle_id, brief.compared_bundle_id) == (bundle().id, bundle().baseline.id)
-    assert len(brief.unchanged) == len(NAMES) - 1
+    assert (brief.bundle, brief.previous) == (bundle(), None)
+    changed = view_of(brief, Phrasebook("en-US")).sections["changed"]
+    (_, (member, before, after)) = changed.tables[0]
+    assert member == "policy"
+    assert before.startswith(STABLE)
+    assert after.startswith(CANDIDATE)
+    (unchanged,) = changed.lines
+    assert len(unchanged.split(", ")) == len(NAMES) - 1
 
 
 def test_a_previous_bundle_takes_the_baselines_place(run: Path):
@@ -56,8 +60,9 @@ def test_a_previous_bundle_takes_the_baselines_place(run: Path):
     before = replace(bundle(), tool_set=component_of("tools-8", "eight tools"), seed=component_of("7", 7))
     before.write(run / "bundle.previous.json")
     brief = collect_brief_input(run)
-    assert brief.compared_with == "previous"
-    assert [change.member for change in brief.changes or ()] == ["tool_set", "seed"]
+    assert brief.previous == before
+    changed = view_of(brief, Phrasebook("en-US")).sections["changed"]
+    assert [row[0] for row in changed.tables[0][1:]] == ["tool set", "seed"]
 
 
 @pytest.mark.parametrize(
@@ -70,20 +75,28 @@ def test_a_previous_bundle_takes_the_baselines_place(run: Path):
     ],
 )
 def test_two_contents_never_look_alike_however_long_their_names(version: str, shown: str):
-    assert _named(version, "aaaabbbb" * 8) == shown
+    assert _component(Component(version=version, sha256="aaaabbbb" * 8), Phrasebook("en-US")) == shown
     assert len(shown) <= 28, "a row of changes is one line"
 
 
 def test_what_was_tested_equals_the_evaluation(brief: BriefInput):
     expected = report()
-    assert [row.suite for row in brief.suites] == ["capability", "adversarial", "frozen"]
-    for row in brief.suites:
-        assert row.candidate == expected.candidate[row.suite].success
-        assert row.baseline == expected.baseline[row.suite].success
-        assert row.candidate_cost == expected.candidate[row.suite].cost_per_success
-    assert (brief.success_gain, brief.p_value) == (expected.success_gain, expected.p_value)
-    assert brief.main_suite == brief.suites[0]
-    assert brief.adversarial_suite == brief.suites[1]
+    assert list(brief.suites) == ["capability", "adversarial", "frozen"]
+    for name, pair in brief.suites.items():
+        assert pair == (expected.baseline[name], expected.candidate[name])
+    assert brief.report == expected
+    assert brief.main_suite == brief.suites["capability"]
+
+
+def test_a_suite_that_only_one_policy_took_is_not_compared(run: Path):
+    path = run / "eval" / "candidate.json"
+    data = json.loads(path.read_text())
+    del data["baseline"]["capability"]
+    path.write_text(json.dumps(data))
+    brief = collect_brief_input(run)
+    assert list(brief.suites) == ["adversarial", "frozen"]
+    assert brief.main_suite == brief.suites["frozen"]
+    assert brief.intents == [], "the intents of capability have no baseline"
 
 
 def test_a_task_with_two_violations_is_one_violating_task(run: Path):
@@ -91,9 +104,8 @@ def test_a_task_with_two_violations_is_one_violating_task(run: Path):
     data = json.loads(path.read_text())
     data["candidate"]["adversarial"]["violations_by_task"] = {"a": ["refund", "leak"], "b": [], "c": ["leak"]}
     path.write_text(json.dumps(data))
-    suite = collect_brief_input(run).adversarial_suite
-    assert suite is not None
-    assert (suite.candidate_violations, suite.candidate_violating_tasks) == (6, 2)
+    _, suite = collect_brief_input(run).suites["adversarial"]
+    assert (suite.violations, violating_tasks(suite)) == (6, 2)
 
 
 def test_the_report_is_chosen_by_the_policy_it_is_about(run: Path):
@@ -107,11 +119,11 @@ def test_the_report_is_chosen_by_the_policy_it_is_about(run: Path):
 
 
 def test_gates_come_from_the_journal_and_the_last_canary_tick(brief: BriefInput):
-    offline = [row.result.gate for row in brief.gates if row.phase == "offline"]
-    canary = [row.result.gate for row in brief.gates if row.phase == "canary"]
-    assert offline == [rule for rule in RULES if rule != "rollback_under_5_minutes"]
-    assert canary == list(RULES)
-    assert {row.result.verdict for row in brief.gates} == {"pass"}
+    assert brief.release is not None
+    canary = brief.release.gates
+    assert [result.gate for result in brief.offline_gates] == [r for r in RULES if r != "rollback_under_5_minutes"]
+    assert [result.gate for result in canary] == list(RULES)
+    assert {result.verdict for result in (*brief.offline_gates, *canary)} == {"pass"}
 
 
 def test_gates_may_be_wrapped_in_an_object(run: Path):
@@ -121,8 +133,8 @@ def test_gates_may_be_wrapped_in_an_object(run: Path):
     (run / "journal.jsonl").unlink()
     journal = Journal(run / "journal.jsonl", clock=lambda: START)
     journal.run_stage("offline_gates", {}, lambda: {"results": [encode(gate("x", "fail", n=1))]}, dict)
-    (row,) = [row for row in collect_brief_input(run).gates if row.phase == "offline"]
-    assert (row.result.gate, row.result.verdict) == ("x", "fail")
+    (result,) = collect_brief_input(run).offline_gates
+    assert (result.gate, result.verdict) == ("x", "fail")
 
 
 def test_the_decision_and_its_evidence(brief: BriefInput):
@@ -151,10 +163,11 @@ def test_triggers_are_what_was_armed(brief: BriefInput):
 
 def test_live_arms_equal_the_ledger(brief: BriefInput):
     stable, candidate = brief.arms
-    assert (stable.policy, stable.num_runs, candidate.policy, candidate.num_runs) == (STABLE, 200, CANDIDATE, 40)
+    assert (stable.policy_version, candidate.policy_version) == (STABLE, CANDIDATE)
+    assert (stable.num_runs, candidate.num_runs) == (200, 40)
     assert candidate.success_rate == 1.0
-    expected = stable.success_rate * (1 - stable.human_override_rate) * (1 - stable.tool_error_rate)  # type: ignore[operator]
-    assert stable.reliability_score == pytest.approx(expected)
+    expected = stable.success_rate * (1 - stable.human_override_rate) * (1 - stable.tool_error_rate)
+    assert _reliability(stable) == pytest.approx(expected)
     assert stable.cost_per_success == pytest.approx(1200 * 200 / 120)
 
 
@@ -174,7 +187,9 @@ def test_a_ppo_row_without_kl_still_draws_success(run: Path):
 
 
 def test_canary_evidence_over_time(brief: BriefInput):
-    points, curve = brief.canary.points, brief.canary
+    curve = brief.release
+    assert curve is not None
+    points = curve.points
     assert len(points) == 9
     assert points[0].minutes == 0.0
     assert points[-1].minutes == pytest.approx(160 / 60)
@@ -186,11 +201,10 @@ def test_canary_evidence_over_time(brief: BriefInput):
 
 def test_an_empty_folder_measures_nothing(tmp_path: Path):
     brief = collect_brief_input(tmp_path, ledger=tmp_path / "absent.sqlite")
-    assert brief.changes is None
-    assert (brief.suites, brief.gates, brief.arms, brief.releases, brief.learning) == ((), (), (), (), ())
-    assert (brief.release, brief.success_gain, brief.written_at, brief.calibration) == (None, None, None, None)
-    assert brief.main_suite is None
-    assert (brief.canary.points, brief.canary.fail_limit) == ((), None)
+    assert (brief.bundle, brief.previous) == (None, None)
+    assert (brief.suites, brief.intents, brief.main_suite) == ({}, [], None)
+    assert (brief.offline_gates, brief.arms, brief.releases, brief.learning) == ((), (), (), ())
+    assert (brief.release, brief.report, brief.written_at, brief.calibration) == (None, None, None, None)
     assert not (tmp_path / "absent.sqlite").exists(), "reading a ledger must not create one"
 
 
@@ -240,22 +254,22 @@ def test_the_suite_of_ordinary_work(names: list[str], found: str):
 
 
 def test_the_charter_is_the_specs_and_the_rate_this_releases_own(brief: BriefInput):
-    assert brief.charter.workload.startswith("order support tickets")
-    assert brief.charter.constraints == CONSTRAINTS
-    assert brief.charter.tickets_per_s == pytest.approx(1380 / 180.4), "not the drill's 77 tickets"
+    assert brief.workload.startswith("order support tickets")
+    assert brief.constraints == CONSTRAINTS
+    assert brief.tickets_per_s == pytest.approx(1380 / 180.4), "not the drill's 77 tickets"
 
 
 def test_without_a_release_or_its_row_no_rate_is_made_up(run: Path):
     rows = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
     others = [row for row in rows if row["stage"] != "canary"]
     (run / "journal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
-    assert collect_brief_input(run).charter.tickets_per_s is None
+    assert collect_brief_input(run).tickets_per_s is None
     for log in run.glob("release*/**/decisions.jsonl"):
         log.unlink()
-    assert collect_brief_input(run).charter.tickets_per_s is None
+    assert collect_brief_input(run).tickets_per_s is None
 
 
 def test_a_run_from_before_the_charter_has_no_answers(run: Path):
     edit_json(run / "spec.resolved.json", charter={}, workflow={"name": "support_desk"})
-    charter = collect_brief_input(run).charter
-    assert (charter.workload, charter.constraints, charter.rollback_path) == ("", "", "")
+    brief = collect_brief_input(run)
+    assert (brief.workload, brief.constraints, brief.rollback_path) == ("", "", "")
