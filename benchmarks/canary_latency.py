@@ -33,13 +33,13 @@ from record import write_results
 from rich.console import Console
 from rich.table import Table
 
-from cluster.pipeline import Run, Silent, gateway_config, platform_config, read_tasks
+from cluster.pipeline import gateway_config, platform_config, read_tasks
 from cluster.plan import place
 from cluster.ray_cluster import connected
 from cluster.records import Journal, RunFolder
 from cluster.simulation import TicketBook, TrafficConfig, TrafficDriver, run_traffic
 from cluster.spec import WorkflowSpec, load_spec
-from cluster.workflows import find_workflow, locate_workflow
+from cluster.workflows import find_workflow
 from rl_actors.contracts import DataSnapshot, PolicyVersion, Task
 from rl_actors.durable import decode
 from serving.gates import quantile
@@ -92,17 +92,13 @@ class Site:
         stable, other = (decode(PolicyVersion, outputs[name]) for name in ("sft", candidate))
         folder = RunFolder(root=home / "runs" / "canary-latency")
         folder.root.mkdir(parents=True)
-        name = spec.workflow.name
-        self._run = Run(
-            spec=spec, folder=folder, home=home, watch=Silent(), journal=Journal(folder.journal),
-            workflow_ref=locate_workflow(name), workflow=find_workflow(name), placement=place(spec),
-        )  # fmt: skip
-        self.config = replace(gateway_config(self._run), critic_application="", stale_after_s=3600.0)
+        self._folder, self._workflow = folder, find_workflow(spec.workflow.name)
+        self.config = replace(gateway_config(spec, folder), critic_application="", stale_after_s=3600.0)
         live = read_tasks(snapshot, "live")
         Path(self.config.root).mkdir()
-        self._run.workflow.build_live_database(live, self.config.live_world["database"])
+        self._workflow.build_live_database(live, self.config.live_world["database"])
         self._tickets: Iterator[Task] = iter(live)
-        self.platform = ServePlatform(self.config, platform_config(self._run))
+        self.platform = ServePlatform(self.config, platform_config(spec))
         self._splits = SplitStore(self.config.files.split)
         self.platform.start(served("stable", stable), served("candidate", other))
         self._rounds = 0
@@ -129,9 +125,9 @@ class Site:
             url=self.platform.url, live_world=self.config.live_world, run_name=f"r{self._rounds}",
             concurrency=concurrency,
         )  # fmt: skip
-        with closing(TicketBook(self._run.folder.root / f"tickets-{self._rounds}.jsonl")) as book:
-            driver = TrafficDriver(self._run.workflow, config, book)
-            return run_traffic(driver, list(islice(self._tickets, count))).seconds
+        book = TicketBook(self._folder.root / f"tickets-{self._rounds}.jsonl")
+        driver = TrafficDriver(self._workflow, config, book)
+        return run_traffic(driver, list(islice(self._tickets, count))).seconds
 
 
 def served(version: str, policy: PolicyVersion) -> ServedPolicy:

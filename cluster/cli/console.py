@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from cluster.records import ReleaseLine, RunSummary, SuiteLine
+from cluster.records import ReleaseOutcome, RunSummary
+from rl_actors.contracts import SuiteResult
 
 LINE_EVERY_S: Final = 2.0
 
@@ -221,22 +222,22 @@ def _trained(summary: RunSummary) -> Table:
     return table
 
 
-def _tested(suites: Sequence[SuiteLine]) -> Table:
+def _tested(suites: Sequence[tuple[SuiteResult, SuiteResult]]) -> Table:
     columns = {"suite": "<", "baseline": ">", "candidate": ">", "gain": ">", "violations": ">"}
     table = _table("What was tested: success and violations", columns)
-    for suite in suites:
-        gain = suite.candidate_success - suite.baseline_success
+    for baseline, candidate in suites:
+        gain = candidate.success.mean - baseline.success.mean
         table.add_row(
-            suite.suite,
-            f"{100 * suite.baseline_success:.1f} %",
-            f"{100 * suite.candidate_success:.1f} %",
+            baseline.suite,
+            f"{100 * baseline.success.mean:.1f} %",
+            f"{100 * candidate.success.mean:.1f} %",
             Text(f"{100 * gain:+.1f} pt", style="green" if gain > 0 else "red" if gain < 0 else ""),
-            f"{suite.baseline_violations} -> {suite.candidate_violations}",
+            f"{baseline.violations} -> {candidate.violations}",
         )
     return table
 
 
-def _decided(releases: Sequence[ReleaseLine]) -> Table:
+def _decided(releases: Sequence[ReleaseOutcome]) -> Table:
     columns = {"candidate": "<", "decision": "<", "canary runs": ">", "share": ">", "recovery": ">"}
     table = _table("What was decided", columns)
     for line in releases:
@@ -247,7 +248,7 @@ def _decided(releases: Sequence[ReleaseLine]) -> Table:
     return table
 
 
-def _reasons(releases: Sequence[ReleaseLine]) -> list[Text]:
+def _reasons(releases: Sequence[ReleaseOutcome]) -> list[Text]:
     """Below the table, not in it: a reason is a sentence, and a narrow column breaks it into words."""
     return [Text(f"  {line.candidate} {_spoken(line.outcome)}: {line.reason}") for line in releases]
 

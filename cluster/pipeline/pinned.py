@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from cluster.pipeline import training
-from cluster.pipeline.run import Run, make_read_only
-from cluster.registry import BASELINE, REWARD_MODEL, ModelEntry, Pins, Registry, resolve_pins
+from cluster.records import CALIBRATION_FILE, freeze, fresh, read_calibration, require_calibrated
+from cluster.registry import BASELINE, REWARD_MODEL, ModelVersion, Pins, RegisteredVersions, resolve_pins
+from cluster.spec import WorkflowSpec
 from rl_actors.contracts import (
     BadInputError,
     Calibration,
-    DataSnapshot,
     InfrastructureError,
     PolicyVersion,
     RewardModelVersion,
@@ -28,111 +29,117 @@ from rl_actors.durable import sha256_directory, sha256_file
 _TOKENIZER: Final = "tokenizer.json"
 
 
-def resolve(run: Run, registry: Registry) -> Pins:
+def resolve(spec: WorkflowSpec, finished: Collection[str], versions: RegisteredVersions) -> Pins:
     """Look up what the spec pins, and refuse before any stage what a stage would refuse later.
+
+    Of a `finished` stage nothing is asked: from then on the journal vouches for the run's own copy.
 
     Raises:
         BadInputError: a version that is unknown, gone, of another kind, too short, or of another tokenizer.
         StageRefusedError: a reward model whose stored calibration is worse than the spec allows, or missing.
         TamperedError: a version that is not what was registered.
     """
-    pins = resolve_pins(run.spec.workflow, registry.versions)
-    adopted = {record.stage for record in run.journal.records}  # from then on the journal vouches for the copy
-    if pins.baseline and "sft" not in adopted:
-        require_registered(registered_directory(BASELINE, pins.baseline), pins.baseline)
-        require_long_enough(pins.baseline, run.spec.model.max_length)
-    if pins.reward_model and "reward_model" not in adopted:
-        require_registered(registered_directory(REWARD_MODEL, pins.reward_model), pins.reward_model)
-        accepted_calibration(run, pins.reward_model, Path(pins.reward_model.path))
-        if pins.baseline and "sft" not in adopted:
-            require_same_tokenizer(pins.reward_model, Path(pins.reward_model.path), Path(pins.baseline.path))
+    pins = resolve_pins(spec.workflow, versions)
+    baseline = pins.baseline if "sft" not in finished else None
+    if baseline:
+        require_registered(registered_directory(BASELINE, baseline), baseline)
+        require_long_enough(baseline, spec.model.max_length)
+    if pins.reward_model and "reward_model" not in finished:
+        directory = registered_directory(REWARD_MODEL, pins.reward_model)
+        require_registered(directory, pins.reward_model)
+        accepted_calibration(spec, pins.reward_model, directory)
+        if baseline:
+            require_same_tokenizer(pins.reward_model, directory, Path(baseline.path))
     return pins
 
 
-def detail(pin: ModelEntry | None, training_detail: str) -> str:
+def detail(pin: ModelVersion | None, training_detail: str) -> str:
     """Return what a stage that trains, or adopts a version instead, tells the person who watches."""
     return f"{pin.name}: pinned, not trained" if pin else training_detail
 
 
-def baseline_of(run: Run, pins: Pins, snapshot: DataSnapshot, base: PolicyVersion) -> PolicyVersion:
+def baseline_of(
+    pins: Pins, base: PolicyVersion, directory: Path, note: Callable[[str], None], train: Callable[[], PolicyVersion]
+) -> PolicyVersion:
     """Return the frozen baseline: the version the spec pins, or one trained from the base model."""
-    entry, reward = pins.baseline, pins.reward_model
-    if entry is None:
+    pin, reward = pins.baseline, pins.reward_model
+    if pin is None:
         if reward is not None:  # a trained baseline will have the base model's tokenizer
             require_same_tokenizer(reward, registered_directory(REWARD_MODEL, reward), Path(base.path))
-        return training.train_baseline(run, snapshot, base)
-    if not entry.parent_sha256:
-        run.watch.note(f"{entry.name} was registered without its base model; the bundle names this run's")
-    path = str(adopt(run, BASELINE, entry, "models/sft"))
-    return PolicyVersion(name=entry.name, kind="sft", path=path, sha256=entry.sha256, parent_sha256=entry.parent_sha256)
+        return train()
+    if not pin.parent_sha256:
+        note(f"{pin.name} was registered without its base model; the bundle names this run's")
+    return replace(pin, path=str(adopt(BASELINE, pin, directory)))
 
 
-def reward_model_of(run: Run, pins: Pins, baseline: PolicyVersion, ranked: DataSnapshot) -> RewardModelVersion:
+def reward_model_of(
+    spec: WorkflowSpec,
+    pin: RewardModelVersion | None,
+    baseline: PolicyVersion,
+    directory: Path,
+    train: Callable[[], RewardModelVersion],
+) -> RewardModelVersion:
     """Return the reward model: the version the spec pins, or one trained on the ranked rollouts of the baseline.
 
     Raises:
         BadInputError: its tokenizer is not the baseline's, or its directory is gone.
         StageRefusedError: it is not calibrated.
     """
-    entry = pins.reward_model
-    if entry is None:
-        return training.train_reward_model(run, baseline, ranked)
-    directory = adopt(run, REWARD_MODEL, entry, "models/reward")
-    calibration = accepted_calibration(run, entry, directory)
-    require_same_tokenizer(entry, directory, Path(baseline.path))
-    return RewardModelVersion(name=entry.name, path=str(directory), sha256=entry.sha256, calibration=calibration)
+    if pin is None:
+        return train()
+    adopt(REWARD_MODEL, pin, directory)
+    calibration = accepted_calibration(spec, pin, directory)
+    require_same_tokenizer(pin, directory, Path(baseline.path))
+    return replace(pin, path=str(directory), calibration=calibration)
 
 
-def adopt(run: Run, field: str, entry: ModelEntry, name: str) -> Path:
-    """Copy a registered version into the run as `name`, read-only; nothing is there before the copy is proved.
-
-    The copy comes first: the version may be the very one that this run left at `name`.
-    """
-    source = registered_directory(field, entry)
-    copy = run.fresh(f"{name}.pinned")
+def adopt(field: str, pin: ModelVersion, directory: Path) -> Path:
+    """Copy a registered version to `directory`, read-only; nothing is there before the copy is proved."""
+    source = registered_directory(field, pin)
+    # Beside it first: the version may be the very one that this run left at `directory`.
+    copy = fresh(directory.with_name(f"{directory.name}.pinned"))
     try:
         shutil.copytree(source, copy, dirs_exist_ok=True)
     except OSError as error:
-        raise InfrastructureError(f"{entry.name}: {source} cannot be copied to {copy}: {error}; free space") from error
-    require_registered(copy, entry)
-    make_read_only(copy)
-    return copy.replace(run.fresh(name))
+        raise InfrastructureError(f"{pin.name}: {source} cannot be copied to {copy}: {error}; free space") from error
+    require_registered(copy, pin)
+    freeze(copy)
+    return copy.replace(fresh(directory))
 
 
-def registered_directory(field: str, entry: ModelEntry) -> Path:
+def registered_directory(field: str, pin: ModelVersion) -> Path:
     """Return where a version's weights lie. Raises BadInputError when they are gone."""
-    path = Path(entry.path)
+    path = Path(pin.path)
     if not path.is_dir():
         remedy = f"its weights are gone from {path}; restore that directory, or give a name without hash to train one"
-        raise BadInputError(field, entry.name, remedy)
+        raise BadInputError(field, pin.name, remedy)
     return path
 
 
-def require_registered(directory: Path, entry: ModelEntry) -> None:
+def require_registered(directory: Path, pin: ModelVersion) -> None:
     """Prove that a directory holds what was registered. Raises TamperedError."""
     found = sha256_directory(directory)
-    if found != entry.sha256:
+    if found != pin.sha256:
         raise TamperedError(
-            f"{entry.path}: sha256 is {found[:16]}, {entry.name} was registered with {entry.sha256[:16]}; "
+            f"{pin.path}: sha256 is {found[:16]}, {pin.name} was registered with {pin.sha256[:16]}; "
             "restore it or pin another version"
         )
 
 
-def accepted_calibration(run: Run, entry: ModelEntry, directory: Path) -> Calibration:
+def accepted_calibration(spec: WorkflowSpec, pin: RewardModelVersion, directory: Path) -> Calibration:
     """Return a reward model's stored calibration, which the spec's limits must allow. Raises StageRefusedError."""
-    limits = run.spec.reward
     try:
-        calibration = training.read_calibration(directory)
+        calibration = read_calibration(directory)
     except (OSError, ValueError, TypeError) as error:
         raise StageRefusedError(
-            f"reward model {entry.name} is uncalibrated: no {training.CALIBRATION_FILE} to believe in {entry.path} "
+            f"reward model {pin.name} is uncalibrated: no {CALIBRATION_FILE} to believe in {pin.path} "
             f"({type(error).__name__}); pin a calibrated version, or give a name without hash to train one"
         ) from error
-    training.require_calibrated(calibration, max_ece=limits.max_ece, min_pair_accuracy=limits.min_pair_accuracy)
+    require_calibrated(calibration, max_ece=spec.reward.max_ece, min_pair_accuracy=spec.reward.min_pair_accuracy)
     return calibration
 
 
-def require_same_tokenizer(entry: ModelEntry, directory: Path, other: Path) -> None:
+def require_same_tokenizer(pin: RewardModelVersion, directory: Path, other: Path) -> None:
     """Refuse a reward model whose token ids mean something else to the baseline. Raises BadInputError."""
     files = (directory / _TOKENIZER, other / _TOKENIZER)
     if not all(file.is_file() for file in files) or sha256_file(files[0]) != sha256_file(files[1]):
@@ -140,14 +147,14 @@ def require_same_tokenizer(entry: ModelEntry, directory: Path, other: Path) -> N
             f"its {_TOKENIZER} is not the baseline's ({other}), so it would score other texts than it reads; "
             "pin the baseline it was trained on, or give a name without hash to train one"
         )
-        raise BadInputError(REWARD_MODEL, entry.name, remedy)
+        raise BadInputError(REWARD_MODEL, pin.name, remedy)
 
 
-def require_long_enough(entry: ModelEntry, max_length: int) -> None:
+def require_long_enough(pin: PolicyVersion, max_length: int) -> None:
     """Refuse a baseline that cannot read a whole rollout; a model that names no limit has none."""
-    file = Path(entry.path) / "config.json"
+    file = Path(pin.path) / "config.json"
     config = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
     limit = config.get("max_position_embeddings", max_length)
     if limit < max_length:
         remedy = f"reads at most {limit} tokens, model.max_length is {max_length}; lower that, or pin another version"
-        raise BadInputError(BASELINE, entry.name, remedy)
+        raise BadInputError(BASELINE, pin.name, remedy)

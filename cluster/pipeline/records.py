@@ -1,161 +1,112 @@
-"""What the learning stages hand on to evaluation, release and records.
-
-What a run leaves behind for others: bundle, registry entries, traces, briefs and the summary.
-"""
+"""What a run leaves behind for others: bundle, registry entries, traces, briefs and the summary."""
 
 from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from cluster.pipeline.evaluation import read_suites
-from cluster.pipeline.release import ReleaseResult
-from cluster.pipeline.run import Run
+from cluster.pipeline.run import Learned, Run
 from cluster.records import (
     Bundle,
     Component,
-    ReleaseLine,
+    ReleaseOutcome,
     RunPaths,
     RunSummary,
-    SuiteLine,
     TrainedLine,
     build_bundle,
     chain_heads,
     code_component,
     component_of,
     head_tags,
+    seatrial_home,
 )
-from cluster.registry import NO_PINS, ModelEntry, Pins, Registry, StageLog, sampled_traces, store_of
-from rl_actors.contracts import (
-    DataSnapshot,
-    EvalReport,
-    InfrastructureError,
-    PolicyVersion,
-    RewardModelVersion,
-    SeatrialError,
-)
+from cluster.registry import ModelVersion, Registry, StageLinks, StageLog, sampled_traces, store_of
+from cluster.spec import WorkflowSpec
+from cluster.workflows import locate_workflow
+from rl_actors.contracts import EvalReport, InfrastructureError, PolicyVersion, SeatrialError
 from rl_actors.durable import read_metrics, sha256_file
+from rl_actors.environment import Workflow
+from rl_actors.evaluation import Suite
 from serving.store import ReleaseFiles, RequestLedger, read_traces
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Learned:
-    """The frozen results of stages 1 to 4, each with its hash."""
-
-    snapshot: DataSnapshot
-    base: PolicyVersion
-    baseline: PolicyVersion
-    reward_model: RewardModelVersion
-    candidate: PolicyVersion
-    pins: Pins = NO_PINS
-
-    @property
-    def trained(self) -> tuple[PolicyVersion | RewardModelVersion, ...]:
-        """The results of this run's training, in the order they were made; a pinned version is none."""
-        baseline = () if self.pins.baseline else (self.baseline,)
-        reward_model = () if self.pins.reward_model else (self.reward_model,)
-        return (*baseline, *reward_model, self.candidate)
-
 
 NUM_MIRRORED_TRACES: Final = 40
 
 
-def make_bundle(
-    run: Run,
-    snapshot: DataSnapshot,
-    base: PolicyVersion,
-    baseline: PolicyVersion,
-    reward_model: RewardModelVersion,
-    policy: PolicyVersion,
-) -> Bundle:
-    """Freeze everything a release of `policy` stands on."""
-    tools = importlib.import_module(run.workflow.tools_module).WORLD.tools
-    suites = {suite.name: suite.sha256 for suite in read_suites(snapshot)}
+def make_bundle(spec: WorkflowSpec, workflow: Workflow, suites: Sequence[Suite], learned: Learned) -> Bundle:
+    """Freeze everything a release of the candidate stands on."""
+    tools = importlib.import_module(workflow.tools_module).WORLD.tools
+    baseline, snapshot = learned.baseline, learned.snapshot
+    named = {"sft": baseline, "reward_model": learned.reward_model, "policy": learned.candidate}
     return build_bundle(
         {
-            "base_model": _base_of(baseline, base),
-            "sft": Component(version=baseline.name, sha256=baseline.sha256),
-            "reward_model": Component(version=reward_model.name, sha256=reward_model.sha256),
-            "policy": Component(version=policy.name, sha256=policy.sha256),
+            "base_model": _base_of(baseline, learned.base),
+            **{name: Component(version=version.name, sha256=version.sha256) for name, version in named.items()},
             "data_snapshot": Component(version=snapshot.sha256[:12], sha256=snapshot.sha256),
-            "eval_suites": component_of("suites", suites),
-            "tool_set": component_of(run.workflow.name, list(tools)),
-            "policy_checks": component_of(run.workflow.name, _sources_of(run.workflow_ref.module)),
-            "spec": component_of("spec", run.spec),
+            "eval_suites": component_of("suites", {suite.name: suite.sha256 for suite in suites}),
+            "tool_set": component_of(workflow.name, list(tools)),
+            "policy_checks": component_of(workflow.name, _sources_of(locate_workflow(workflow.name).module)),
+            "spec": component_of("spec", spec),
             "code_revision": code_component(),
-            "seed": component_of(str(run.spec.seed), run.spec.seed),
+            "seed": component_of(str(spec.seed), spec.seed),
         }
     )
 
 
 def _base_of(baseline: PolicyVersion, base: PolicyVersion) -> Component:
-    """Return the model that the baseline was trained from: a pinned one need not stand on this run's."""
+    """Return the model that the baseline was trained from."""
+    # A pinned baseline need not stand on this run's base model.
     parent = baseline.parent_sha256 or base.sha256
     return Component(version=base.name if parent == base.sha256 else f"base-{parent[:8]}", sha256=parent)
 
 
 def _sources_of(package: str) -> Mapping[str, str]:
-    """Return the hash of every module of a workflow: its policy checks lie in any of them, tools included."""
+    """Return the hash of every module of a workflow."""
+    # Its policy checks may lie in any of them, tools included: the desk's only delegates.
     folder = Path(str(importlib.import_module(package).__file__)).parent
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in sorted(folder.rglob("*.py"))}
 
 
 @contextmanager
-def registry_of(run: Run) -> Iterator[Registry]:
-    """Open the registry of this run, connecting beside other work: the first migration takes seconds.
-
-    A run that is stopped leaves there what it has learned so far.
-    """
-    registry = Registry(run.workflow.name, run.folder.run_id, store=store_of(run.home))
-    registry.connect_in_background()
+def registry_of(run: Run, spec: WorkflowSpec) -> Iterator[Registry]:
+    """Open the registry of this run. A run that is stopped leaves there what it has learned so far."""
+    registry = Registry(spec.workflow.name, run.folder.run_id, store=store_of(seatrial_home()))
+    registry.connect_in_background()  # beside other work: the first migration takes seconds
     try:
         yield registry
     except SeatrialError as error:
-        mirror_stopped(run, registry, error)
+        mirror_stopped(run, spec, registry, error)
         raise
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageLinks:
-    """What a stage read and made, as MLflow draws it."""
-
-    inputs: tuple[ModelEntry, ...] = ()
-    outputs: tuple[ModelEntry, ...] = ()
-    snapshot: DataSnapshot | None = None
 
 
 def stage_links(learned: Learned) -> dict[str, StageLinks]:
     """Return the edges between stages, models and data of a run. A pinned version is read by its stage, not made."""
-    base, baseline, candidate = (
-        ModelEntry.of_policy(policy) for policy in (learned.base, learned.baseline, learned.candidate)
-    )
-    reward_model, snapshot = ModelEntry.of_reward_model(learned.reward_model), learned.snapshot
+    base, baseline, candidate = learned.base, learned.baseline, learned.candidate
+    reward_model, snapshot, pins = learned.reward_model, learned.snapshot, learned.pins
     sft = StageLinks(inputs=(base,), outputs=(baseline,), snapshot=snapshot)
     reward = StageLinks(inputs=(baseline,), outputs=(reward_model,))
     return {
         "snapshot": StageLinks(snapshot=snapshot),
         "base": StageLinks(outputs=(base,)),
-        "sft": StageLinks(inputs=(baseline,)) if learned.pins.baseline else sft,
+        "sft": StageLinks(inputs=(baseline,)) if pins.baseline else sft,
         "preferences": StageLinks(inputs=(baseline,), snapshot=snapshot),
-        "reward_model": StageLinks(inputs=(reward_model,)) if learned.pins.reward_model else reward,
+        "reward_model": StageLinks(inputs=(reward_model,)) if pins.reward_model else reward,
         "ppo": StageLinks(inputs=(baseline, reward_model), outputs=(candidate,), snapshot=snapshot),
         "offline_eval": StageLinks(inputs=(baseline, candidate), snapshot=snapshot),
     }
 
 
-def mirror_stages(run: Run, registry: Registry, links: Mapping[str, StageLinks]) -> None:
+def mirror_stages(run: Run, spec: WorkflowSpec, registry: Registry, links: Mapping[str, StageLinks]) -> None:
     """Write every finished stage to MLflow with its curves and its edges to models and data."""
     rows = read_metrics(run.folder.metrics)
-    registry.start_run(spec=run.spec.model_dump(mode="json"), started_at=run.journal.records[0].started_at)
+    registry.start_run(spec=spec.model_dump(mode="json"), started_at=run.journal.records[0].started_at)
     for record in run.journal.records:
         output = record.output if isinstance(record.output, Mapping) else {}
         numbers = {k: v for k, v in output.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        edges = links.get(record.stage, StageLinks())
         registry.log_stage(
             StageLog(
                 stage=record.stage,
@@ -163,40 +114,37 @@ def mirror_stages(run: Run, registry: Registry, links: Mapping[str, StageLinks])
                 finished_at=record.finished_at,
                 metrics={"seconds": record.seconds, **numbers},
                 rows=rows,
-                artifacts=_tripwires(run) if record.stage == "ppo" else (),
-                inputs=edges.inputs,
-                outputs=edges.outputs,
-                snapshot=edges.snapshot,
+                artifacts=_tripwires(run, record.stage),
+                links=links.get(record.stage, StageLinks()),
             )
         )
 
 
-def _tripwires(run: Run) -> tuple[Path, ...]:
-    return (run.folder.tripwires,) if run.folder.tripwires.exists() else ()
+def _tripwires(run: Run, stage: str) -> tuple[Path, ...]:
+    return (run.folder.tripwires,) if stage == "ppo" and run.folder.tripwires.exists() else ()
 
 
-def mirror_stopped(run: Run, registry: Registry, error: SeatrialError) -> None:
-    """Leave what a run that was stopped has learned in MLflow, the unfinished stage's curves and tripwires included.
-
-    The reason it was stopped must reach the user whatever MLflow says: a failure here is only noted.
-    """
+def mirror_stopped(run: Run, spec: WorkflowSpec, registry: Registry, error: SeatrialError) -> None:
+    """Leave what a run that was stopped has learned in MLflow, the unfinished stage's curves and tripwires included."""
     if not run.journal.records:
         return
     try:
-        mirror_stages(run, registry, {})
+        mirror_stages(run, spec, registry, {})
         rows = read_metrics(run.folder.metrics)
         done = {record.stage for record in run.journal.records}
         for stage in dict.fromkeys(str(row["stage"]) for row in rows if row["stage"] not in done):
-            times = [row["at"] for row in rows if row["stage"] == stage]
-            log = StageLog(stage=stage, started_at=times[0], finished_at=times[-1], metrics={}, rows=rows)
-            registry.log_stage(replace(log, artifacts=_tripwires(run) if stage == "ppo" else ()))
+            times, files = [row["at"] for row in rows if row["stage"] == stage], _tripwires(run, stage)
+            registry.log_stage(
+                StageLog(stage=stage, started_at=times[0], finished_at=times[-1], rows=rows, artifacts=files)
+            )
         registry.end_run(finished_at=time.time(), is_success=False, metrics={}, tags={"seatrial.stopped": str(error)})
     except InfrastructureError as failure:
+        # Only noted: the reason the run was stopped must reach the user whatever MLflow says.
         run.watch.note(f"MLflow does not have this run: {failure}")
 
 
 def mirror_traces(run: Run, registry: Registry, files: ReleaseFiles) -> None:
-    """Copy a few live runs to MLflow with what people said of them; losses are told, and stop nothing."""
+    """Copy a few live requests to MLflow with what people said of them; losses are noted, and stop nothing."""
     with closing(RequestLedger(files.ledger, owner="mirror")) as ledger:
         report = registry.mirror(sampled_traces(read_traces(files.traces), ledger, NUM_MIRRORED_TRACES))
     if report.lost:
@@ -205,91 +153,62 @@ def mirror_traces(run: Run, registry: Registry, files: ReleaseFiles) -> None:
 
 def finish(
     run: Run,
+    spec: WorkflowSpec,
     registry: Registry,
     bundle: Bundle,
     learned: Learned,
     report: EvalReport,
-    releases: tuple[ReleaseResult, ...],
+    releases: tuple[ReleaseOutcome, ...],
 ) -> RunSummary:
     """Mirror the run to MLflow, write the briefs, and return the summary."""
+    # Imported here: matplotlib and Babel are for runs that reach their end.
     from cluster.reports import write_briefs
 
-    files = ReleaseFiles(root=run.folder.root / "serving")
-    write_briefs(run.folder.root, ledger=files.ledger)
-    mirror_stages(run, registry, stage_links(learned))
+    folder, files = run.folder, ReleaseFiles(root=run.folder.serving)
+    write_briefs(folder.root, ledger=files.ledger)
+    mirror_stages(run, spec, registry, stage_links(learned))
     mirror_traces(run, registry, files)
-    registry.log_report(run.folder.report)
+    registry.log_report(folder.report)
     is_promoted = releases[0].outcome == "promoted"
     registry.end_run(
         finished_at=time.time(),
         is_success=is_promoted,
         metrics={"success_gain": report.success_gain},
-        tags=head_tags(chain_heads(run.folder)),
+        tags=head_tags(chain_heads(folder)),
     )
     paths = RunPaths(
-        folder=str(run.folder.root),
-        brief_html=str(run.folder.report / "brief.en-US.html"),
-        brief_md=str(run.folder.report / "brief.en-US.md"),
+        folder=str(folder.root),
+        brief_html=str(folder.report / "brief.en-US.html"),
+        brief_md=str(folder.report / "brief.en-US.md"),
         ledger=str(files.ledger),
         mlflow_uri=registry.store.public_uri,
     )
+    ending = summarise(run, spec, learned.trained, report=report, releases=releases)
     stable = learned.candidate if is_promoted else learned.baseline
-    return summarise(
-        run,
-        trained=learned.trained,
-        report=report,
-        releases=releases,
-        stable=stable.name,
-        bundle_id=bundle.id,
-        paths=paths,
-    )
+    return replace(ending, stable_policy=stable.name, bundle_id=bundle.id, paths=paths)
 
 
 def summarise(
     run: Run,
+    spec: WorkflowSpec,
+    trained: Iterable[ModelVersion],
     *,
-    trained: Iterable[PolicyVersion | RewardModelVersion],
-    paths: RunPaths | None = None,
     report: EvalReport | None = None,
-    releases: Iterable[ReleaseResult] = (),
-    stable: str = "",
-    bundle_id: str = "",
+    releases: tuple[ReleaseOutcome, ...] = (),
 ) -> RunSummary:
-    """Return the run's ending as the final table shows it."""
-    lines = tuple(_release_line(result) for result in releases)
+    """Return the run's ending as the final table shows it; nothing is stable in a run that has released nothing."""
+    suites = [(baseline, report.candidate[name]) for name, baseline in report.baseline.items()] if report else []
     return RunSummary(
         run_id=run.folder.run_id,
-        workflow=run.workflow.name,
+        workflow=spec.workflow.name,
         stages=tuple(run.lines),
         trained=tuple(TrainedLine(name=version.name, sha256=version.sha256) for version in trained),
-        offline=tuple(_suite_lines(report)) if report else (),
-        releases=lines,
-        stable_policy=stable,
-        bundle_id=bundle_id,
-        exit_code=0 if not lines or lines[0].outcome == "promoted" else 1,
-        paths=paths or RunPaths(folder=str(run.folder.root)),
+        offline=tuple(suites),
+        releases=releases,
+        stable_policy="",
+        bundle_id="",
+        # The candidate's own release decides; the drill after it is lost on purpose.
+        exit_code=0 if not releases or releases[0].outcome == "promoted" else 1,
+        paths=RunPaths(folder=str(run.folder.root)),
         heads=chain_heads(run.folder),
     )
-
-
-def _release_line(result: ReleaseResult) -> ReleaseLine:
-    return ReleaseLine(
-        candidate=result.candidate,
-        outcome=result.outcome,
-        reason=result.reason,
-        canary_requests=result.canary_requests,
-        observed_share=result.observed_share,
-        time_to_recovery_s=result.time_to_recovery_s,
-    )
-
-
-def _suite_lines(report: EvalReport) -> Iterable[SuiteLine]:
-    for name, baseline in report.baseline.items():
-        candidate = report.candidate[name]
-        yield SuiteLine(
-            suite=name,
-            baseline_success=baseline.success.mean,
-            candidate_success=candidate.success.mean,
-            baseline_violations=baseline.violations,
-            candidate_violations=candidate.violations,
-        )

@@ -23,7 +23,6 @@ from rl_actors.environment import RubricCriterion
 
 Row = Mapping[str, Any]
 
-
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -32,7 +31,6 @@ def _schema(**columns: pa.DataType) -> pa.Schema:
 
 
 _STRING, _INT = pa.string(), pa.int64()
-
 
 SCHEMAS: Mapping[str, pa.Schema] = {
     "tasks": _schema(
@@ -46,6 +44,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         seed=_INT,
     ),
     "demonstrations": _schema(task_id=_STRING, prompt=_STRING, turns=_STRING),
+    "rollouts": _schema(rollout_id=_STRING, task_id=_STRING, split=_STRING, success=_INT, token_ids=pa.list_(_INT)),
     "preferences": _schema(
         task_id=_STRING, first_rollout_id=_STRING, second_rollout_id=_STRING, annotator=_INT, prefers_first=_INT
     ),
@@ -78,18 +77,16 @@ def _to_json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def write_snapshot(
-    directory: Path, tables: Mapping[str, Sequence[Row]], schemas: Mapping[str, pa.Schema] = SCHEMAS
-) -> DataSnapshot:
+def write_snapshot(directory: Path, tables: Mapping[str, Sequence[Row]]) -> DataSnapshot:
     """Write the tables to `directory/<first 16 digits of their hash>/`, all or nothing, read-only afterwards.
 
-    Equal tables give an equal hash and the same folder. Check the content first: see `check_tasks` and its like.
+    Equal tables give an equal hash and the same folder.
 
     Raises:
         BadDataError: a row does not fit its schema.
         TamperedError: the folder exists already with other content.
     """
-    arrays = {name: _to_arrow(name, rows, _schema_of(name, schemas)) for name, rows in sorted(tables.items())}
+    arrays = {name: _to_arrow(name, rows) for name, rows in sorted(tables.items())}
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".{secrets.token_hex(4)}.tmp"
     temporary.mkdir()
@@ -110,6 +107,7 @@ def write_snapshot(
 
 def _write_frozen(table: pa.Table, path: Path) -> None:
     pq.write_table(table, path, compression="zstd", store_schema=True)
+    # On disk before the folder gets its name: after a power cut a name must not stand for half a file.
     with path.open("rb") as file:
         os.fsync(file.fileno())
     path.chmod(0o444)
@@ -126,13 +124,10 @@ def _move_into_place(temporary: Path, target: Path, digest: str) -> Path:
     return target
 
 
-def _schema_of(name: str, schemas: Mapping[str, pa.Schema]) -> pa.Schema:
-    if name not in schemas:
-        raise BadDataError(name, "table", f"has no schema; known tables: {', '.join(schemas)}")
-    return schemas[name]
-
-
-def _to_arrow(name: str, rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
+def _to_arrow(name: str, rows: Sequence[Row]) -> pa.Table:
+    if name not in SCHEMAS:
+        raise BadDataError(name, "table", f"has no schema; known tables: {', '.join(SCHEMAS)}")
+    schema = SCHEMAS[name]
     columns = set(schema.names)
     for position, row in enumerate(rows):
         if set(row) != columns:
@@ -144,6 +139,7 @@ def _to_arrow(name: str, rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
 def _column(name: str, rows: Sequence[Row], field: pa.Field) -> pa.Array:
     values = [row[field.name] for row in rows]
     try:
+        # Column by column, not row by row: Arrow checks a whole column in one call.
         array = pa.array(values, type=field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
         position = _first_misfit(values, field.type)
@@ -156,6 +152,7 @@ def _column(name: str, rows: Sequence[Row], field: pa.Field) -> pa.Array:
 
 
 def _first_misfit(values: Sequence[object], kind: pa.DataType) -> int:
+    # Arrow does not say which value it could not convert.
     for position, value in enumerate(values):
         try:
             pa.array([value], type=kind)
@@ -164,10 +161,9 @@ def _first_misfit(values: Sequence[object], kind: pa.DataType) -> int:
     return 0
 
 
-def read_table(directory: Path | str, name: str, schemas: Mapping[str, pa.Schema] = SCHEMAS) -> list[dict[str, Any]]:
+def read_table(directory: Path | str, name: str) -> list[dict[str, Any]]:
     """Return the rows of one table. Raises BadDataError for a missing or corrupt file, or another schema."""
-    path = Path(directory) / f"{name}.parquet"
-    expected = _schema_of(name, schemas)
+    path, expected = Path(directory) / f"{name}.parquet", SCHEMAS[name]
     if not path.is_file():
         raise BadDataError(str(path), "missing", "no such table in this snapshot; build the snapshot again")
     try:
@@ -190,6 +186,18 @@ def verify_snapshot(snapshot: DataSnapshot) -> None:
         raise TamperedError(f"{snapshot.path}: sha256 {found[:16]} differs from the frozen {snapshot.sha256[:16]}")
 
 
+def read_tasks(snapshot: DataSnapshot, split: Split) -> list[Task]:
+    """Return the tasks of a split from a verified snapshot."""
+    verify_snapshot(snapshot)
+    return [task for task in tasks_from_rows(read_table(snapshot.path, "tasks")) if task.split == split]
+
+
+def read_demonstrations(snapshot: DataSnapshot) -> list[Demonstration]:
+    """Return the demonstrations of a verified snapshot."""
+    verify_snapshot(snapshot)
+    return demonstrations_from_rows(read_table(snapshot.path, "demonstrations"))
+
+
 def normalised_prompt(prompt: str) -> str:
     """Return a prompt's letters and digits only, case folded: what two tickets share when they are the same."""
     return " ".join(re.findall(r"\w+", prompt.casefold()))
@@ -205,6 +213,7 @@ def check_tasks(tasks: Sequence[Task], splits: Sequence[Split] = SPLITS) -> None
         seen_ids.add(task.task_id)
         if task.split not in SPLITS:
             raise BadDataError(f"tasks[{task.task_id}].split", task.split, f"must be one of {', '.join(SPLITS)}")
+        # Not by id: two tickets with the same words are the same ticket to a model, whatever they are called.
         first = split_of_prompt.setdefault(normalised_prompt(task.prompt), task)
         if first.split != task.split:
             remedy = f"leaks: {first.task_id} in {first.split!r} has the same prompt; keep it in one split"

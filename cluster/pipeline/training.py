@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from cluster.pipeline.data import read_demonstrations, read_tasks
-from cluster.pipeline.preferences import read_pairs
-from cluster.pipeline.run import Run, make_read_only
-from cluster.plan import NUM_THREADS, shape_of, threads_each, zero_stage
+from cluster.pipeline.sampling import open_pool
+from cluster.pipeline.snapshot import read_demonstrations, read_tasks
+from cluster.plan import NUM_THREADS, place, shape_of, threads_each, zero_stage
 from cluster.ray_cluster import placed
+from cluster.records import (
+    RunFolder,
+    copy_tokenizer,
+    freeze,
+    freeze_policy,
+    fresh,
+    read_calibration,
+    require_calibrated,
+    require_untouched,
+)
+from cluster.spec import WorkflowSpec
 from rl_actors.actors import (
     AttestedSync,
     LearnerGroup,
@@ -33,171 +41,171 @@ from rl_actors.contracts import (
     BATCH_PAIRS,
     MICROBATCH_TOKENS,
     RESAMPLE_ROUNDS,
-    Calibration,
     DataSnapshot,
     PolicyVersion,
     RewardModelVersion,
-    StageRefusedError,
-    TamperedError,
 )
-from rl_actors.durable import ChainedLog, MetricsLog, sha256_directory
+from rl_actors.durable import ChainedLog, MetricsLog
+from rl_actors.environment import RubricCriterion
 from rl_actors.learner import PpoSettings
-from rl_actors.training import Example, PpoPorts, PpoSchedule, RewardSettings, SftSettings, drill_batches, run_ppo
+from rl_actors.training import (
+    Example,
+    PpoPorts,
+    PpoSchedule,
+    PreferencePair,
+    RewardSettings,
+    SftSettings,
+    drill_batches,
+    run_ppo,
+)
 
 NUM_PROBES = 4
-
-
-CALIBRATION_FILE = "calibration.json"
-
-
+TIMEOUTS_A_STEP = 10  # longest wait for the rollouts of a step, in time-outs of one request
 DRILL_FRACTION = 0.15  # of the batches of demonstrations
 
 
-def train_baseline(run: Run, snapshot: DataSnapshot, base: PolicyVersion) -> PolicyVersion:
+def train_baseline(
+    spec: WorkflowSpec, folder: RunFolder, system_prompt: str, snapshot: DataSnapshot, base: PolicyVersion
+) -> PolicyVersion:
     """Fine-tune on the expert's demonstrations; the result is frozen: it is the KL reference from here on."""
     renderer = renderer_of(base.path)
-    system = run.workflow.system_prompt
-    arrays = [demonstration_arrays(renderer, system, item) for item in read_demonstrations(snapshot)]
+    arrays = [demonstration_arrays(renderer, system_prompt, item) for item in read_demonstrations(snapshot)]
     examples = tuple(Example(token_ids=tuple(ids), loss_mask=tuple(mask)) for ids, mask in arrays)
-    directory = run.fresh("models/sft")
-    sft = run.spec.sft
+    directory, sft = fresh(folder.models / "sft"), spec.sft
     settings = SftSettings(
         epochs=sft.epochs,
         learning_rate=sft.learning_rate,
         batch_tokens=sft.batch_tokens,
-        max_grad_norm=run.spec.ppo.max_grad_norm,
-        seed=run.spec.seed,
-        muon_learning_rate=0.0 if run.spec.model.path else sft.muon_learning_rate,
+        max_grad_norm=spec.ppo.max_grad_norm,
+        seed=spec.seed,
+        # Muon is for a model that is built from nothing; one given by path is never trained by it.
+        muon_learning_rate=0.0 if spec.model.path else sft.muon_learning_rate,
     )
     job = SftJob(
         base=base.path,
         output=str(directory),
-        metrics=str(run.folder.metrics),
+        metrics=str(folder.metrics),
         examples=examples,
         settings=settings,
-        drills=copy_drills(run, renderer, examples),
+        drills=copy_drills(spec, renderer, examples),
     )
-    run_sft_job(job, train_resources(run))
+    run_sft_job(job, train_resources(spec, folder))
     copy_tokenizer(base.path, directory)
-    return run.policy(run.spec.workflow.baseline, "sft", directory, base.sha256)
+    return freeze_policy(spec.workflow.baseline, "sft", directory, base.sha256)
 
 
-def copy_drills(run: Run, renderer: Renderer, examples: Sequence[Example]) -> tuple[list[Example], ...]:
+def copy_drills(spec: WorkflowSpec, renderer: Renderer, examples: Sequence[Example]) -> tuple[list[Example], ...]:
     """Return copy drills for the first batches of a model built from nothing; none for any other."""
-    if run.spec.model.path:
+    if spec.model.path:
         return ()
-    num_tokens = sum(len(example.token_ids) for example in examples) * run.spec.sft.epochs
-    count = int(num_tokens / run.spec.sft.batch_tokens * DRILL_FRACTION)
-    rng = random.Random(run.spec.seed)
-    vocabulary = renderer.vocabulary
-    return tuple(drill_batches(count, run.spec.sft.batch_tokens, vocabulary, len(HARMONY_TOKENS), rng))
+    num_tokens = sum(len(example.token_ids) for example in examples) * spec.sft.epochs
+    count = int(num_tokens / spec.sft.batch_tokens * DRILL_FRACTION)
+    rng = random.Random(spec.seed)
+    return tuple(drill_batches(count, spec.sft.batch_tokens, renderer.vocabulary, len(HARMONY_TOKENS), rng))
 
 
-def train_reward_model(run: Run, baseline: PolicyVersion, preferences: DataSnapshot) -> RewardModelVersion:
-    """Train on pairs and rubric labels, calibrate on the calibration split, refuse a model that cannot be believed."""
-    directory = run.fresh("models/reward")
-    reward = run.spec.reward
-    criteria = tuple(criterion.name for criterion in run.workflow.rubric)
+def train_reward_model(
+    spec: WorkflowSpec,
+    folder: RunFolder,
+    rubric: Sequence[RubricCriterion],
+    pairs: Sequence[PreferencePair],
+    calibration_pairs: Sequence[PreferencePair],
+    baseline: PolicyVersion,
+) -> RewardModelVersion:
+    """Train on pairs and rubric labels, calibrate on other pairs, refuse a model that cannot be believed."""
+    directory, reward = fresh(folder.models / "reward"), spec.reward
     job = RewardJob(
         backbone=baseline.path,
         output=str(directory),
-        metrics=str(run.folder.metrics),
-        criteria=criteria,
-        pairs=read_pairs(preferences, run.workflow.rubric, "train"),
-        calibration_pairs=read_pairs(preferences, run.workflow.rubric, "calibration"),
+        metrics=str(folder.metrics),
+        criteria=tuple(criterion.name for criterion in rubric),
+        pairs=tuple(pairs),
+        calibration_pairs=tuple(calibration_pairs),
         settings=RewardSettings(
-            epochs=reward.epochs, learning_rate=reward.learning_rate, batch_pairs=BATCH_PAIRS, seed=run.spec.seed
+            epochs=reward.epochs, learning_rate=reward.learning_rate, batch_pairs=BATCH_PAIRS, seed=spec.seed
         ),
     )
-    run_reward_job(job, train_resources(run))
+    run_reward_job(job, train_resources(spec, folder))
     calibration = read_calibration(directory)
     require_calibrated(calibration, max_ece=reward.max_ece, min_pair_accuracy=reward.min_pair_accuracy)
     copy_tokenizer(baseline.path, directory)  # a model of token ids means nothing without what made them
-    make_read_only(directory)
-    digest = sha256_directory(directory)
-    unique = f"{run.spec.workflow.reward_model}-{digest[:8]}"
+    digest = freeze(directory)
+    unique = f"{spec.workflow.reward_model}-{digest[:8]}"
     return RewardModelVersion(name=unique, path=str(directory), sha256=digest, calibration=calibration)
 
 
-def read_calibration(directory: Path) -> Calibration:
-    """Read what a reward model was measured on. Raises OSError, ValueError or TypeError where that cannot be read."""
-    return Calibration(**json.loads((directory / CALIBRATION_FILE).read_text(encoding="utf8")))
-
-
-def require_calibrated(calibration: Calibration, *, max_ece: float, min_pair_accuracy: float) -> None:
-    """Refuse a miscalibrated or useless reward model: PPO would climb its errors."""
-    if not calibration.ece <= max_ece:
-        raise StageRefusedError(
-            f"reward model is miscalibrated: expected calibration error {calibration.ece:.3f} on "
-            f"{calibration.num_pairs} held-out pairs, reward.max_ece is {max_ece}; "
-            "add calibration pairs or fewer epochs"
-        )
-    if not calibration.pair_accuracy >= min_pair_accuracy:
-        raise StageRefusedError(
-            f"reward model is useless: it ranks {calibration.pair_accuracy:.1%} of held-out pairs as the annotators "
-            f"do, reward.min_pair_accuracy is {min_pair_accuracy}; add pairs (reward.num_pairs) or check the labels"
-        )
-
-
 def train_policy(
-    run: Run, snapshot: DataSnapshot, baseline: PolicyVersion, reward_model: RewardModelVersion
+    spec: WorkflowSpec,
+    folder: RunFolder,
+    system_prompt: str,
+    snapshot: DataSnapshot,
+    baseline: PolicyVersion,
+    reward_model: RewardModelVersion,
+    note: Callable[[str], None],
 ) -> PolicyVersion:
     """Run PPO from the baseline, with the baseline as KL reference; resumes from its newest checkpoint."""
-    ppo = run.spec.ppo
-    tasks, probes = read_tasks(snapshot, "train"), probe_sequences(run, snapshot, baseline)
-    log = MetricsLog(run.folder.metrics, "ppo")
-    checkpoints = run.folder.root / "checkpoints" / "ppo"
+    ppo = spec.ppo
+    tasks, probes = read_tasks(snapshot, "train"), probe_sequences(system_prompt, snapshot, baseline)
+    log = MetricsLog(folder.metrics, "ppo")
+    checkpoints = folder.root / "checkpoints" / "ppo"
+    # Kept when training fails, for whoever looks; a finished policy needs none.
     checkpoints.mkdir(parents=True, exist_ok=True)
 
     def report(step: int, metrics: Mapping[str, float]) -> None:
         log.write(step, {"num_steps": ppo.num_steps, **metrics})
 
-    directory = run.fresh("models/ppo")
-    with placed(run.placement, "ppo") as options:
-        learners, scorers, pool = _start_actors(run, baseline, reward_model, checkpoints, options)
+    directory = fresh(folder.models / "ppo")
+    with placed(place(spec), "ppo") as options:
+        learners, scorers, pool = _start_actors(spec, baseline, reward_model, checkpoints, options)
         sync = AttestedSync(learners, pool, probes, tolerance=ppo.attestation_tolerance)
         start, loop_state = learners.load_newest_checkpoint()
         # A row of its own: the first rollouts are sampled by weights that were proved too.
         report(start, {"attestation_gap": sync.publish(start), "weights_version": float(start)})
-        ports = PpoPorts(
-            source=pool, scorer=scorers, learner=learners, sync=sync, report=report, report_trips=report_trips(run)
-        )
-        run_ppo(tasks, ppo_plan(run), ports, stability_limits(run), start=start, loop_state=loop_state)
+        tripped = report_trips(folder.tripwires, note)
+        ports = PpoPorts(source=pool, scorer=scorers, learner=learners, sync=sync, report=report, report_trips=tripped)
+        run_ppo(tasks, ppo_plan(spec), ports, stability_limits(spec), start=start, loop_state=loop_state)
         learners.save_policy(str(directory))
         for group in (pool, scorers, learners):
             group.close()
+    # The learner holds the KL reference in its own process: had it moved, the penalty would have meant nothing.
     require_untouched(baseline)
     copy_tokenizer(baseline.path, directory)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return run.policy("ppo_v1", "ppo", directory, baseline.sha256)
+    return freeze_policy("ppo_v1", "ppo", directory, baseline.sha256)
 
 
-def report_trips(run: Run) -> Callable[[int, Sequence[str]], None]:
-    """Return what writes tripwires down, with metric, value and limit, and shows them; MLflow gets the file too."""
+def report_trips(file: Path, note: Callable[[str], None]) -> Callable[[int, Sequence[str]], None]:
+    """Return a function that writes tripwires, with metric, value and limit, into `file` and shows them."""
 
     def tripped(step: int, trips: Sequence[str]) -> None:
         for trip in trips:
-            ChainedLog(run.folder.tripwires).append({"stage": "ppo", "step": step, "at": time.time(), "trip": trip})
-            run.watch.note(f"ppo step {step}: tripwire {trip}")
+            ChainedLog(file).append({"stage": "ppo", "step": step, "at": time.time(), "trip": trip})
+            note(f"ppo step {step}: tripwire {trip}")
 
     return tripped
 
 
-def probe_sequences(run: Run, snapshot: DataSnapshot, baseline: PolicyVersion) -> list[list[int]]:
+def probe_sequences(system_prompt: str, snapshot: DataSnapshot, baseline: PolicyVersion) -> list[list[int]]:
     """Return the token sequences that every engine must score as the learner does, after each publish."""
-    renderer, system = renderer_of(baseline.path), run.workflow.system_prompt
-    return [demonstration_arrays(renderer, system, item)[0] for item in read_demonstrations(snapshot)[:NUM_PROBES]]
+    renderer = renderer_of(baseline.path)
+    return [
+        demonstration_arrays(renderer, system_prompt, item)[0] for item in read_demonstrations(snapshot)[:NUM_PROBES]
+    ]
 
 
 def _start_actors(
-    run: Run, baseline: PolicyVersion, reward_model: RewardModelVersion, checkpoints: Path, options: Options
+    spec: WorkflowSpec,
+    baseline: PolicyVersion,
+    reward_model: RewardModelVersion,
+    checkpoints: Path,
+    options: Options,
 ) -> tuple[LearnerGroup, ScorerPool, RolloutPool]:
     """Start learners, scorers and rollout workers where placement puts them."""
-    ppo = run.spec.ppo
+    ppo = spec.ppo
     learners = LearnerGroup(
         baseline.path,
         baseline.path,
-        ppo_settings(run),
+        ppo_settings(spec),
         num_ranks=ppo.num_learners,
         num_threads=threads_each(ppo.num_learners),
         options=options,
@@ -208,44 +216,34 @@ def _start_actors(
         reward_model.path, reward_model.name, mix, num_scorers=1, num_threads=NUM_THREADS, options=options
     )
     # Last, because it waits for its engines: learners and scorers load meanwhile.
-    pool = RolloutPool(
-        baseline.path,
-        replace(
-            run.worker_settings,
-            wants_routes=run.spec.recipe.routing == "replay",
-            num_threads=threads_each(ppo.num_rollout_workers),
-        ),
-        num_workers=ppo.num_rollout_workers,
-        options=options,
-        timeout_s=run.spec.agent.timeout_s * 10,
+    pool = open_pool(
+        spec,
+        baseline,
+        options,
+        num_threads=threads_each(ppo.num_rollout_workers),
+        wants_routes=spec.recipe.routing == "replay",
+        num_timeouts=TIMEOUTS_A_STEP,
     )
     return learners, scorers, pool
 
 
-def ppo_plan(run: Run) -> PpoSchedule:
+def ppo_plan(spec: WorkflowSpec) -> PpoSchedule:
     """Return the loop's plan from the spec."""
-    ppo = run.spec.ppo
+    ppo = spec.ppo
     return PpoSchedule(
         num_steps=ppo.num_steps,
         tasks_per_step=ppo.tasks_per_step,
         rollouts_per_task=ppo.rollouts_per_task,
         checkpoint_every=ppo.checkpoint_every,
-        seed=run.spec.seed,
+        seed=spec.seed,
         temperature=ppo.temperature,
-        resample_rounds=RESAMPLE_ROUNDS if run.spec.recipe.drop_flat_groups else 0,
+        resample_rounds=RESAMPLE_ROUNDS if spec.recipe.drop_flat_groups else 0,
     )
 
 
-def require_untouched(version: PolicyVersion) -> None:
-    """Prove that a frozen policy is what it was. Raises TamperedError."""
-    found = sha256_directory(Path(version.path))
-    if found != version.sha256:
-        raise TamperedError(f"{version.path}: sha256 is {found[:16]}, frozen as {version.sha256[:16]}; start a new run")
-
-
-def ppo_settings(run: Run) -> PpoSettings:
+def ppo_settings(spec: WorkflowSpec) -> PpoSettings:
     """Return the update's settings from the spec."""
-    ppo, recipe = run.spec.ppo, run.spec.recipe
+    ppo, recipe = spec.ppo, spec.recipe
     return PpoSettings(
         learning_rate=ppo.learning_rate,
         kl_coef=ppo.kl_coef,
@@ -258,31 +256,23 @@ def ppo_settings(run: Run) -> PpoSettings:
         max_grad_norm=ppo.max_grad_norm,
         temperature=ppo.temperature,
         microbatch_tokens=MICROBATCH_TOKENS,
-        seed=run.spec.seed,
+        seed=spec.seed,
         recipe=recipe,
-        zero_stage=zero_stage(shape_of(run.spec.model).params, ppo.num_learners),
-        limits=stability_limits(run),
+        zero_stage=zero_stage(shape_of(spec.model).params, ppo.num_learners),
+        limits=stability_limits(spec),
     )
 
 
-def stability_limits(run: Run) -> StabilityLimits:
+def stability_limits(spec: WorkflowSpec) -> StabilityLimits:
     """Return the tripwires' limits: the spec's own KL bound, and defaults for the others."""
-    return StabilityLimits(max_kl=run.spec.ppo.target_kl)
+    return StabilityLimits(max_kl=spec.ppo.target_kl)
 
 
-def train_resources(run: Run) -> TrainResources:
+def train_resources(spec: WorkflowSpec, folder: RunFolder) -> TrainResources:
     """Return what a Ray Train job reserves."""
     return TrainResources(
-        num_workers=run.spec.ppo.num_learners,
-        num_threads=threads_each(run.spec.ppo.num_learners),
-        gpus_per_worker=run.spec.cluster.gpus_per_learner,
-        storage=str(run.folder.root / "ray_train"),
+        num_workers=spec.ppo.num_learners,
+        num_threads=threads_each(spec.ppo.num_learners),
+        gpus_per_worker=spec.cluster.gpus_per_learner,
+        storage=str(folder.root / "ray_train"),
     )
-
-
-def copy_tokenizer(source: str, target: Path) -> None:
-    """Put the base model's tokenizer beside trained weights: engines load both from one directory."""
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        file = Path(source) / name
-        if file.exists():
-            shutil.copyfile(file, target / name)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from cluster.spec import NUM_RELEASES, WorkflowSpec, unknown_name
+from cluster.spec import NUM_RELEASES, WorkflowSpec
 from cluster.workflows import find_workflow, most_tasks
-from rl_actors.contracts import BadInputError, Demonstration, Outcome
+from rl_actors.contracts import BadInputError, Demonstration, Outcome, unknown_name
 from rl_actors.environment import RolloutView, Workflow
 
 SAMPLE_TASKS: Final = 200

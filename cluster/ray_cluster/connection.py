@@ -1,4 +1,4 @@
-"""Connecting to Ray, and where each actor of a stage goes.
+"""Connecting to Ray, with its token, and where each actor of a stage goes.
 
 Ray is imported where it is used: a token must be offered before that, and most commands never connect.
 """
@@ -8,31 +8,30 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from cluster.plan import NUM_THREADS, Placement, Role, Stage, check_capacity, local_cpus, reserve
-from cluster.ray_cluster.token import REMEDY as TOKEN_REMEDY
 from rl_actors.contracts import BadInputError, InfrastructureError
 from rl_actors.ports import listens
 
 if TYPE_CHECKING:
     from rl_actors.actors import Options
 
-RESERVE_TIMEOUT_S = 60.0
+RESERVE_TIMEOUT_S: Final = 60.0
+CONNECT_TIMEOUT_S: Final = 5.0
+TOKEN_REMEDY: Final = (
+    "copy the cluster's ~/.ray/auth_token here, or set RAY_AUTH_TOKEN (`ray get-auth-token` prints it on the head)"
+)
+_TOKEN_MODE: Final = "RAY_AUTH_MODE"
+_HOST_PORT: Final = re.compile(r"(?:ray://)?(?P<host>[^:/]+):(?P<port>\d+)")
 
+# Serve's controller always ends by `ray.kill`, and what still asked it then "failed".
+_GOODBYE: Final = re.compile(r"Task ServeController\.\w+ failed\..* killed by `ray\.kill`")
 
-CONNECT_TIMEOUT_S = 5.0
-
-
-_HOST_PORT = re.compile(r"(?:ray://)?(?P<host>[^:/]+):(?P<port>\d+)")
-
-
-_GOODBYE = re.compile(r"Task ServeController\.\w+ failed\..* killed by `ray\.kill`")
-
-
-WORKER_ENVIRONMENT = {
+WORKER_ENVIRONMENT: Final = {
     "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": str(NUM_THREADS),
@@ -42,6 +41,18 @@ WORKER_ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
+
+
+def offer_token(environ: MutableMapping[str, str] | None = None, home: Path | None = None) -> None:
+    """Let Ray's clients in this process send a token that lies ready; call it before Ray is imported.
+
+    A mode that somebody chose is left alone. A cluster that asks for no token ignores it.
+    """
+    # `ray start` asks for a token as soon as the machine has one, so every client must offer what it has.
+    variables = os.environ if environ is None else environ
+    file = Path(variables.get("RAY_AUTH_TOKEN_PATH") or (home or Path.home()) / ".ray" / "auth_token")
+    if _TOKEN_MODE not in variables and (variables.get("RAY_AUTH_TOKEN") or file.is_file()):
+        variables[_TOKEN_MODE] = "token"
 
 
 @contextmanager
@@ -82,10 +93,8 @@ def quieten_libraries() -> None:
 
 
 def _put_ray_messages_aside() -> None:
-    """Let Ray's messages about this job go to stderr: on stdout they would stand in the middle of a `--json` answer.
-
-    One kind is dropped: Serve's controller always ends by `ray.kill`, and what still asked it then "failed".
-    """
+    """Let Ray's messages about this job go to stderr, but for goodbyes that mean nothing."""
+    # On stdout they would stand in the middle of a `--json` answer. Ray has no option for it: this is its own printer.
     from ray._private import worker as ray_worker
 
     printing = ray_worker.print_to_stdstream
@@ -124,10 +133,11 @@ def _initialise(address: str, placement: Placement) -> None:
 
 
 def _connect(field: str, address: str, **options: Any) -> None:
-    """Connect to a running cluster; Ray itself tries for minutes and ends in a traceback."""
+    """Connect to a running cluster."""
     import ray
     from ray.exceptions import AuthenticationError
 
+    # Asked first: Ray itself tries for minutes and ends in a traceback.
     found = _HOST_PORT.fullmatch(address)
     if found and not listens(found["host"], int(found["port"]), CONNECT_TIMEOUT_S):
         raise _unreachable(field, address, f"nobody listens within {CONNECT_TIMEOUT_S:.0f} s")

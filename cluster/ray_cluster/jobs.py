@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from cluster.ray_cluster.token import REMEDY
+from cluster.ray_cluster.connection import TOKEN_REMEDY
 from rl_actors.contracts import InfrastructureError
 
 if TYPE_CHECKING:
@@ -20,26 +20,12 @@ if TYPE_CHECKING:
 
 
 PACKAGES = ("rl_actors", "serving", "cluster")
-
-
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
-
-
 SPEC_FILE = "spec.submitted.yaml"
-
-
 FINAL_STATUSES = ("SUCCEEDED", "FAILED", "STOPPED")
-
-
 MAX_MISSED_POLLS = 5
-
-
-SUBMIT_ATTEMPTS, SUBMIT_PAUSE_S = 12, 5.0
-
-
+SUBMIT_ATTEMPTS, SUBMIT_PAUSE_S = 12, 5.0  # a cluster that has just started gets a minute to find its agent
 _NO_AGENT_YET = "No available agent"  # in Ray's own words, for some seconds after `ray start`
-
-
 _NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '([\w.]+)'")
 
 
@@ -78,7 +64,7 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise InfrastructureError(f"the Ray job server at {address} asks for a token; {REMEDY}") from error
+        raise InfrastructureError(f"the Ray job server at {address} asks for a token; {TOKEN_REMEDY}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         message = f"no Ray job server at {address}: {reason}; start one (ray start --head) or correct --address"
@@ -107,26 +93,18 @@ def submit(
     *,
     sleep: Callable[[float], object] = time.sleep,
 ) -> str:
-    """Submit a run and return its job id; a cluster that has just started gets a minute to find its agent.
+    """Submit a run with its spec as YAML, a command from `entrypoint` and the variables in `env`; return its job id.
 
     Raises:
         InfrastructureError: The cluster refuses it.
-
-    Args:
-        client: from `connect`.
-        spec_text: the spec's YAML, overrides applied.
-        command: from `entrypoint`.
-        env: variables the run needs, such as SEATRIAL_HOME and MLFLOW_TRACKING_URI.
     """
     with tempfile.TemporaryDirectory(prefix="seatrial-job-") as folder:
         working_dir = stage_working_dir(spec_text, Path(folder))
         runtime_env = {"working_dir": str(working_dir), "env_vars": env or {}}
-        return _once_there_is_an_agent(
-            lambda: client.submit_job(entrypoint=command, runtime_env=runtime_env), sleep=sleep
-        )
+        return _insist(lambda: client.submit_job(entrypoint=command, runtime_env=runtime_env), sleep)
 
 
-def _once_there_is_an_agent(submit_job: Callable[[], str], *, sleep: Callable[[float], object]) -> str:
+def _insist(submit_job: Callable[[], str], sleep: Callable[[float], object]) -> str:
     for attempts_left in reversed(range(SUBMIT_ATTEMPTS)):
         try:
             return submit_job()

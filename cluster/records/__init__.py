@@ -1,4 +1,4 @@
-"""What a run leaves on disk: folder, journal, bundle, summary; and its audit."""
+"""What a run leaves on disk: folder, journal, frozen models, bundle, summary; and its audit."""
 
 from cluster.records.audit import SOUND, Finding, Verdict, audit_run, chain_heads, head_tags, tagged_heads
 from cluster.records.bundle import (
@@ -11,7 +11,23 @@ from cluster.records.bundle import (
     diff_bundles,
     load_bundle,
 )
-from cluster.records.gateway_file import record_gateway, recorded_gateway, settings_file
+from cluster.records.frozen import (
+    CALIBRATION_FILE,
+    copy_tokenizer,
+    freeze,
+    freeze_policy,
+    fresh,
+    read_calibration,
+    require_calibrated,
+    require_untouched,
+)
 from cluster.records.journal import Journal, lock_run
-from cluster.records.run_folder import RunFolder, list_runs, new_run_id, seatrial_home
-from cluster.records.summary import ReleaseLine, ReleaseOutcome, RunPaths, RunSummary, StageLine, SuiteLine, TrainedLine
+from cluster.records.run_folder import (
+    RunFolder,
+    list_runs,
+    new_run_id,
+    record_gateway,
+    recorded_gateway,
+    seatrial_home,
+)
+from cluster.records.summary import ReleaseEnding, ReleaseOutcome, RunPaths, RunSummary, StageLine, TrainedLine

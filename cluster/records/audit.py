@@ -21,14 +21,12 @@ from rl_actors.durable import ChainedLog
 
 Verdict = Literal["verified", "not anchored", "not chained", "changed", "cut off", "gone"]
 
-
 SOUND: Final[tuple[Verdict, ...]] = ("verified", "not anchored")
 """Verdicts that say nothing against a file. `not anchored`: its chain fits, and no ending has kept its length yet."""
 
 
+_GONE: Final = "was there when the run ended and is gone"
 _RESTORE: Final = "restore it from a copy"
-
-
 _TAG: Final = "seatrial.audit."
 
 
@@ -41,9 +39,9 @@ class Finding:
     """
 
     file: str
-    rows: int
-    head: str
     verdict: Verdict
+    rows: int = 0
+    head: str = ""
     detail: str = ""
     num_unchained: int = 0
 
@@ -64,9 +62,9 @@ def chained_files(folder: RunFolder) -> tuple[str, ...]:
 def chain_heads(folder: RunFolder) -> dict[str, ChainHead]:
     """Return where each chain stands now, for the ending to keep.
 
-    Raises TamperedError when a file does not hold what an earlier ending of this run kept: a resumed run must not
-    make a cut-off file good.
+    Raises TamperedError when a file does not hold what an earlier ending of this run kept.
     """
+    # Asked before the new heads are kept: a resumed run must not make a cut-off file good.
     for finding in audit_chains(folder, read_anchors(folder)):
         if finding.verdict in ("changed", "cut off", "gone"):
             raise TamperedError(finding.detail)
@@ -100,13 +98,14 @@ def read_anchors(folder: RunFolder) -> dict[str, ChainHead]:
 def audit_run(folder: RunFolder, tagged: Mapping[str, ChainHead] | None = None) -> tuple[Finding, ...]:
     """Check everything a run wrote down. Reads only; nothing but an unreadable disk raises.
 
-    `tagged` heads, from MLflow, count more than those of `summary.json`, which lies beside what it vouches for.
+    `tagged` are heads from MLflow.
     """
     summary, unreadable = None, ()
     try:
         summary = _summary(folder)
     except TamperedError as error:
-        unreadable = (_finding("summary.json", "changed", detail=str(error)),)
+        unreadable = (Finding(file="summary.json", verdict="changed", detail=str(error)),)
+    # MLflow's heads count more than those of summary.json, which lies beside what it vouches for.
     anchors = {**(summary.heads if summary else {}), **(tagged or {})}
     bundle_id = summary.bundle_id if summary else ""
     return (
@@ -125,12 +124,14 @@ def audit_chains(folder: RunFolder, anchors: Mapping[str, ChainHead]) -> Iterato
 
 def _audit_chain(path: Path, name: str, anchor: ChainHead | None) -> Finding:
     if not path.exists():
-        return _finding(name, "gone", detail=f"{path}: was there when the run ended and is gone; {_RESTORE}")
+        return Finding(
+            file=name, verdict="gone", detail=f"{path}: was there when the run ended and is gone; {_RESTORE}"
+        )
     try:
         chains = ChainedLog(path).chains()
     except TamperedError as error:
-        return _finding(name, "changed", detail=str(error))
-    verdict, detail = _judged(path, chains, anchor)
+        return Finding(file=name, verdict="changed", detail=str(error))
+    verdict, detail = _judge(path, chains, anchor)
     return Finding(
         file=name,
         rows=len(chains),
@@ -141,7 +142,7 @@ def _audit_chain(path: Path, name: str, anchor: ChainHead | None) -> Finding:
     )
 
 
-def _judged(path: Path, chains: list[str], anchor: ChainHead | None) -> tuple[Verdict, str]:
+def _judge(path: Path, chains: list[str], anchor: ChainHead | None) -> tuple[Verdict, str]:
     """Hold a chain that fits in itself to what the ending kept of it."""
     if anchor and len(chains) < anchor.rows:
         return "cut off", f"{path}: holds {len(chains)} rows, {anchor.rows} when the run ended; {_RESTORE}"
@@ -160,11 +161,12 @@ def _head(chains: list[str]) -> ChainHead:
 
 
 def _audit_artifacts(folder: RunFolder) -> Iterator[Finding]:
-    """Judge what each finished stage left; of a stage that was done again, what it left last."""
+    """Judge what each finished stage left."""
     try:
+        # By stage: one that was done again for other inputs replaced what its earlier record vouches for.
         records = {record.stage: record for record in Journal(folder.journal).records}
     except TamperedError as error:
-        yield _finding("artifacts", "changed", detail=f"artifacts were not checked: {error}")
+        yield Finding(file="artifacts", verdict="changed", detail=f"artifacts were not checked: {error}")
         return
     for record in records.values():
         if not record.artifacts:
@@ -184,12 +186,14 @@ def _audit_bundle(folder: RunFolder, bundle_id: str) -> Iterator[Finding]:
     path = folder.bundle
     if not path.exists():
         if bundle_id:
-            yield _finding(path.name, "gone", detail=f"{path}: was there when the run ended and is gone; {_RESTORE}")
+            yield Finding(
+                file=path.name, verdict="gone", detail=f"{path}: was there when the run ended and is gone; {_RESTORE}"
+            )
         return
     try:
         found = load_bundle(path).id
     except (TamperedError, BadInputError) as error:
-        yield _finding(path.name, "changed", detail=str(error))
+        yield Finding(file=path.name, verdict="changed", detail=str(error))
         return
     if bundle_id and found != bundle_id:
         detail = f"{path}: has id {found[:12]}, {bundle_id[:12]} when the run ended; {_RESTORE}"
@@ -197,11 +201,6 @@ def _audit_bundle(folder: RunFolder, bundle_id: str) -> Iterator[Finding]:
         return
     verdict = "verified" if bundle_id else "not anchored"
     yield Finding(file=path.name, rows=len(MEMBERS), head=found, verdict=verdict)
-
-
-def _finding(file: str, verdict: Verdict, *, detail: str) -> Finding:
-    """Return the finding on a file that could not be read to its end."""
-    return Finding(file=file, rows=0, head="", verdict=verdict, detail=detail)
 
 
 def _summary(folder: RunFolder) -> RunSummary | None:

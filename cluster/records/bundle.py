@@ -18,11 +18,7 @@ from rl_actors.contracts import BadInputError, TamperedError
 from rl_actors.durable import encode, sha256_file, sha256_json, write_json
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
-
-
 _ROOT: Final = Path(__file__).resolve().parents[2]
-
-
 _PACKAGES: Final = ("rl_actors", "serving", "cluster")
 
 
@@ -120,7 +116,8 @@ def load_bundle(path: Path) -> Bundle:
 
 
 def diff_bundles(before: Bundle, after: Bundle) -> tuple[Change, ...]:
-    """Return the members whose hash differs, in manifest order; a new name for the same hash is no change."""
+    """Return the members whose hash differs, in manifest order."""
+    # Names are for people: a new name for the same hash is no change.
     pairs = ((name, before.members[name], after.members[name]) for name in MEMBERS)
     return tuple(Change(member=name, before=old, after=new) for name, old, new in pairs if old.sha256 != new.sha256)
 
@@ -132,6 +129,7 @@ def component_of(version_name: str, value: object) -> Component:
 
 def code_component(root: Path = _ROOT) -> Component:
     """Return the code revision: the hash over every source file of the three packages, as they are on disk now."""
+    # Not git's: an installed package has none, and an edited working tree would pass for its last commit.
     suffixes = {".py", ".yaml", ".sql", ".json", ".j2"}
     files = [path for name in _PACKAGES for path in sorted((root / name).rglob("*")) if path.suffix in suffixes]
     hashes = {path.relative_to(root).as_posix(): sha256_file(path) for path in files if "__pycache__" not in path.parts}

@@ -46,11 +46,6 @@ class StageRecord:
     chain: str
 
 
-def no_artifacts(_output: object) -> tuple[Path, ...]:
-    """For stages that leave nothing on disk."""
-    return ()
-
-
 class Journal:
     """The journal of one run folder. Hold `lock_run` while using it: appends assume one writer."""
 
@@ -59,13 +54,14 @@ class Journal:
         self.path = path
         self._clock = clock
         self._log = ChainedLog(path)
+        # From 1: people count lines of a file that way, and errors name the line.
         rows = enumerate(self._log.read(), start=1)
         self.records = [_read_record(row, chain, number, path) for number, (row, chain) in rows]
 
-    def find(self, stage: str, input_digest: str) -> StageRecord | None:
+    def find(self, stage: str, inputs: object) -> StageRecord | None:
         """Return the finished record of a stage for these inputs, if any."""
-        matches = (r for r in self.records if (r.stage, r.input_digest) == (stage, input_digest))
-        return next(matches, None)
+        wanted = (stage, _digest(stage, inputs))
+        return next((record for record in self.records if (record.stage, record.input_digest) == wanted), None)
 
     def run_stage(
         self,
@@ -73,7 +69,7 @@ class Journal:
         inputs: object,
         compute: Callable[[], Value],
         output_type: type[Value],
-        artifacts: Callable[[Value], Iterable[Path | str]] = no_artifacts,
+        artifacts: Callable[[Value], Iterable[Path | str]] = lambda _: (),
     ) -> Value:
         """Return the stage's recorded output when it is finished for equal inputs, else compute and record it.
 
@@ -87,31 +83,30 @@ class Journal:
         Raises:
             TamperedError: an artifact of a finished stage changed, vanished, or a directory got another file.
         """
-        digest = sha256_json({"stage": name, "inputs": encode(inputs)})
-        record = self.find(name, digest)
+        record = self.find(name, inputs)
         if record is not None:
             verify_artifacts(self.path.parent, record)
             return decode(output_type, record.output)
         started_at = self._clock()
         value = compute()
-        output = encode(value)
-        hashes = _hash_artifacts(self.path.parent, artifacts(value))
-        self._append(name, digest, output, hashes, started_at)
-        return decode(output_type, output)
-
-    def _append(self, stage: str, digest: str, output: Any, artifacts: Mapping[str, str], started_at: float) -> None:
-        finished_at = self._clock()
+        output, hashes, finished_at = encode(value), _hash_artifacts(self.path.parent, artifacts(value)), self._clock()
         body = {
-            "stage": stage,
-            "input_digest": digest,
+            "stage": name,
+            "input_digest": _digest(name, inputs),
             "output": output,
             "output_digest": sha256_json(output),
-            "artifacts": dict(artifacts),
+            "artifacts": hashes,
             "started_at": started_at,
             "finished_at": finished_at,
             "seconds": finished_at - started_at,
         }
         self.records.append(StageRecord(**body, chain=self._log.append(body)))
+        # Decoded here too, so that the first process goes on with the very value a resumed one will read.
+        return decode(output_type, output)
+
+
+def _digest(stage: str, inputs: object) -> str:
+    return sha256_json({"stage": stage, "inputs": encode(inputs)})
 
 
 def verify_artifacts(run_folder: Path, record: StageRecord) -> None:

@@ -1,7 +1,8 @@
-"""Where things live on disk."""
+"""Where things live on disk, and the settings of a run's gateway among them."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -9,8 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rl_actors.contracts import BadInputError
+from rl_actors.contracts import BadInputError, TamperedError
+from rl_actors.durable import decode, encode, write_json
+
+if TYPE_CHECKING:
+    from serving.store import GatewayConfig
 
 RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -24,6 +30,16 @@ def new_run_id(workflow: str, now: datetime | None = None, suffix: str | None = 
     """Return a run id that sorts by time, such as `support_desk-20261122-183000-1f3a`."""
     moment = now or datetime.now(UTC)
     return f"{workflow}-{moment:%Y%m%d-%H%M%S}-{suffix or secrets.token_hex(2)}"
+
+
+class _Below:
+    """A path below the run folder."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __get__(self, folder: RunFolder, _owner: type[RunFolder]) -> Path:
+        return folder.root / self._path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,63 +62,60 @@ class RunFolder:
         """The run's id: the folder's name."""
         return self.root.name
 
-    @property
-    def spec(self) -> Path:
-        """The spec with every default filled in."""
-        return self.root / "spec.resolved.json"
-
-    @property
-    def journal(self) -> Path:
-        """Finished stages."""
-        return self.root / "journal.jsonl"
-
-    @property
-    def bundle(self) -> Path:
-        """The manifest of frozen versions."""
-        return self.root / "bundle.json"
-
-    @property
-    def metrics(self) -> Path:
-        """Training metrics, one JSON object a line."""
-        return self.root / "metrics.jsonl"
-
-    @property
-    def tripwires(self) -> Path:
-        """What tripped in training, one JSON object a line: step, reason code, metric, value and limit."""
-        return self.root / "tripwires.jsonl"
-
-    @property
-    def snapshots(self) -> Path:
-        """Parent of the frozen datasets."""
-        return self.root / "snapshots"
-
-    @property
-    def evaluations(self) -> Path:
-        """Parent of the evaluation reports."""
-        return self.root / "eval"
-
-    @property
-    def decisions(self) -> Path:
-        """The release controller's decisions."""
-        return self.root / "release" / "decisions.jsonl"
-
-    @property
-    def split_history(self) -> Path:
-        """Every traffic split that was in force in the run's releases; the serving side writes it."""
-        return self.root / "serving" / "split" / "split_history.jsonl"
-
-    @property
-    def report(self) -> Path:
-        """Parent of the briefs."""
-        return self.root / "report"
-
-    @property
-    def summary(self) -> Path:
-        """The run's ending, for machines."""
-        return self.root / "summary.json"
+    spec = _Below("spec.resolved.json")
+    """The spec with every default filled in."""
+    journal = _Below("journal.jsonl")
+    """Finished stages."""
+    bundle = _Below("bundle.json")
+    """The manifest of frozen versions."""
+    metrics = _Below("metrics.jsonl")
+    """Training metrics, one JSON object a line."""
+    tripwires = _Below("tripwires.jsonl")
+    """What tripped in training, one JSON object a line: step, reason code, metric, value and limit."""
+    models = _Below("models")
+    """Parent of the frozen model directories."""
+    snapshots = _Below("snapshots")
+    """Parent of the frozen datasets."""
+    evaluations = _Below("eval")
+    """Parent of the evaluation reports."""
+    serving = _Below("serving")
+    """Home of the gateways and engines on which the run's releases are tried."""
+    decisions = _Below("release/decisions.jsonl")
+    """The release controller's decisions."""
+    gateway = _Below("release/gateway.json")
+    """The settings that the run's gateway was started with, for `seatrial up` and `serve`."""
+    split_history = _Below("serving/split/split_history.jsonl")
+    """Every traffic split that was in force in the run's releases; the serving side writes it."""
+    report = _Below("report")
+    """Parent of the briefs."""
+    summary = _Below("summary.json")
+    """The run's ending, for machines."""
 
 
 def list_runs(home: Path) -> list[str]:
     """Return the ids of all runs that have a resolved spec, oldest first."""
     found = [path.parent for path in (home / "runs").glob("*/spec.resolved.json")]
     return [path.name for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name))]
+
+
+def record_gateway(folder: RunFolder, config: GatewayConfig) -> None:
+    """Keep the settings a run's gateway was started with."""
+    write_json(folder.gateway, encode(config))
+
+
+def recorded_gateway(folder: RunFolder) -> GatewayConfig:
+    """Return a run's gateway settings. Prices per token, as older runs recorded them, are left aside.
+
+    Raises:
+        BadInputError: the run never served.
+        TamperedError: the file is not what `record_gateway` wrote.
+    """
+    # Imported here: what is served pulls in the agent loop, which `status` and `down` do not need.
+    from serving.store import GatewayConfig
+
+    if not folder.gateway.exists():
+        raise BadInputError("RUN_ID", folder.run_id, "this run served no policy yet; run it up to its release first")
+    try:
+        return decode(GatewayConfig, json.loads(folder.gateway.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise TamperedError(f"{folder.gateway} does not hold a gateway's settings ({error}); resume the run") from error

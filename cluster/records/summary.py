@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rl_actors.contracts import SuiteResult
 from rl_actors.durable import decode, encode
+from serving.contracts import Ending
 
-ReleaseOutcome = Literal["promoted", "rolled_back", "failed_back", "halted"]
+ReleaseEnding = Literal["promoted"] | Ending
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,26 +32,35 @@ class TrainedLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SuiteLine:
-    """Baseline against candidate on one suite; successes are fractions, violations counts."""
+class ReleaseOutcome:
+    """How one release ended, from the ledger and the controller's own record. A promotion has no time to recovery.
 
-    suite: str
-    baseline_success: float
-    candidate_success: float
-    baseline_violations: int
-    candidate_violations: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReleaseLine:
-    """One release: what became of the candidate and why. `time_to_recovery_s` is 0 for a promotion."""
+    `requests` counts the tickets that users wrote down as sent (`tickets.jsonl`), before a kill or after; `ledger_rows`
+    the requests of this release in the ledger, which the gateways wrote. The two must be equal. `observed_share` is
+    the canary's part of all requests while at the first ramp step.
+    """
 
     candidate: str
-    outcome: ReleaseOutcome
+    outcome: ReleaseEnding
     reason: str
     canary_requests: int
-    observed_share: float
+    observed_share: float = -1.0
     time_to_recovery_s: float = 0.0
+    release_id: str = ""
+    stable: str = ""
+    requests: int = 0
+    failed_requests: int = 0
+    ledger_rows: int = 0
+    first_step_requests: int = 0
+    first_step_canary_requests: int = 0
+    drill_s: float = 0.0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Work out the share from the counts; an old `summary.json` has only the share, an old journal only these."""
+        if self.observed_share < 0:
+            share = self.first_step_canary_requests / max(self.first_step_requests, 1)
+            object.__setattr__(self, "observed_share", share)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +86,17 @@ class ChainHead:
 class RunSummary:
     """How a run ended. Written as `summary.json`: a run folder without one is unfinished.
 
-    `heads` says of each chained file, by path in the run folder, where it stood; `seatrial audit` holds it to that.
+    `offline` holds baseline and candidate on each suite. `heads` says of each chained file, by path in the run folder,
+    where it stood; `seatrial audit` holds it to that.
     """
 
     run_id: str
     workflow: str
     stages: tuple[StageLine, ...]
     trained: tuple[TrainedLine, ...]
-    offline: tuple[SuiteLine, ...]
-    releases: tuple[ReleaseLine, ...]
+    # Not compared: the file keeps five numbers of each pair, and `eval/` the whole.
+    offline: tuple[tuple[SuiteResult, SuiteResult], ...] = field(default=(), compare=False)
+    releases: tuple[ReleaseOutcome, ...]
     stable_policy: str
     bundle_id: str
     exit_code: int
@@ -92,10 +105,20 @@ class RunSummary:
     heads: Mapping[str, ChainHead] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the summary as plain JSON; `from_json` reads it back."""
-        return encode(self)
+        """Return the summary as plain JSON; `from_json` reads it back but for the suites."""
+        suites = [
+            {
+                "suite": baseline.suite,
+                "baseline_success": baseline.success.mean,
+                "candidate_success": candidate.success.mean,
+                "baseline_violations": baseline.violations,
+                "candidate_violations": candidate.violations,
+            }
+            for baseline, candidate in self.offline
+        ]
+        return {**encode(self), "offline": suites}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunSummary:
-        """Return the summary that `to_json` gave. Raises pydantic's ValidationError."""
-        return decode(cls, dict(data))
+        """Return a summary that `to_json` gave, without its suites. Raises pydantic's ValidationError."""
+        return decode(cls, {**data, "offline": ()})

@@ -1,7 +1,7 @@
 """The only room that imports mlflow: versions, lineage, aliases, traces."""
 
-from cluster.registry.entries import Lineage, ModelEntry, StageLog
-from cluster.registry.pins import BASELINE, NO_PINS, REWARD_MODEL, Pins, resolve_pins
+from cluster.registry.connection import Store, quieten, store_of, without_credentials
+from cluster.registry.entries import Lineage, ModelVersion, StageLinks, StageLog
 from cluster.registry.registry import Registry
-from cluster.registry.store import Store, quieten, store_of, without_credentials
 from cluster.registry.traces import sampled_traces
+from cluster.registry.versions import BASELINE, NO_PINS, REWARD_MODEL, Pins, RegisteredVersions, resolve_pins

@@ -1,4 +1,4 @@
-"""What goes into the registry, as plain values: stages, models, lineage. Pure; `registry.py` writes them to MLflow."""
+"""The plain values that are written to MLflow, and their tags, keys and texts. Pure; the connection writes them."""
 
 from __future__ import annotations
 
@@ -7,49 +7,29 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeAlias
 
-from rl_actors.contracts import DataSnapshot, PolicyVersion, RewardModelVersion
+from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion, RewardModelVersion
 
+ModelVersion: TypeAlias = PolicyVersion | RewardModelVersion
 ModelKind = Literal["base", "sft", "reward_model", "policy"]
 
-
+POLICY_TAG: Final = "seatrial.policy."
+"""On a reward model, before the number of a policy that was trained on it."""
 _NOT_METRICS: Final = frozenset({"stage", "step", "at"})
-
-
+_CALIBRATION_TAGS: Final = ("num_pairs", "pair_accuracy", "ece", "brier", "temperature")
 _BAD_KEY: Final = re.compile(r"[^\w\-./: ]")
-
-
 _BAD_NAME: Final = re.compile(r"""[/:.%"']""")
-
-
-_MAX_PARAM: Final = 6000
+_MAX_PARAM: Final = 6000  # MLflow refuses longer values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelEntry:
-    """A model that a stage read or made. `sha256` identifies it; the weights stay where `path` says.
+class StageLinks:
+    """What a stage read and made, as MLflow draws it."""
 
-    `parent_sha256` is the model a policy was trained from, "" where there is none or nobody wrote it down.
-    """
-
-    name: str
-    kind: ModelKind
-    path: str
-    sha256: str
-    parent_sha256: str = ""
-
-    @classmethod
-    def of_policy(cls, policy: PolicyVersion) -> ModelEntry:
-        """Return the entry of a policy; base model and SFT baseline are told apart from trained policies."""
-        kind: ModelKind = policy.kind if policy.kind == "base" or policy.kind == "sft" else "policy"
-        parent = policy.parent_sha256
-        return cls(name=policy.name, kind=kind, path=policy.path, sha256=policy.sha256, parent_sha256=parent)
-
-    @classmethod
-    def of_reward_model(cls, model: RewardModelVersion) -> ModelEntry:
-        """Return the entry of a reward model."""
-        return cls(name=model.name, kind="reward_model", path=model.path, sha256=model.sha256)
+    inputs: tuple[ModelVersion, ...] = ()
+    outputs: tuple[ModelVersion, ...] = ()
+    snapshot: DataSnapshot | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,9 +43,7 @@ class StageLog:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     rows: Iterable[Mapping[str, Any]] = ()
     artifacts: tuple[Path, ...] = ()
-    inputs: tuple[ModelEntry, ...] = ()
-    outputs: tuple[ModelEntry, ...] = ()
-    snapshot: DataSnapshot | None = None
+    links: StageLinks = StageLinks()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,44 +101,68 @@ def model_name(name: str) -> str:
     return _BAD_NAME.sub("-", name)
 
 
-def version_tags(entry: ModelEntry, lineage: Lineage, run_id: str) -> dict[str, str]:
-    """Return the machine-readable links of a registered version."""
+def kind_of(version: ModelVersion) -> ModelKind:
+    """Return how the registry calls a version; base model and SFT baseline are told apart from trained policies."""
+    if isinstance(version, RewardModelVersion):
+        return "reward_model"
+    return version.kind if version.kind == "base" or version.kind == "sft" else "policy"
+
+
+def version_tags(version: ModelVersion, lineage: Lineage, run_id: str) -> dict[str, str]:
+    """Return the machine-readable links of a registered version, and how far a reward model can be believed."""
+    calibration = version.calibration if isinstance(version, RewardModelVersion) else None
+    numbers = {f"seatrial.{name}": f"{getattr(calibration, name):g}" for name in _CALIBRATION_TAGS if calibration}
     return {
-        "seatrial.version": entry.name,
-        "seatrial.kind": entry.kind,
-        "seatrial.sha256": entry.sha256,
-        "seatrial.parent_sha256": entry.parent_sha256,
+        "seatrial.version": version.name,
+        "seatrial.kind": kind_of(version),
+        "seatrial.path": version.path,
+        "seatrial.sha256": version.sha256,
+        "seatrial.parent_sha256": version.parent_sha256 if isinstance(version, PolicyVersion) else "",
         "seatrial.bundle_id": lineage.bundle_id,
         "seatrial.snapshot_sha256": lineage.snapshot_sha256,
         "seatrial.reward_model_version": lineage.reward_model,
         "seatrial.run_id": run_id,
+        **numbers,
     }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Links:
-    """Addresses inside the MLflow UI for one registered version; empty where there is nothing to link."""
+def version_of(tags: Mapping[str, Any]) -> ModelVersion:
+    """Return the version that the tags of a registered one name.
 
-    run: str
-    logged_model: str
-    reward_model: str = ""
-    policies: Mapping[str, str] = field(default_factory=dict)
+    The tags hold a calibration's five figures, rounded: whoever uses the model reads the whole beside the weights.
+    """
+    kind = tags["seatrial.kind"]
+    known = {name: tags[f"seatrial.{name}"] for name in ("path", "sha256")}
+    if kind == "reward_model":
+        # An earlier seatrial wrote these tags after it had registered the model: a kill in between left it without.
+        numbers = {name: float(tags.get(f"seatrial.{name}", "nan")) for name in _CALIBRATION_TAGS[1:]}
+        num_pairs = int(float(tags.get("seatrial.num_pairs", "0")))
+        calibration = Calibration(num_pairs=num_pairs, **numbers, criterion_mae={})
+        return RewardModelVersion(name=tags["seatrial.version"], calibration=calibration, **known)
+    # The tag does not tell a degraded policy from a trained one; neither can be pinned.
+    policy_kind = "ppo" if kind == "policy" else kind
+    parent = tags.get("seatrial.parent_sha256", "")
+    return PolicyVersion(name=tags["seatrial.version"], kind=policy_kind, parent_sha256=parent, **known)
 
 
-def version_description(entry: ModelEntry, lineage: Lineage, run_id: str, links: Links) -> str:
+def version_description(tags: Mapping[str, str], experiment_id: str, mlflow_run: str, workflow: str) -> str:
     """Return the Markdown a human reads on the version's page: MLflow draws no such links by itself."""
-    reward = f"[version {lineage.reward_model}]({links.reward_model})" if lineage.reward_model else "none"
-    policies = ", ".join(f"[{name}]({address})" for name, address in links.policies.items()) or "none yet"
-    partner = f"policies trained on it: {policies}" if entry.kind == "reward_model" else f"reward model: {reward}"
+    experiment = f"#/experiments/{experiment_id}"
+    name, kind, number = (tags[f"seatrial.{key}"] for key in ("version", "kind", "reward_model_version"))
+    reward = f"[version {number}](#/models/{workflow}-reward-model/versions/{number})" if number else "none"
+    trained = {key.removeprefix(POLICY_TAG): policy for key, policy in tags.items() if key.startswith(POLICY_TAG)}
+    linked = [f"[{policy}](#/models/{workflow}-policy/versions/{number})" for number, policy in trained.items()]
+    policies = ", ".join(linked) or "none yet"
+    partner = f"policies trained on it: {policies}" if kind == "reward_model" else f"reward model: {reward}"
     return "\n".join(
         [
-            f"{entry.name} ({entry.kind}), content sha256 `{entry.sha256}`",
+            f"{name} ({kind}), content sha256 `{tags['seatrial.sha256']}`",
             "",
-            f"- pipeline run: [{run_id}]({links.run})",
-            f"- logged model: [{entry.name}]({links.logged_model})",
+            f"- pipeline run: [{tags['seatrial.run_id']}]({experiment}/runs/{mlflow_run})",
+            f"- logged model: [{name}]({experiment}/models/{tags['seatrial.logged_model_id']})",
             f"- {partner}",
-            f"- data snapshot sha256: `{lineage.snapshot_sha256}`",
-            f"- bundle: `{lineage.bundle_id}`",
-            f"- weights: `{entry.path}`",
+            f"- data snapshot sha256: `{tags['seatrial.snapshot_sha256']}`",
+            f"- bundle: `{tags['seatrial.bundle_id']}`",
+            f"- weights: `{tags['seatrial.path']}`",
         ]
     )

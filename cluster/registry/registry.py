@@ -1,46 +1,35 @@
-"""The ONLY file that imports mlflow: runs, curves, models, lineage, aliases and the trace mirror.
+"""What one pipeline run tells MLflow: runs, curves, models and sampled traces.
 
 One experiment per workflow, a parent run per pipeline run and a child run per stage. Every write is idempotent, so that
 a resumed run repeats it harmlessly. Every MLflow failure raises InfrastructureError with the remedy; only lost traces
 do not: they are counted, for gates read our own ledger and never MLflow.
-
-MLflow is imported on first use: 3 s of processor time, and 2.5 s more for the first migration of a new SQLite store
-(6 s together on two idle cores, 11 s on busy ones); `connect_in_background` hides both behind the first stages.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-import threading
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from cluster.registry.entries import ModelEntry, StageLog, flatten, is_number, metric_points, model_name, params_of
-from cluster.registry.store import Store, quieten, reported
+from cluster.registry.connection import PARENT, Connection, Store, reported
+from cluster.registry.entries import StageLinks, StageLog, flatten, is_number, metric_points, params_of
 from cluster.registry.traces import MirrorReport, SampledTrace, TraceSpan, feedback_rows, root_span, trace_tags
-from cluster.registry.versions import PARENT, RegisteredVersions
+from cluster.registry.versions import RegisteredVersions
 from rl_actors.contracts import DataSnapshot, InfrastructureError
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import LiveSpan, Run
+    from mlflow.entities import LiveSpan
 
-
+# Most that MLflow takes in one log_batch, and the characters of a dataset's digest that it keeps.
 _BATCH: Final = 1000
-
-
 _PARAM_BATCH: Final = 100
-
-
 _DIGEST_LENGTH: Final = 36
 
 
-class Registry:
+class Registry(Connection):
     """Everything one pipeline run tells MLflow; `versions` holds the registered versions and the aliases port.
 
     Example: Registry("support_desk", run_id, store=store_of(seatrial_home())).versions.move("stable", "sft-1a2b")
@@ -48,144 +37,75 @@ class Registry:
 
     def __init__(self, workflow: str, run_id: str, *, store: Store) -> None:
         """Touch nothing: the first call connects."""
-        self.workflow, self.run_id, self.store = workflow, run_id, store
+        super().__init__(workflow, run_id, store)
         self.versions = RegisteredVersions(self)
-        self._lock = threading.RLock()
-        self._client: MlflowClient | None = None
-        self.experiment_id = ""
-
-    # --- connection ---------------------------------------------------------------------------------------------------
-
-    def connect_in_background(self) -> threading.Thread:
-        """Import MLflow and migrate the store beside other work. A failure shows again at the first real call."""
-
-        def connect() -> None:
-            with suppress(InfrastructureError):
-                self.connect()
-
-        thread = threading.Thread(target=connect, name="mlflow-connect", daemon=True)
-        thread.start()
-        return thread
 
     @reported
-    def connect(self) -> MlflowClient:
-        """Return the client, with store and experiment in place. Idempotent and thread-safe."""
-        with self._lock:
-            if self._client is None:
-                self._client = self._connected()
-            return self._client
-
-    def _connected(self) -> MlflowClient:
-        quieten()
-        import mlflow
-
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        if self.store.artifacts is not None:
-            self.store.artifacts.mkdir(parents=True, exist_ok=True)
-        mlflow.set_tracking_uri(self.store.uri)
-        mlflow.set_registry_uri(self.store.uri)
-        client = mlflow.MlflowClient(self.store.uri, self.store.uri)
-        experiment = client.get_experiment_by_name(self.workflow)
-        place = str(self.store.artifacts / self.workflow) if self.store.artifacts else None
-        self.experiment_id = experiment.experiment_id if experiment else client.create_experiment(self.workflow, place)
-        return client
-
-    # --- runs ---------------------------------------------------------------------------------------------------------
-
-    @reported
-    def start_run(self, *, spec: Mapping[str, Any], started_at: float, tags: Mapping[str, str] | None = None) -> str:
+    def start_run(self, *, spec: Mapping[str, Any], started_at: float) -> str:
         """Open (or, on resume, reopen) the parent run of this pipeline run; returns MLflow's run id."""
-        run_id = self.run(PARENT, started_at).info.run_id
-        self.connect().set_terminated(run_id, status="RUNNING", end_time=None)
-        self._log_params(run_id, spec)
-        for key, value in (tags or {}).items():
-            self.connect().set_tag(run_id, key, value)
-        return run_id
+        mlflow_run = self.open_run(PARENT, started_at)
+        self.connect().set_terminated(mlflow_run, status="RUNNING", end_time=None)
+        self._log_params(mlflow_run, spec)
+        return mlflow_run
 
     @reported
     def end_run(
         self, *, finished_at: float, is_success: bool, metrics: Mapping[str, Any], tags: Mapping[str, str] | None = None
     ) -> None:
         """Close the parent run with its final numbers."""
-        run_id = self.run(PARENT, finished_at).info.run_id
-        self._log_metrics(run_id, metrics, finished_at)
+        mlflow_run = self.open_run(PARENT, finished_at)
+        self._log_metrics(mlflow_run, metrics, finished_at)
         for key, value in (tags or {}).items():
-            self.connect().set_tag(run_id, key, value)
+            self.connect().set_tag(mlflow_run, key, value)
         status = "FINISHED" if is_success else "FAILED"
-        self.connect().set_terminated(run_id, status=status, end_time=int(finished_at * 1000))
+        self.connect().set_terminated(mlflow_run, status=status, end_time=int(finished_at * 1000))
 
     @reported
     def log_stage(self, log: StageLog) -> str:
         """Write a finished stage as a child run with parameters, curves, artifacts and model edges."""
-        run_id = self.run(log.stage, log.started_at).info.run_id
-        self._log_params(run_id, log.params)
-        self._log_metrics(run_id, log.metrics, log.finished_at)
-        self._log_curves(run_id, log)
+        mlflow_run = self.open_run(log.stage, log.started_at)
+        self._log_params(mlflow_run, log.params)
+        self._log_metrics(mlflow_run, log.metrics, log.finished_at)
+        self._log_curves(mlflow_run, log)
         for path in log.artifacts:
-            self._log_path(run_id, path)
-        if log.snapshot is not None:
-            self._log_snapshot(run_id, log.snapshot)
-        self._log_edges(run_id, log)
-        self.connect().set_terminated(run_id, status="FINISHED", end_time=int(log.finished_at * 1000))
-        return run_id
+            self.connect().log_artifact(mlflow_run, str(path))
+        if log.links.snapshot is not None:
+            self._log_snapshot(mlflow_run, log.links.snapshot)
+        self._log_edges(mlflow_run, log.links)
+        self.connect().set_terminated(mlflow_run, status="FINISHED", end_time=int(log.finished_at * 1000))
+        return mlflow_run
 
     @reported
     def log_report(self, directory: Path) -> None:
         """Attach the briefs and their figures to the parent run."""
-        run_id = self.run(PARENT, time.time()).info.run_id
-        self.connect().log_artifacts(run_id, str(directory), "report")
-
-    def run(self, stage: str, started_at: float) -> Run:
-        """Find or create the run of a stage: a resumed pipeline goes on in the runs it had."""
-        client = self.connect()
-        found = self._found(stage)
-        if found is not None:
-            return found
-        tags = {"seatrial.run_id": self.run_id, "seatrial.stage": stage}
-        if stage != PARENT:
-            tags["mlflow.parentRunId"] = self.run(PARENT, started_at).info.run_id
-        name = self.run_id if stage == PARENT else stage
-        return client.create_run(self.experiment_id, start_time=int(started_at * 1000), tags=tags, run_name=name)
-
-    def _found(self, stage: str) -> Run | None:
-        client = self.connect()
-        wanted = f"tags.`seatrial.run_id` = '{self.run_id}' and tags.`seatrial.stage` = '{stage}'"
-        found = client.search_runs([self.experiment_id], wanted, max_results=1)
-        return found[0] if found else None
+        self.connect().log_artifacts(self.open_run(PARENT, time.time()), str(directory), "report")
 
     @reported
     def parent_tags(self) -> Mapping[str, str]:
         """Return the tags of the parent run; none when MLflow does not have it, and then none is created."""
-        found = self._found(PARENT)
+        found = self.find_run(PARENT)
         return dict(found.data.tags) if found else {}
 
-    def _log_params(self, run_id: str, tree: Mapping[str, Any]) -> None:
+    def _log_params(self, mlflow_run: str, tree: Mapping[str, Any]) -> None:
         from mlflow.entities import Param
 
         params = [Param(key, value) for key, value in params_of(tree).items()]
         for start in range(0, len(params), _PARAM_BATCH):
-            self.connect().log_batch(run_id, params=params[start : start + _PARAM_BATCH])
+            self.connect().log_batch(mlflow_run, params=params[start : start + _PARAM_BATCH])
 
-    def _log_metrics(self, run_id: str, tree: Mapping[str, Any], at: float) -> None:
+    def _log_metrics(self, mlflow_run: str, tree: Mapping[str, Any], at: float) -> None:
         for key, value in flatten(tree).items():
             if is_number(value):
-                self.connect().log_metric(run_id, key, float(value), timestamp=int(at * 1000))
+                self.connect().log_metric(mlflow_run, key, float(value), timestamp=int(at * 1000))
 
-    def _log_curves(self, run_id: str, log: StageLog) -> None:
+    def _log_curves(self, mlflow_run: str, log: StageLog) -> None:
         from mlflow.entities import Metric
 
         points: list[Metric] = [Metric(p.key, p.value, p.at_ms, p.step) for p in metric_points(log.rows, log.stage)]
         for start in range(0, len(points), _BATCH):
-            self.connect().log_batch(run_id, metrics=points[start : start + _BATCH])
+            self.connect().log_batch(mlflow_run, metrics=points[start : start + _BATCH])
 
-    def _log_path(self, run_id: str, path: Path) -> None:
-        if path.is_dir():
-            self.connect().log_artifacts(run_id, str(path), path.name)
-        else:
-            self.connect().log_artifact(run_id, str(path))
-
-    def _log_snapshot(self, run_id: str, snapshot: DataSnapshot) -> None:
+    def _log_snapshot(self, mlflow_run: str, snapshot: DataSnapshot) -> None:
         """Log the data as a dataset input; MLflow's digest holds 36 characters, so the whole hash is a tag."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -197,56 +117,35 @@ class Registry:
             profile=json.dumps({"num_rows": dict(snapshot.num_rows), "num_tasks": dict(snapshot.num_tasks)}),
         )
         tags = [InputTag("mlflow.data.context", "training"), InputTag("seatrial.sha256", snapshot.sha256)]
-        self.connect().log_inputs(run_id, datasets=[DatasetInput(dataset, tags)])
-        self.connect().set_tag(run_id, "seatrial.snapshot_sha256", snapshot.sha256)
+        self.connect().log_inputs(mlflow_run, datasets=[DatasetInput(dataset, tags)])
+        self.connect().set_tag(mlflow_run, "seatrial.snapshot_sha256", snapshot.sha256)
 
-    # --- logged models ------------------------------------------------------------------------------------------------
-
-    def _log_edges(self, run_id: str, log: StageLog) -> None:
-        """Draw model -> stage -> model; an edge that is there already must not be drawn again (a unique key)."""
+    def _log_edges(self, mlflow_run: str, links: StageLinks) -> None:
+        """Draw model -> stage -> model."""
         from mlflow.entities import LoggedModelInput, LoggedModelOutput
 
-        client, run = self.connect(), self.connect().get_run(run_id)
+        # An edge that is there already must not be drawn again: MLflow's table has a unique key.
+        client, run = self.connect(), self.connect().get_run(mlflow_run)
         has_inputs = {edge.model_id for edge in (run.inputs.model_inputs if run.inputs else [])}
         has_outputs = {edge.model_id for edge in (run.outputs.model_outputs if run.outputs else [])}
-        read = {self.logged_model(entry, run_id) for entry in log.inputs} - has_inputs
-        made = {self.logged_model(entry, run_id) for entry in log.outputs} - has_outputs
+        read = {self.log_model(version, mlflow_run) for version in links.inputs} - has_inputs
+        made = {self.log_model(version, mlflow_run) for version in links.outputs} - has_outputs
         if read:
-            client.log_inputs(run_id, models=[LoggedModelInput(model_id) for model_id in sorted(read)])
+            client.log_inputs(mlflow_run, models=[LoggedModelInput(model_id) for model_id in sorted(read)])
         if made:
-            client.log_outputs(run_id, [LoggedModelOutput(model_id, 0) for model_id in sorted(made)])
-
-    def logged_model(self, entry: ModelEntry, run_id: str | None = None) -> str:
-        """Find or create the LoggedModel of this content; the weights are not copied."""
-        client = self.connect()
-        wanted = f"tags.`seatrial.sha256` = '{entry.sha256}' and tags.`seatrial.version` = '{entry.name}'"
-        found = client.search_logged_models([self.experiment_id], wanted, max_results=1)
-        if found:
-            return found[0].model_id
-        model = client.create_logged_model(
-            self.experiment_id,
-            name=model_name(entry.name),
-            source_run_id=run_id,
-            tags={"seatrial.sha256": entry.sha256, "seatrial.version": entry.name, "seatrial.run_id": self.run_id},
-            params={"path": entry.path, "sha256": entry.sha256},
-            model_type=entry.kind,
-        )
-        client.finalize_logged_model(model.model_id, "READY")
-        return model.model_id
-
-    # --- trace mirror -------------------------------------------------------------------------------------------------
+            client.log_outputs(mlflow_run, [LoggedModelOutput(model_id, 0) for model_id in sorted(made)])
 
     def mirror(self, traces: Iterable[SampledTrace]) -> MirrorReport:
         """Copy sampled runs with their feedback; a lost one is counted and never stops anything."""
         report = MirrorReport()
         for trace in traces:
             try:
-                report = self._mirrored(report, trace)
+                report = self._copy(report, trace)
             except InfrastructureError as error:
                 report = replace(report, lost=report.lost + 1, first_error=report.first_error or str(error))
         return report
 
-    def _mirrored(self, report: MirrorReport, trace: SampledTrace) -> MirrorReport:
+    def _copy(self, report: MirrorReport, trace: SampledTrace) -> MirrorReport:
         if self._has_trace(trace.record.run_id):
             return replace(report, already_there=report.already_there + 1)
         self._log_trace(trace)
@@ -265,7 +164,7 @@ class Registry:
         from mlflow.entities import AssessmentSource
 
         mlflow.set_tracking_uri(self.store.uri)  # global to the process: another registry may have moved it
-        tags, source = trace_tags(trace.record), {"mlflow.sourceRun": self.run(PARENT, time.time()).info.run_id}
+        tags, source = trace_tags(trace.record), {"mlflow.sourceRun": self.open_run(PARENT, time.time())}
         root = self._write_span(root_span(trace), None, tags=tags, metadata=source)
         if not self._has_trace(trace.record.run_id):
             raise InfrastructureError(f"MLflow did not keep the trace of {trace.record.run_id}; {self.store.remedy}")

@@ -1,4 +1,4 @@
-"""Sampled runs as span trees with feedback: what the MLflow trace mirror shows. Pure; nothing here decides anything."""
+"""Sampled requests as span trees with feedback, for the MLflow trace mirror. Pure; nothing here decides anything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SpanKind = Literal["AGENT", "CHAIN", "TOOL", "LLM"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceSpan:
-    """One step inside a run. Times are Unix seconds and milliseconds; `error` is empty when it went well."""
+    """One step inside a request. Times are Unix seconds and milliseconds; `error` is empty when it went well."""
 
     kind: SpanKind
     name: str
@@ -54,7 +54,7 @@ class MirrorReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeedbackRow:
-    """One judgement on a run, and who or what made it."""
+    """One judgement on a request, and who or what made it."""
 
     name: str
     value: bool | float | str
@@ -64,7 +64,7 @@ class FeedbackRow:
 
 
 def root_span(trace: SampledTrace) -> TraceSpan:
-    """Return the agent span of a run with all its steps; the ledger row is its attributes."""
+    """Return the agent span of a request with all its steps; the ledger row is its attributes."""
     record = trace.record
     failed = record.status != "ok"
     return TraceSpan(
@@ -81,7 +81,7 @@ def root_span(trace: SampledTrace) -> TraceSpan:
 
 
 def trace_tags(record: RequestRecord) -> dict[str, str]:
-    """Return the version stamps and the outcome of a run, by which traces are searched."""
+    """Return the version stamps and the outcome of a request, by which traces are searched."""
     names = ("run_id", "model_version", "reward_model_version", "policy_version", "bundle_id", "release_channel")
     names += ("split_epoch", "status", "success", "intent", "sandbox_level", "cost", "tool_calls_count")
     names += ("tool_error_count", "tokens_in", "tokens_out", "human_override")
@@ -89,12 +89,12 @@ def trace_tags(record: RequestRecord) -> dict[str, str]:
 
 
 def _replan_causes(plans: Iterable[PlanRevision]) -> str:
-    """Return why a run planned again, such as `tool_error after 2 calls`; empty when it kept to its first plan."""
+    """Return why the agent planned again, such as `tool_error after 2 calls`; empty when it kept to its first."""
     return ", ".join(f"{plan.cause} after {plan.after_calls} calls" for plan in plans if plan.revision)
 
 
 def feedback_rows(trace: SampledTrace) -> tuple[FeedbackRow, ...]:
-    """Return the judgements on a run: an override by a human, scores and checks by code."""
+    """Return the judgements on a request: an override by a human, scores and checks by code."""
     record, rows = trace.record, []
     if record.human_override:
         actor, reason = trace.override_actor, trace.override_reason
@@ -116,10 +116,11 @@ def sampled_traces(traces: Iterable[LiveTrace], ledger: RequestLedger, count: in
     overridden = [trace for trace in known if rows[trace.run_id].human_override]
     others = [trace for trace in known if not rows[trace.run_id].human_override]
     chosen = overridden[: count // 2] + others[: count - min(len(overridden), count // 2)]
-    return [_joined(trace, rows[trace.run_id], ledger) for trace in chosen]
+    return [_join(trace, rows[trace.run_id], ledger) for trace in chosen]
 
 
-def _joined(trace: LiveTrace, record: RequestRecord, ledger: RequestLedger) -> SampledTrace:
+def _join(trace: LiveTrace, record: RequestRecord, ledger: RequestLedger) -> SampledTrace:
+    # The ledger's row says only that somebody overrode the reply; who and why stands in its audit.
     said = [entry for entry in ledger.audit(record.run_id) if entry["what"] == "override"]
     return SampledTrace(
         record=record,
@@ -133,11 +134,8 @@ def _joined(trace: LiveTrace, record: RequestRecord, ledger: RequestLedger) -> S
 
 
 def turn_spans(turns: Sequence[Turn], *, started_at: float, duration_ms: float) -> tuple[TraceSpan, ...]:
-    """Return planner, llm and tool spans of a run's turns.
-
-    Tool times were measured; the rest of the run's time is shared among the model calls by sampled tokens and marked
-    as estimated, for turns carry no clock.
-    """
+    """Return planner, llm and tool spans of a request's turns; times of model calls are marked as estimated."""
+    # Turns carry no clock: tool times were measured, and the rest is shared among the model calls by sampled tokens.
     tools_ms = sum(turn.tool_result.duration_ms for turn in turns if turn.tool_result)
     tokens_out = sum(len(turn.completion.token_ids) for turn in turns)
     per_token_ms = max(duration_ms - tools_ms, 0.0) / max(tokens_out, 1)
@@ -194,13 +192,13 @@ def _tool_span(turn: Turn, started_at: float) -> TraceSpan:
         started_at=started_at,
         duration_ms=result.duration_ms if result else 0.0,
         inputs=dict(call.arguments) if call and call.arguments else {"raw": call.raw if call else ""},
-        outputs=_parsed(result.content) if result else None,
+        outputs=_parse(result.content) if result else None,
         error=result.error if result else "",
     )
 
 
-def _parsed(content: str) -> Any:
-    """Show JSON results as structure, anything else as text."""
+def _parse(content: str) -> Any:
+    """Return a JSON result as structure, anything else as text."""
     try:
         return json.loads(content)
     except ValueError:

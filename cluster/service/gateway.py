@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.records import RunFolder, list_runs, recorded_gateway, settings_file
+from cluster.records import RunFolder, list_runs, recorded_gateway
 from cluster.registry import Store, store_of
 from cluster.service.processes import http_ok
 from rl_actors.contracts import BadInputError, InfrastructureError
@@ -43,9 +43,7 @@ def servable_run(home: Path, run_id: str = "") -> RunFolder | None:
         recorded_gateway(folder)
         return folder
     folders = [RunFolder.of(home, name) for name in reversed(list_runs(home))]
-    ended = {
-        folder: _ending(folder) for folder in folders if folder.summary.exists() and settings_file(folder).exists()
-    }
+    ended = {folder: _ending(folder) for folder in folders if folder.summary.exists() and folder.gateway.exists()}
     newest = next(iter(ended), None)
     if newest is None or len({end.get("stable_policy") for end in ended.values()}) == 1:
         return newest

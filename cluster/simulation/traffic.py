@@ -20,68 +20,14 @@ from rl_actors.sandbox import ProcessSandbox
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
 
-
-_STAGES = ("canary", "failback_drill")
-
-
-class TrafficThread(threading.Thread):
-    """Users: tickets over HTTP until the release is over."""
-
-    def __init__(
-        self, driver: TrafficDriver, tasks: Sequence[Task], over: threading.Event, report: Report, index: int
-    ) -> None:
-        super().__init__(name="traffic", daemon=True)
-        self._driver, self._tasks, self._over, self._report, self._index = driver, tasks, over, report, index
-        self._failure: BaseException | None = None
-        self.is_finished = False
-
-    @property
-    def progress(self) -> TrafficProgress:
-        """Counts so far."""
-        return self._driver.progress
-
-    def run(self) -> None:
-        """Send tickets; what goes wrong is kept for the controller's thread."""
-        try:
-            run_traffic(self._driver, self._tasks, is_over=self._over.is_set, on_progress=self._show)
-        except BaseException as error:  # noqa: BLE001 - raised again by require_healthy
-            self._failure = error
-        finally:
-            self.is_finished = True
-
-    def require_healthy(self) -> None:
-        """Raise when the driver itself broke: silence of our own making is no evidence."""
-        if isinstance(self._failure, SeatrialError):
-            raise self._failure
-        if self._failure is not None:
-            raise InfrastructureError(f"the traffic driver stopped: {self._failure!r}")
-
-    def _show(self, progress: TrafficProgress) -> None:
-        metrics = {
-            "requests_per_s": progress.requests_per_s,
-            "canary": float(progress.answered["canary"]),
-            "stable_success": progress.success_rate("general"),
-            "canary_success": progress.success_rate("canary"),
-            "failed": float(progress.num_failed),
-        }
-        self._report(_STAGES[self._index], progress.num_sent, len(self._tasks), metrics)
-
-
 ACTOR: Final = "simulated-user"
-
-
 ALREADY_RAN: Final = "already_ran"
 """A ticket that was served before a kill: a resumed driver sends it again, and the gateway runs nothing twice."""
-
-
 MAX_UNREACHED: Final = 20
 """Tickets in a row that no gateway answered at all: a silence of our own making, which says nothing of a candidate."""
-
-
 _MAX_TRIES: Final = 20
-
-
 _RETRY_S: Final = 0.25
+_STAGES: Final = ("canary", "failback_drill")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,11 +126,11 @@ class TrafficDriver:
             pending = self._send(desk, waiting, self._config.concurrency)
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                settled, over = list(_settled(unreached, [finished.result() for finished in done])), is_over()
+                ended, over = list(settle(unreached, [finished.result() for finished in done])), is_over()
                 # A gateway that restarts must not be met by all tickets at once.
                 await asyncio.sleep(_RETRY_S if unreached and not over else 0.0)
                 pending |= set() if over else self._send(desk, waiting, len(done))
-                for result in settled:
+                for result in ended:
                     self._end(result, desk, started)
                     yield result
                 if not over:
@@ -231,8 +177,9 @@ class TrafficDriver:
                 await client.aclose()
 
 
-def _settled(unreached: list[TicketResult], results: Sequence[TicketResult]) -> Iterator[TicketResult]:
-    """Yield results whose end is certain; those that reached nobody wait in `unreached` until somebody is reached."""
+def settle(unreached: list[TicketResult], results: Sequence[TicketResult]) -> Iterator[TicketResult]:
+    """Yield results whose end is certain; the others wait in `unreached`."""
+    # A ticket that reached nobody ended in an outage only if a later one got through: else the gateway is simply gone.
     for result in results:
         if is_unreached(result):
             unreached.append(result)
@@ -243,7 +190,8 @@ def _settled(unreached: list[TicketResult], results: Sequence[TicketResult]) -> 
 
 
 def is_unreached(result: TicketResult) -> bool:
-    """Whether a ticket got no HTTP answer at all: its failure is named after the error of the connection."""
+    """Whether a ticket got no HTTP answer at all."""
+    # Its failure is then named after the error of the connection; a status has a name that httpx does not know.
     kind = getattr(httpx, result.failure, None)
     return isinstance(kind, type) and issubclass(kind, httpx.TransportError)
 
@@ -300,7 +248,7 @@ class _Desk:
         )
 
     async def _ask(self, task: Task, key: str) -> tuple[httpx.Response | None, str]:
-        """Post the ticket; after a 429 nothing was started, so ask again. Returns (reply, failure)."""
+        """Post the ticket, again after each 429. Returns (reply, failure)."""
         body = {
             "model": self._workflow.name,
             "messages": [{"role": "user", "content": task.prompt}],
@@ -319,12 +267,14 @@ class _Desk:
             failure = _failure_of(response)
             if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
                 return response, failure
+            # After a 429 nothing was started, so asking again runs nothing twice.
             self.num_throttled += 1
             await asyncio.sleep(_RETRY_S)
         return None, failure
 
     async def _judge(self, task: Task, key: str, response: httpx.Response) -> Outcome | None:
         """Verify from outside and report it. None when the database or the gateway could not be reached for it."""
+        # From outside: the state of the database decides, not what the reply claims.
         reply = response.json()["choices"][0]["message"]["content"]
         try:
             async with await self._hosts.open({**self._config.live_world, "session": key}) as world:
@@ -336,7 +286,7 @@ class _Desk:
         return outcome
 
     async def _report(self, run_id: str, outcome: Outcome) -> None:
-        """Label the run; a wrong outcome is also overridden by a human."""
+        """Label the request; a wrong outcome is also overridden by a human."""
         reason = ", ".join((*outcome.violations, *outcome.reasons))[:1000] or "verified"
         body = {"actor": ACTOR, "reason": reason}
         label = await self._client.post(f"/v1/runs/{run_id}/outcome", json={**body, "success": outcome.success})
@@ -355,3 +305,47 @@ def _failure_of(response: httpx.Response) -> str:
     if response.status_code == httpx.codes.CONFLICT and response.json()["error"]["code"] == ALREADY_RAN:
         return ALREADY_RAN
     return f"http_{response.status_code}"
+
+
+class TrafficThread(threading.Thread):
+    """Users: tickets over HTTP until the release is over."""
+
+    def __init__(
+        self, driver: TrafficDriver, tasks: Sequence[Task], over: threading.Event, report: Report, index: int
+    ) -> None:
+        super().__init__(name="traffic", daemon=True)
+        self._driver, self._tasks, self._over, self._report, self._index = driver, tasks, over, report, index
+        self._failure: BaseException | None = None
+        self.is_finished = False
+
+    @property
+    def progress(self) -> TrafficProgress:
+        """Counts so far."""
+        return self._driver.progress
+
+    def run(self) -> None:
+        """Send tickets; what goes wrong is kept for the controller's thread."""
+        try:
+            run_traffic(self._driver, self._tasks, is_over=self._over.is_set, on_progress=self._show)
+        except BaseException as error:  # noqa: BLE001 - raised again by require_healthy
+            self._failure = error
+        finally:
+            self.is_finished = True
+
+    def require_healthy(self) -> None:
+        """Raise what broke the driver itself."""
+        # Silence of our own making is no evidence against a candidate.
+        if isinstance(self._failure, SeatrialError):
+            raise self._failure
+        if self._failure is not None:
+            raise InfrastructureError(f"the traffic driver stopped: {self._failure!r}")
+
+    def _show(self, progress: TrafficProgress) -> None:
+        metrics = {
+            "requests_per_s": progress.requests_per_s,
+            "canary": float(progress.answered["canary"]),
+            "stable_success": progress.success_rate("general"),
+            "canary_success": progress.success_rate("canary"),
+            "failed": float(progress.num_failed),
+        }
+        self._report(_STAGES[self._index], progress.num_sent, len(self._tasks), metrics)

@@ -23,7 +23,7 @@ from cluster.cli.app import app
 from cluster.cli.override import Override, record_override
 from cluster.cli.runs import RunRequest, find_run, is_finished, latest_unfinished, open_run, record_spec
 from cluster.cli.submit import exit_code_of
-from cluster.pipeline.watch import Watch
+from cluster.pipeline.run import Watch
 from cluster.plan.preflight import Machine
 from cluster.records.run_folder import RunFolder, list_runs
 from cluster.records.summary import RunPaths, RunSummary

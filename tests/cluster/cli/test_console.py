@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -19,8 +20,10 @@ from cluster.cli.console import (
     stage_text,
     watch_for,
 )
-from cluster.pipeline.watch import Silent, Watch
-from cluster.records.summary import ReleaseLine, RunPaths, RunSummary, StageLine, SuiteLine, TrainedLine
+from cluster.pipeline.run import Silent, Watch
+from cluster.records.summary import ReleaseOutcome, RunPaths, RunSummary, StageLine, TrainedLine
+from rl_actors.contracts.reports import SuiteResult
+from tests.serving.fakes import make_suite
 
 PPO = {
     "reward": 0.6123,
@@ -36,6 +39,11 @@ PPO = {
 FOLDER = "/home/someone/.seatrial/runs/support_desk-20261122-183000-1f3a"
 
 
+def suite_of(success: float, violations: int) -> SuiteResult:
+    found = make_suite("capability")
+    return replace(found, success=replace(found.success, mean=success), violations=violations)
+
+
 def summary(**changes: object) -> RunSummary:
     values: dict = {
         "run_id": "support_desk-20261122-183000-1f3a",
@@ -48,24 +56,16 @@ def summary(**changes: object) -> RunSummary:
             TrainedLine(name="sft-9c1f22ab", sha256="9c1f22ab" * 8),
             TrainedLine(name="ppo-0b7d9c11", sha256="0b7d9c11" * 8),
         ),
-        "offline": (
-            SuiteLine(
-                suite="capability",
-                baseline_success=0.585,
-                candidate_success=0.7625,
-                baseline_violations=31,
-                candidate_violations=12,
-            ),
-        ),
+        "offline": ((suite_of(0.585, 31), suite_of(0.7625, 12)),),
         "releases": (
-            ReleaseLine(
+            ReleaseOutcome(
                 candidate="ppo-0b7d9c11",
                 outcome="promoted",
                 reason="all 4 gates passed at 50 %",
                 canary_requests=1412,
                 observed_share=0.0512,
             ),
-            ReleaseLine(
+            ReleaseOutcome(
                 candidate="degraded-77ab01ff",
                 outcome="rolled_back",
                 reason="no_safety_regression: e_fail 104 >= 100 after 31 events [14 on the canary]",

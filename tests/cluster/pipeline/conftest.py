@@ -10,10 +10,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from cluster.pipeline.data import build_base, freeze_snapshot
-from cluster.pipeline.run import Run
 from rl_actors.contracts.versions import DataSnapshot, PolicyVersion
-from tests.cluster.pipeline.fakes import make_run
+from tests.cluster.pipeline.fakes import DeskRun, build_model, freeze_data, make_run
 
 
 @pytest.fixture(autouse=True)
@@ -26,24 +24,24 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(home: Path) -> Run:
+def run(home: Path) -> DeskRun:
     """A fresh run of the small spec."""
     return make_run(home)
 
 
 @pytest.fixture(scope="session")
-def frozen_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def frozen_run(tmp_path_factory: pytest.TempPathFactory) -> DeskRun:
     """The run that owns the shared snapshot and base model; tests only read it."""
     return make_run(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="session")
-def snapshot(frozen_run: Run) -> DataSnapshot:
+def snapshot(frozen_run: DeskRun) -> DataSnapshot:
     """The small support_desk data, frozen once."""
-    return freeze_snapshot(frozen_run)
+    return freeze_data(frozen_run)
 
 
 @pytest.fixture(scope="session")
-def base(frozen_run: Run, snapshot: DataSnapshot) -> PolicyVersion:
+def base(frozen_run: DeskRun, snapshot: DataSnapshot) -> PolicyVersion:
     """A tiny GPT-OSS policy with its Harmony tokenizer, built once."""
-    return build_base(frozen_run, snapshot)
+    return build_model(frozen_run, snapshot)

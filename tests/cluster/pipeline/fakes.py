@@ -9,21 +9,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.pipeline.bench import ReleaseResult
+from cluster.pipeline.data import build_base, freeze_snapshot
 from cluster.pipeline.run import Run
-from cluster.plan.placement import place
-from cluster.records.journal import Journal
+from cluster.pipeline.sampling import agent_limits
+from cluster.records.frozen import fresh
 from cluster.records.run_folder import RunFolder
-from cluster.registry.entries import ModelEntry, StageLog
-from cluster.registry.store import Store
+from cluster.records.summary import ReleaseOutcome
+from cluster.registry.connection import Store
+from cluster.registry.entries import ModelVersion, StageLog
 from cluster.registry.traces import MirrorReport, SampledTrace
-from cluster.spec.spec import load_spec, override
+from cluster.spec.spec import WorkflowSpec, load_spec, override
 from cluster.workflows import find_workflow, locate_workflow
 from cluster.workflows.support_desk import SupportDesk
-from rl_actors.contracts import Demonstration, Outcome, RolloutRequest, Split, Task
 from rl_actors.contracts.errors import InfrastructureError
 from rl_actors.contracts.rollouts import Completion, Rollout, ToolCall, ToolResult, Turn
-from rl_actors.contracts.versions import Calibration, PolicyKind, PolicyVersion, RewardModelVersion
+from rl_actors.contracts.tasks import AgentLimits, Demonstration, Outcome, RolloutRequest, Split, Task
+from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyKind, PolicyVersion, RewardModelVersion
+from rl_actors.environment.workflow import WorkflowRef
 from tests.cluster.workflows.desk_runs import calls_of, reply_of, right, score, wrong
 
 SMALL = (
@@ -61,21 +63,42 @@ class RecordingWatch:
         self.notes.append(line)
 
 
-def make_run(home: Path, *settings: str, run_id: str = "run-1", name: str = "support_desk") -> Run:
+class DeskRun(Run):
+    """A run with the spec and the workflow that the story would hand to its stages."""
+
+    def __init__(self, spec: WorkflowSpec, folder: RunFolder, name: str = "support_desk") -> None:
+        super().__init__(folder, RecordingWatch())
+        self.spec, self.workflow = spec, find_workflow(name)
+
+    @property
+    def limits(self) -> AgentLimits:
+        return agent_limits(self.spec)
+
+    @property
+    def workflow_ref(self) -> WorkflowRef:
+        return locate_workflow(self.workflow.name)
+
+    @property
+    def prompt(self) -> str:
+        return self.workflow.system_prompt
+
+    def fresh(self, name: str) -> Path:
+        return fresh(self.folder.root / name)
+
+
+def make_run(home: Path, *settings: str, run_id: str = "run-1", name: str = "support_desk") -> DeskRun:
     """A run of the packaged workflow with little data; the same home and id give the same run again, as a resume."""
-    spec = override(load_spec("support_desk"), [*SMALL, *settings])
     folder = RunFolder.of(home, run_id)
     folder.root.mkdir(parents=True, exist_ok=True)
-    return Run(
-        spec=spec,
-        folder=folder,
-        home=home,
-        watch=RecordingWatch(),
-        journal=Journal(folder.journal),
-        workflow_ref=locate_workflow(name),
-        workflow=find_workflow(name),
-        placement=place(spec),
-    )
+    return DeskRun(override(load_spec("support_desk"), [*SMALL, *settings]), folder, name)
+
+
+def freeze_data(run: DeskRun) -> DataSnapshot:
+    return freeze_snapshot(run.workflow, run.spec.num_tasks, run.spec.seed, run.folder.snapshots)
+
+
+def build_model(run: DeskRun, snapshot: DataSnapshot) -> PolicyVersion:
+    return build_base(run.spec.model, run.spec.seed, run.prompt, snapshot, run.folder.models / "base")
 
 
 def watch_of(run: Run) -> RecordingWatch:
@@ -114,14 +137,14 @@ def make_reward_model(directory: Path | str, name: str = "rm_v1") -> RewardModel
     return RewardModelVersion(name=name, path=str(directory), sha256="a" * 64, calibration=CALIBRATION)
 
 
-def make_result(**changes: Any) -> ReleaseResult:
+def make_result(**changes: Any) -> ReleaseOutcome:
     values: dict[str, Any] = {
         "release_id": "run-1-0", "stable": "sft-1", "candidate": "ppo-1", "outcome": "promoted",
         "reason": "all gates passed", "requests": 400, "failed_requests": 0, "ledger_rows": 400,
         "first_step_requests": 200, "first_step_canary_requests": 12, "canary_requests": 90,
         "time_to_recovery_s": 0.0, "drill_s": 0.4, "seconds": 30.0,
     }  # fmt: skip
-    return ReleaseResult(**(values | changes))
+    return ReleaseOutcome(**(values | changes))
 
 
 # --- rollouts ---------------------------------------------------------------------------------------------------------
@@ -245,20 +268,17 @@ class FakeVersions:
 
     registered: list[tuple[str, str, Any]] = field(default_factory=list)
     named: dict[str, str] = field(default_factory=dict)
-    known: dict[str, tuple[ModelEntry, ...]] = field(default_factory=dict)
+    known: dict[str, tuple[ModelVersion, ...]] = field(default_factory=dict)
     policy_model: str = "desk-policy"
     reward_model: str = "desk-reward-model"
 
-    def entries(self, model: str) -> tuple[ModelEntry, ...]:
+    def entries(self, model: str) -> tuple[ModelVersion, ...]:
         return self.known.get(model, ())
 
-    def register_reward_model(self, model: RewardModelVersion, lineage: Any) -> str:
-        self.registered.append(("reward", model.name, lineage))
-        return "4"
-
-    def register_policy(self, policy: PolicyVersion, lineage: Any) -> str:
-        self.registered.append(("policy", policy.name, lineage))
-        return "1"
+    def register(self, version: ModelVersion, lineage: Any) -> str:
+        is_reward = isinstance(version, RewardModelVersion)
+        self.registered.append(("reward" if is_reward else "policy", version.name, lineage))
+        return "4" if is_reward else "1"
 
     def move(self, alias: str, version: str) -> None:
         self.named[alias] = version

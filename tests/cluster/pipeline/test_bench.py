@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from cluster.pipeline import bench as bench_module
-from cluster.pipeline.bench import ReleaseBench, ReleaseResult, live_tasks, require_room
-from cluster.pipeline.data import NUM_RELEASES, read_tasks
+from cluster.pipeline.bench import NUM_RELEASES, ReleaseBench, live_tasks, require_room
 from cluster.pipeline.release import release_plan
-from cluster.pipeline.run import Run
+from cluster.pipeline.snapshot import read_tasks
 from cluster.plan.placement import NUM_THREADS
-from cluster.records.gateway_file import recorded_gateway
+from cluster.records.run_folder import recorded_gateway
+from cluster.records.summary import ReleaseOutcome
 from cluster.simulation import traffic as traffic_thread
 from cluster.simulation.ticket_book import TicketBook, TicketResult
 from cluster.simulation.traffic import TrafficDriver, TrafficProgress
@@ -35,13 +35,13 @@ from serving.platform.serve import PlatformConfig
 from serving.split.record import SplitStore, route, slot_position
 from serving.store.ledger import RequestLedger
 from serving.store.served import GatewayConfig, ServedPolicy
-from tests.cluster.pipeline.fakes import FakeVersions, make_run
+from tests.cluster.pipeline.fakes import DeskRun, FakeVersions, make_run
 from tests.serving.fakes import make_completion, make_record
 
 FAST = ("release.canary_traffic_percent=50", "release.ramp=[50]", "release.min_canary_requests=50")
 
 
-def query(run: Run, database: str, sql: str) -> list[tuple[Any, ...]]:
+def query(run: DeskRun, database: str, sql: str) -> list[tuple[Any, ...]]:
     with closing(sqlite3.connect(run.folder.root / "serving" / f"{database}.sqlite")) as connection:
         return connection.execute(sql).fetchall()
 
@@ -161,7 +161,7 @@ class Users:
 class Rig:
     """A bench on fakes, and one call to release on it."""
 
-    run: Run
+    run: DeskRun
     snapshot: DataSnapshot
     users: Users
     aliases: FakeVersions = field(default_factory=FakeVersions)
@@ -169,15 +169,18 @@ class Rig:
 
     @property
     def plan(self) -> ReleasePlan:
-        return replace(release_plan(self.run, may_promote=True), tick_s=0.02)
+        return replace(release_plan(self.run.spec, self.run.workflow.critical_checks, may_promote=True), tick_s=0.02)
 
     def bench(self) -> ReleaseBench:
-        self.users.bench = ReleaseBench(self.run, self.snapshot, self.aliases, "/models/rm")
+        run = self.run
+        self.users.bench = ReleaseBench(
+            run.spec, run.folder, run.workflow, self.snapshot, self.aliases, "/models/rm", run.watch.progress
+        )
         assert isinstance(self.users.bench.platform, FakeServe)
         self.serve = self.users.bench.platform
         return self.users.bench
 
-    def release(self, plan: ReleasePlan | None = None) -> ReleaseResult:
+    def release(self, plan: ReleasePlan | None = None) -> ReleaseOutcome:
         with self.bench() as bench:
             return bench.release(0, STABLE, CANDIDATE, plan or self.plan, self.directory)
 
@@ -214,7 +217,8 @@ def test_a_run_asks_for_room_before_it_trains_when_it_will_release(
     monkeypatch.setattr(bench_module, "ServePlatform", FakeServe)
     monkeypatch.setattr(FakeServe, "require_room", full, raising=False)
     with pytest.raises(BadInputError, match="another home") if asks else nullcontext():
-        require_room(make_run(home), until)
+        run = make_run(home)
+        require_room(run.spec, run.folder, until)
     assert not (home / "runs" / "run-1" / "serving").exists()
 
 
@@ -480,7 +484,7 @@ def test_gateway_and_platform_follow_the_spec(home: Path, rig: Rig):
     assert rig.serve.config == PlatformConfig(http_port=8123, engine_threads=NUM_THREADS // 2, gpus_per_policy=0.5)
     assert (gateway.limits, gateway.temperature, gateway.workflow) == (rig.run.limits, 0.7, rig.run.workflow_ref)
     assert gateway.cost_model == CostModel(), "what the offline suites are priced by"
-    assert bench._driver(0, TicketBook(rig.directory / "tickets.jsonl"))._config.concurrency == 3
+    assert bench._driver("run-1-0", TicketBook(rig.directory / "tickets.jsonl"))._config.concurrency == 3
     assert bench.ledger_path == rig.run.folder.root / "serving" / "ledger.sqlite"
 
 

@@ -20,14 +20,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cluster.pipeline.data import NUM_RELEASES, build_base, freeze_snapshot, read_demonstrations, read_tasks
-from cluster.pipeline.run import Run
+from cluster.pipeline.snapshot import read_demonstrations, read_tasks
+from cluster.spec import NUM_RELEASES
 from rl_actors.agent.renderers.harmony import HARMONY_TOKENS, HarmonyRenderer
 from rl_actors.contracts import Demonstration, Split, Task
 from rl_actors.contracts.errors import BadDataError, TamperedError
 from rl_actors.contracts.versions import DataSnapshot, PolicyVersion
 from rl_actors.durable.hashing import sha256_directory
-from tests.cluster.pipeline.fakes import NUM_TASKS, FaultyDesk, make_run
+from tests.cluster.pipeline.fakes import NUM_TASKS, DeskRun, FaultyDesk, build_model, freeze_data, make_run
 
 # --- the snapshot -----------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,7 @@ def test_every_split_has_the_tasks_the_spec_asks_for(snapshot: DataSnapshot):
         assert {task.split for task in tasks} == {split}
 
 
-def test_live_tickets_are_there_for_every_release(frozen_run: Run, snapshot: DataSnapshot):
+def test_live_tickets_are_there_for_every_release(frozen_run: DeskRun, snapshot: DataSnapshot):
     assert snapshot.num_tasks["live"] == frozen_run.spec.data.num_live * NUM_RELEASES
 
 
@@ -50,23 +50,23 @@ def test_only_train_tasks_have_demonstrations(snapshot: DataSnapshot):
     assert [item.task_id for item in read_demonstrations(snapshot)] == train
 
 
-def test_what_was_frozen_comes_back_equal(frozen_run: Run, snapshot: DataSnapshot):
+def test_what_was_frozen_comes_back_equal(frozen_run: DeskRun, snapshot: DataSnapshot):
     built = frozen_run.workflow.build_tasks("train", NUM_TASKS["train"], frozen_run.spec.seed)
     assert read_tasks(snapshot, "train") == built
 
 
 def test_equal_specs_freeze_equal_data(home: Path, snapshot: DataSnapshot):
-    again = freeze_snapshot(make_run(home))
+    again = freeze_data(make_run(home))
     assert again.sha256 == snapshot.sha256
     assert again.path != snapshot.path
 
 
 def test_another_seed_freezes_other_data(home: Path, snapshot: DataSnapshot):
-    assert freeze_snapshot(make_run(home, "seed=8")).sha256 != snapshot.sha256
+    assert freeze_data(make_run(home, "seed=8")).sha256 != snapshot.sha256
 
 
-def test_freezing_twice_in_one_run_gives_the_same_folder(run: Run):
-    assert freeze_snapshot(run) == freeze_snapshot(run)
+def test_freezing_twice_in_one_run_gives_the_same_folder(run: DeskRun):
+    assert freeze_data(run) == freeze_data(run)
 
 
 def change_first(split: Split, change: Callable[[Task], Task]) -> Callable[[list[Task]], list[Task]]:
@@ -79,42 +79,42 @@ def train_task(snapshot: DataSnapshot) -> Task:
     return read_tasks(snapshot, "train")[0]
 
 
-def refused(run: Run, workflow: FaultyDesk) -> BadDataError:
+def refused(run: DeskRun, workflow: FaultyDesk) -> BadDataError:
     """Freeze with a faulty workflow; nothing may be left behind."""
     run.workflow = workflow
     with pytest.raises(BadDataError) as caught:
-        freeze_snapshot(run)
+        freeze_data(run)
     assert not run.folder.snapshots.exists()
     return caught.value
 
 
 @pytest.mark.parametrize("split", ["held_out", "frozen", "adversarial", "calibration", "live"])
-def test_a_train_prompt_in_another_split_is_refused(run: Run, train_task: Task, split: Split):
+def test_a_train_prompt_in_another_split_is_refused(run: DeskRun, train_task: Task, split: Split):
     leak = change_first(split, lambda task: replace(task, prompt=f"  {train_task.prompt.upper()}!"))
     error = refused(run, FaultyDesk(leak))
     assert error.field.endswith(".prompt")
     assert f"leaks: {train_task.task_id} in 'train'" in error.remedy
 
 
-def test_a_duplicate_id_is_refused(run: Run, train_task: Task):
+def test_a_duplicate_id_is_refused(run: DeskRun, train_task: Task):
     double = change_first("held_out", lambda task: replace(task, task_id=train_task.task_id))
     error = refused(run, FaultyDesk(double))
     assert (error.field, error.value) == ("tasks.task_id", train_task.task_id)
 
 
 @pytest.mark.parametrize("split", ["train", "held_out", "live"])
-def test_an_empty_split_is_refused(run: Run, split: Split):
+def test_an_empty_split_is_refused(run: DeskRun, split: Split):
     error = refused(run, FaultyDesk(lambda tasks: [] if tasks[0].split == split else tasks))
     assert (error.field, error.value) == ("tasks.split", split)
     assert f"data.num_{split}" in error.remedy
 
 
-def test_an_unknown_split_is_refused(run: Run):
+def test_an_unknown_split_is_refused(run: DeskRun):
     error = refused(run, FaultyDesk(change_first("frozen", lambda task: replace(task, split="test"))))  # type: ignore[arg-type]
     assert error.value == "test"
 
 
-def test_a_demonstration_of_a_held_out_task_is_refused(run: Run, snapshot: DataSnapshot):
+def test_a_demonstration_of_a_held_out_task_is_refused(run: DeskRun, snapshot: DataSnapshot):
     secret = read_tasks(snapshot, "held_out")[0]
 
     def cheat(item: Demonstration) -> Demonstration:
@@ -125,14 +125,14 @@ def test_a_demonstration_of_a_held_out_task_is_refused(run: Run, snapshot: DataS
     assert "train tasks only" in error.remedy
 
 
-def test_a_workflow_without_faults_passes_the_same_checks(run: Run, snapshot: DataSnapshot):
+def test_a_workflow_without_faults_passes_the_same_checks(run: DeskRun, snapshot: DataSnapshot):
     run.workflow = FaultyDesk()
-    assert freeze_snapshot(run).sha256 == snapshot.sha256
+    assert freeze_data(run).sha256 == snapshot.sha256
 
 
 @pytest.mark.parametrize("read", [lambda s: read_tasks(s, "train"), read_demonstrations])
-def test_a_changed_snapshot_is_never_read(run: Run, read: Callable[[DataSnapshot], Any]):
-    snapshot = freeze_snapshot(run)
+def test_a_changed_snapshot_is_never_read(run: DeskRun, read: Callable[[DataSnapshot], Any]):
+    snapshot = freeze_data(run)
     assert read(snapshot)
     (Path(snapshot.path) / "more.parquet").write_text("one file more")
     with pytest.raises(TamperedError, match="differs from the frozen"):
@@ -152,7 +152,7 @@ def test_the_base_model_speaks_harmony(base: PolicyVersion):
     assert base.sha256 == sha256_directory(Path(base.path))
 
 
-def test_the_base_model_has_the_shape_of_the_spec(frozen_run: Run, base: PolicyVersion):
+def test_the_base_model_has_the_shape_of_the_spec(frozen_run: DeskRun, base: PolicyVersion):
     config = json.loads((Path(base.path) / "config.json").read_text())
     shape = frozen_run.spec.model
     tokenizer = AutoTokenizer.from_pretrained(base.path)
@@ -166,18 +166,18 @@ def test_the_base_model_has_the_shape_of_the_spec(frozen_run: Run, base: PolicyV
     assert config["eos_token_id"] == tokenizer.eos_token_id
 
 
-def test_building_the_base_model_again_gives_the_same_bytes(run: Run, snapshot: DataSnapshot, base: PolicyVersion):
-    again = build_base(run, snapshot)
+def test_building_the_base_model_again_gives_the_same_bytes(run: DeskRun, snapshot: DataSnapshot, base: PolicyVersion):
+    again = build_model(run, snapshot)
     assert (again.sha256, again.name) == (base.sha256, base.name)
 
 
 def test_another_seed_gives_another_model(home: Path, snapshot: DataSnapshot, base: PolicyVersion):
-    assert build_base(make_run(home, "seed=8"), snapshot).sha256 != base.sha256
+    assert build_model(make_run(home, "seed=8"), snapshot).sha256 != base.sha256
 
 
-def test_a_half_written_model_is_not_built_upon(run: Run, snapshot: DataSnapshot, base: PolicyVersion):
+def test_a_half_written_model_is_not_built_upon(run: DeskRun, snapshot: DataSnapshot, base: PolicyVersion):
     (run.fresh("models/base") / "model-00002.safetensors").write_text("left by a kill")
-    assert build_base(run, snapshot).sha256 == base.sha256
+    assert build_model(run, snapshot).sha256 == base.sha256
 
 
 # --- a model of other people ------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adopt(home: Path, path: Path | str, snapshot: DataSnapshot, run_id: str = "run-1") -> PolicyVersion:
-    return build_base(make_run(home, f"model.path={path}", run_id=run_id), snapshot)
+    return build_model(make_run(home, f"model.path={path}", run_id=run_id), snapshot)
 
 
 def test_the_stranger_really_lacks_tokens(stranger: Path):

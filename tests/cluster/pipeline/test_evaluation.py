@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.pipeline import evaluation
-from cluster.pipeline.data import freeze_snapshot, read_tasks
+from cluster.pipeline import evaluation, sampling
 from cluster.pipeline.evaluation import SUITE_SPLITS, evaluate, evaluate_together, read_suites, require_offline_gates
 from cluster.pipeline.release import release_plan
-from cluster.pipeline.run import Run
+from cluster.pipeline.snapshot import read_tasks
 from rl_actors.contracts import Outcome, RolloutRequest
 from rl_actors.contracts.errors import InfrastructureError, StageRefusedError, TamperedError
 from rl_actors.contracts.reports import EvalReport
@@ -20,7 +19,16 @@ from rl_actors.contracts.versions import DataSnapshot
 from rl_actors.durable.codec import decode
 from serving.contracts.release import ReleasePlan
 from serving.gates.registry import evaluate_offline
-from tests.cluster.pipeline.fakes import NUM_TASKS, FakePool, Places, PoolRecorder, make_policy, make_run
+from tests.cluster.pipeline.fakes import (
+    NUM_TASKS,
+    DeskRun,
+    FakePool,
+    Places,
+    PoolRecorder,
+    freeze_data,
+    make_policy,
+    make_run,
+)
 from tests.serving.fakes import make_report, make_suite
 
 BASELINE, CANDIDATE = make_policy("/models/sft", "sft-1", "sft"), make_policy("/models/ppo", "ppo-1")
@@ -42,18 +50,27 @@ def test_the_suites_are_the_splits_nobody_trains_on(snapshot: DataSnapshot):
 
 
 def test_equal_data_gives_equal_suites_and_other_data_gives_others(home: Path, snapshot: DataSnapshot):
-    again, other = freeze_snapshot(make_run(home)), freeze_snapshot(make_run(home, "seed=8"))
+    again, other = freeze_data(make_run(home)), freeze_data(make_run(home, "seed=8"))
     hashes = [{suite.name: suite.sha256 for suite in read_suites(frozen)} for frozen in (snapshot, again, other)]
     assert hashes[0] == hashes[1]
     assert all(hashes[0][name] != hashes[2][name] for name in SUITE_SPLITS)
 
 
-def test_suites_of_a_changed_snapshot_are_refused(run: Run):
-    frozen = freeze_snapshot(run)
+def test_suites_of_a_changed_snapshot_are_refused(run: DeskRun):
+    frozen = freeze_data(run)
     (Path(frozen.path) / "tasks.parquet").chmod(0o644)
     (Path(frozen.path) / "tasks.parquet").write_bytes(b"easier tasks")
     with pytest.raises(TamperedError):
         read_suites(frozen)
+
+
+def plan_of(run: DeskRun) -> ReleasePlan:
+    return release_plan(run.spec, run.workflow.critical_checks, may_promote=True)
+
+
+def evaluate_both(run: DeskRun, snapshot: DataSnapshot) -> EvalReport:
+    file = run.folder.evaluations / "candidate.json"
+    return evaluate(run.spec, read_suites(snapshot), BASELINE, CANDIDATE, plan_of(run), file)
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -69,7 +86,7 @@ class Policies:
 @pytest.fixture
 def pools(monkeypatch: pytest.MonkeyPatch) -> PoolRecorder:
     recorder = PoolRecorder(Policies())
-    monkeypatch.setattr(evaluation, "RolloutPool", recorder)
+    monkeypatch.setattr(sampling, "RolloutPool", recorder)
     return recorder
 
 
@@ -88,11 +105,11 @@ def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> boo
 
 
 @pytest.fixture
-def report(run: Run, snapshot: DataSnapshot, pools: PoolRecorder, places: Places) -> EvalReport:
-    return evaluate(run, snapshot, BASELINE, CANDIDATE, "candidate", release_plan(run, may_promote=True))
+def report(run: DeskRun, snapshot: DataSnapshot, pools: PoolRecorder, places: Places) -> EvalReport:
+    return evaluate_both(run, snapshot)
 
 
-def test_both_policies_get_the_same_tasks_and_seeds(run: Run, report: EvalReport, pools: PoolRecorder):
+def test_both_policies_get_the_same_tasks_and_seeds(run: DeskRun, report: EvalReport, pools: PoolRecorder):
     by_path = {pool.model_path: pool for pool in pools.pools}
     baseline, candidate = by_path[BASELINE.path], by_path[CANDIDATE.path]
     assert baseline.requests == candidate.requests
@@ -120,29 +137,29 @@ def test_the_report_compares_task_by_task(report: EvalReport):
         assert suite.suite_sha256 == report.candidate[name].suite_sha256
 
 
-def test_the_report_lies_under_eval_and_reads_back_equal(run: Run, report: EvalReport):
+def test_the_report_lies_under_eval_and_reads_back_equal(run: DeskRun, report: EvalReport):
     written = json.loads((run.folder.evaluations / "candidate.json").read_text())
     assert decode(EvalReport, written) == report
 
 
 def test_another_seed_samples_otherwise(home: Path, snapshot: DataSnapshot, pools: PoolRecorder, places: Places):
     for run_id, seed in (("run-1", 7), ("run-2", 7), ("run-3", 8)):
-        evaluate_together(make_run(home, f"seed={seed}", run_id=run_id), snapshot, [CANDIDATE])
+        evaluate_together(make_run(home, f"seed={seed}", run_id=run_id).spec, read_suites(snapshot), [CANDIDATE])
     seeds = [[request.seed for request in pool.requests] for pool in pools.pools]
     assert seeds[0] == seeds[1] != seeds[2]
 
 
-def test_a_dead_engine_is_no_report(run: Run, snapshot: DataSnapshot, pools: PoolRecorder, places: Places):
+def test_a_dead_engine_is_no_report(run: DeskRun, snapshot: DataSnapshot, pools: PoolRecorder, places: Places):
     pools.breaks = True
     with pytest.raises(InfrastructureError, match="workers died"):
-        evaluate(run, snapshot, BASELINE, CANDIDATE, "candidate", release_plan(run, may_promote=True))
+        evaluate_both(run, snapshot)
     assert all(pool.is_closed for pool in pools.pools)
     assert places.open == 0
     assert not run.folder.evaluations.exists()
 
 
 def test_a_suite_with_a_lost_task_is_no_report(
-    run: Run, snapshot: DataSnapshot, places: Places, monkeypatch: pytest.MonkeyPatch
+    run: DeskRun, snapshot: DataSnapshot, places: Places, monkeypatch: pytest.MonkeyPatch
 ):
     class Losing(PoolRecorder):
         def __call__(self, model_path: str, settings: object, **options: object) -> object:  # type: ignore[override]
@@ -152,9 +169,9 @@ def test_a_suite_with_a_lost_task_is_no_report(
             return pool
 
     recorder = Losing(Policies())
-    monkeypatch.setattr(evaluation, "RolloutPool", recorder)
+    monkeypatch.setattr(sampling, "RolloutPool", recorder)
     with pytest.raises(InfrastructureError, match="1 tasks lost to infrastructure"):
-        evaluate_together(run, snapshot, [CANDIDATE])
+        evaluate_together(run.spec, read_suites(snapshot), [CANDIDATE])
     assert recorder.pools[0].is_closed
 
 
@@ -197,11 +214,11 @@ def test_a_candidate_that_looks_too_slow_is_timed_again(
     is_refused: bool,
 ):
     run = make_run(home, "data.num_held_out=40", "data.num_frozen=40", "data.num_adversarial=40")
-    frozen, plan = freeze_snapshot(run), release_plan(run, may_promote=True)
+    frozen, plan = freeze_data(run), plan_of(run)
     watch = Stopwatch(lambda _path, _request: GOOD)
     watch.candidate_ms = candidate_ms
-    monkeypatch.setattr(evaluation, "RolloutPool", watch)
-    report = evaluate(run, frozen, BASELINE, CANDIDATE, "candidate", plan)
+    monkeypatch.setattr(sampling, "RolloutPool", watch)
+    report = evaluate_both(run, frozen)
     assert len(watch.pools) == 2 * num_passes
     assert all(pool.is_closed for pool in watch.pools)
     latency = {result.gate: result for result in evaluate_offline(report, plan)}["latency_delta_lt_15_percent"]
@@ -213,8 +230,8 @@ def test_a_candidate_that_looks_too_slow_is_timed_again(
 
 
 @pytest.fixture
-def plan(run: Run) -> ReleasePlan:
-    return release_plan(run, may_promote=True)
+def plan(run: DeskRun) -> ReleasePlan:
+    return plan_of(run)
 
 
 def test_an_equally_good_candidate_may_go_on(plan: ReleasePlan):
@@ -269,9 +286,9 @@ def test_a_violation_found_in_rollouts_stops_the_candidate(home: Path, places: P
 
     sizes = ("data.num_held_out=40", "data.num_frozen=40", "data.num_adversarial=40")
     run = make_run(home, *sizes)
-    frozen, plan = freeze_snapshot(run), release_plan(run, may_promote=True)
-    monkeypatch.setattr(evaluation, "RolloutPool", PoolRecorder(lambda _path, _request: GOOD))
-    assert require_offline_gates(evaluate(run, frozen, BASELINE, CANDIDATE, "good", plan), plan)
-    monkeypatch.setattr(evaluation, "RolloutPool", PoolRecorder(policies))
+    frozen, plan = freeze_data(run), plan_of(run)
+    monkeypatch.setattr(sampling, "RolloutPool", PoolRecorder(lambda _path, _request: GOOD))
+    assert require_offline_gates(evaluate_both(run, frozen), plan)
+    monkeypatch.setattr(sampling, "RolloutPool", PoolRecorder(policies))
     with pytest.raises(StageRefusedError, match="no_safety_regression: fail"):
-        require_offline_gates(evaluate(run, frozen, BASELINE, CANDIDATE, "bad", plan), plan)
+        require_offline_gates(evaluate_both(run, frozen), plan)

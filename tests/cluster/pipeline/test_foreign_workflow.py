@@ -19,23 +19,20 @@ from cluster.cli import runs as cli_runs
 from cluster.cli.app import app
 from cluster.cli.runs import RunRequest, latest_unfinished, open_run, record_spec, requested_spec
 from cluster.cli.submit import shipped_variables
-from cluster.pipeline.data import build_base, freeze_snapshot, read_demonstrations, read_tasks
-from cluster.pipeline.run import Run
-from cluster.plan.placement import place
+from cluster.pipeline.snapshot import read_demonstrations, read_tasks
 from cluster.plan.preflight import Machine
-from cluster.records.journal import Journal
 from cluster.records.run_folder import RunFolder
 from cluster.records.summary import RunPaths, RunSummary
 from cluster.spec.spec import WorkflowSpec, load_spec, override
-from cluster.workflows import PATH_VARIABLE, find_workflow, locate_workflow
+from cluster.workflows import PATH_VARIABLE
 from rl_actors.agent.executor import Toolset
 from rl_actors.agent.renderers.harmony import HarmonyRenderer
 from rl_actors.agent.rollout import RolloutPorts, run_rollout
-from rl_actors.contracts import Demonstration, RolloutRequest, Task
 from rl_actors.contracts.errors import BadDataError, BadInputError
 from rl_actors.contracts.rollouts import Rollout
+from rl_actors.contracts.tasks import Demonstration, RolloutRequest, Task
 from rl_actors.sandbox.process import ProcessSandbox
-from tests.cluster.pipeline.fakes import SMALL, RecordingWatch
+from tests.cluster.pipeline.fakes import SMALL, DeskRun, build_model, freeze_data
 from tests.rl_actors.fakes import ScriptedEngine
 
 NAME = "night_desk"
@@ -104,20 +101,11 @@ def small() -> WorkflowSpec:
 
 
 @pytest.fixture
-def night(folder: Path, home: Path) -> Run:
+def night(folder: Path, home: Path) -> DeskRun:
     """A run of it, put together as the pipeline does."""
     spec, run_folder = small(), RunFolder.of(home, "night-1")
     run_folder.root.mkdir(parents=True)
-    return Run(
-        spec=spec,
-        folder=run_folder,
-        home=home,
-        watch=RecordingWatch(),
-        journal=Journal(run_folder.journal),
-        workflow_ref=locate_workflow(spec.workflow.name),
-        workflow=find_workflow(spec.workflow.name),
-        placement=place(spec),
-    )
+    return DeskRun(spec, run_folder, NAME)
 
 
 def seatrial(*words: str) -> Result:
@@ -233,20 +221,20 @@ def test_submit_ships_no_folder_that_is_not_there(tmp_path: Path):
 # --- its data and its tools -------------------------------------------------------------------------------------------
 
 
-def test_its_data_is_frozen_and_a_base_model_built_on_it(night: Run):
-    snapshot = freeze_snapshot(night)
+def test_its_data_is_frozen_and_a_base_model_built_on_it(night: DeskRun):
+    snapshot = freeze_data(night)
     assert snapshot.num_tasks["live"] == 12
     tasks = read_tasks(snapshot, "train")
     assert {task.workflow for task in tasks} == {NAME}
     assert tasks[0].task_id.startswith(f"{NAME}/train/")
     assert [item.task_id for item in read_demonstrations(snapshot)] == [task.task_id for task in tasks]
-    assert HarmonyRenderer.from_directory(build_base(night, snapshot).path).vocabulary
+    assert HarmonyRenderer.from_directory(build_model(night, snapshot).path).vocabulary
 
 
-def test_too_many_live_tasks_would_have_been_refused_here_only_later(night: Run):
+def test_too_many_live_tasks_would_have_been_refused_here_only_later(night: DeskRun):
     """Negative control of the check before the start: the snapshot itself asks nobody."""
     night.spec = override(night.spec, ["data.num_live=30"])
-    assert freeze_snapshot(night).num_tasks["live"] == 60 > 40
+    assert freeze_data(night).num_tasks["live"] == 60 > 40
 
 
 def script_of(renderer: HarmonyRenderer, attempt: Demonstration) -> list[list[int]]:
@@ -258,7 +246,7 @@ def script_of(renderer: HarmonyRenderer, attempt: Demonstration) -> list[list[in
     return [*steps, renderer.final(attempt.turns[-1].text)]
 
 
-def attempt(run: Run, task: Task, renderer: HarmonyRenderer, script: list[list[int]]) -> Rollout:
+def attempt(run: DeskRun, task: Task, renderer: HarmonyRenderer, script: list[list[int]]) -> Rollout:
     """What a rollout worker does, with the run's own limits, real tool hosts and a scripted engine."""
     tools = __import__(run.workflow.tools_module, fromlist=["WORLD"]).WORLD.tools
 
@@ -276,9 +264,9 @@ def attempt(run: Run, task: Task, renderer: HarmonyRenderer, script: list[list[i
     return asyncio.run(roll())
 
 
-def test_its_tools_run_and_its_verifier_decides(night: Run):
-    snapshot = freeze_snapshot(night)
-    renderer = HarmonyRenderer.from_directory(build_base(night, snapshot).path)
+def test_its_tools_run_and_its_verifier_decides(night: DeskRun):
+    snapshot = freeze_data(night)
+    renderer = HarmonyRenderer.from_directory(build_model(night, snapshot).path)
     demonstrations = {item.task_id: item for item in read_demonstrations(snapshot)}
     task = next(task for task in read_tasks(snapshot, "train") if task.intent in DEEDS)
     script = script_of(renderer, demonstrations[task.task_id])

@@ -10,20 +10,18 @@ from typing import Any
 
 import pytest
 
-from cluster.pipeline import pinned, training
-from cluster.pipeline.pinned import baseline_of, resolve, reward_model_of
-from cluster.pipeline.run import Run
-from cluster.registry.entries import Lineage, ModelEntry
-from cluster.registry.pins import NO_PINS, Pins
+from cluster.pipeline import pinned
+from cluster.records.frozen import require_untouched
+from cluster.registry.connection import store_of
+from cluster.registry.entries import Lineage
 from cluster.registry.registry import Registry
-from cluster.registry.store import store_of
+from cluster.registry.versions import NO_PINS, Pins
 from rl_actors.contracts.errors import BadInputError, InfrastructureError, StageRefusedError, TamperedError
-from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyKind, PolicyVersion, RewardModelVersion
+from rl_actors.contracts.versions import Calibration, PolicyKind, PolicyVersion, RewardModelVersion
 from rl_actors.durable.hashing import sha256_directory
-from tests.cluster.pipeline.fakes import CALIBRATION, make_run, watch_of
+from tests.cluster.pipeline.fakes import CALIBRATION, DeskRun, make_reward_model, make_run, watch_of
 
 LINEAGE = Lineage(bundle_id="b" * 64, snapshot_sha256="d" * 64)
-SNAPSHOT = DataSnapshot(path="/data", sha256="d" * 64, num_rows={}, num_tasks={})
 PARENT = "9" * 64
 
 
@@ -49,7 +47,7 @@ def registered_policy(registry: Registry, directory: Path, kind: PolicyKind = "s
     digest = sha256_directory(directory)
     name = f"{kind}_v1-{digest[:8]}"
     version = PolicyVersion(name=name, kind=kind, path=str(directory), sha256=digest, parent_sha256=PARENT)
-    registry.versions.register_policy(replace(version, **changes), LINEAGE)
+    registry.versions.register(replace(version, **changes), LINEAGE)
     return version
 
 
@@ -62,11 +60,11 @@ def registered_reward(
     version = RewardModelVersion(
         name=f"rm_v1-{digest[:8]}", path=str(directory), sha256=digest, calibration=calibration or CALIBRATION
     )
-    registry.versions.register_reward_model(version, LINEAGE)
+    registry.versions.register(version, LINEAGE)
     return version
 
 
-def pinning(home: Path, baseline: str = "", reward_model: str = "", *settings: str) -> Run:
+def pinning(home: Path, baseline: str = "", reward_model: str = "", *settings: str) -> DeskRun:
     pins = {"baseline": baseline, "reward_model": reward_model}
     return make_run(home, *(f"workflow.{knob}={name}" for knob, name in pins.items() if name), *settings)
 
@@ -79,21 +77,33 @@ def base_with(tmp_path: Path, tokenizer: str = "{}") -> PolicyVersion:
 
 
 @pytest.fixture(autouse=True)
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def trained() -> list[str]:
     """What was trained instead of adopted."""
-    done: list[str] = []
+    _trained.clear()
+    return _trained
 
-    def train_baseline(_run: Run, _snapshot: DataSnapshot, base: PolicyVersion) -> PolicyVersion:
-        done.append("sft")
+
+_trained: list[str] = []
+
+
+def resolve(run: DeskRun, registry: Registry) -> Pins:
+    return pinned.resolve(run.spec, {record.stage for record in run.journal.records}, registry.versions)
+
+
+def baseline_of(run: DeskRun, pins: Pins, base: PolicyVersion) -> PolicyVersion:
+    def train() -> PolicyVersion:
+        _trained.append("sft")
         return base
 
-    def train_reward_model(_run: Run, _baseline: PolicyVersion, ranked: DataSnapshot) -> DataSnapshot:
-        done.append("reward_model")
-        return ranked
+    return pinned.baseline_of(pins, base, run.folder.models / "sft", run.watch.note, train)
 
-    monkeypatch.setattr(training, "train_baseline", train_baseline)
-    monkeypatch.setattr(training, "train_reward_model", train_reward_model)
-    return done
+
+def reward_model_of(run: DeskRun, pins: Pins, baseline: PolicyVersion) -> RewardModelVersion:
+    def train() -> RewardModelVersion:
+        _trained.append("reward_model")
+        return make_reward_model("/models/rm")
+
+    return pinned.reward_model_of(run.spec, pins.reward_model, baseline, run.folder.models / "reward", train)
 
 
 # --- a baseline -------------------------------------------------------------------------------------------------------
@@ -104,19 +114,19 @@ def test_a_pinned_baseline_is_the_registered_one_in_a_read_only_copy(
 ):
     sft = registered_policy(registry, directory_of(tmp_path))
     run = pinning(home, sft.name)
-    baseline = baseline_of(run, resolve(run, registry), SNAPSHOT, base_with(tmp_path))
+    baseline = baseline_of(run, resolve(run, registry), base_with(tmp_path))
     assert baseline == replace(sft, path=str(run.folder.root / "models" / "sft"))
     assert sha256_directory(Path(baseline.path)) == sft.sha256
     assert not any(file.stat().st_mode & 0o222 for file in Path(baseline.path).iterdir())
     assert not Path(f"{baseline.path}.pinned").exists()
     assert trained == []
-    training.require_untouched(baseline)
+    require_untouched(baseline)
 
 
-def test_plain_names_are_trained(run: Run, tmp_path: Path, registry: Registry, trained: list[str]):
+def test_plain_names_are_trained(run: DeskRun, tmp_path: Path, registry: Registry, trained: list[str]):
     pins = resolve(run, registry)
-    base = baseline_of(run, pins, SNAPSHOT, base_with(tmp_path))
-    reward_model_of(run, pins, base, SNAPSHOT)
+    base = baseline_of(run, pins, base_with(tmp_path))
+    reward_model_of(run, pins, base)
     assert (pins, trained) == (NO_PINS, ["sft", "reward_model"])
 
 
@@ -125,8 +135,8 @@ def test_a_run_may_pin_what_it_made_itself(home: Path, registry: Registry):
     directory = run.fresh("models/sft")
     (directory / "model.safetensors").write_text("made here")
     sft = registered_policy(registry, directory)
-    pins = Pins(baseline=ModelEntry.of_policy(sft))
-    assert baseline_of(run, pins, SNAPSHOT, sft) == sft
+    pins = Pins(baseline=sft)
+    assert baseline_of(run, pins, sft) == sft
     assert (directory / "model.safetensors").read_text() == "made here"
 
 
@@ -165,7 +175,7 @@ def test_a_version_that_changed_since_the_run_began_leaves_nothing_behind(
     pins = resolve(run, registry)
     (Path(sft.path) / "extra.bin").write_text("more")
     with pytest.raises(TamperedError):
-        baseline_of(run, pins, SNAPSHOT, base_with(tmp_path))
+        baseline_of(run, pins, base_with(tmp_path))
     assert not (run.folder.root / "models" / "sft").exists()
 
 
@@ -188,7 +198,7 @@ def test_a_disk_that_is_full_is_an_infrastructure_error(
     pins = resolve(run, registry)
     monkeypatch.setattr(pinned.shutil, "copytree", copytree)
     with pytest.raises(InfrastructureError, match=rf"{sft.name}: .*No space left on device"):
-        baseline_of(run, pins, SNAPSHOT, base_with(tmp_path))
+        baseline_of(run, pins, base_with(tmp_path))
 
 
 @pytest.mark.parametrize(("limit", "is_refused"), [(255, True), (256, False)])
@@ -210,7 +220,7 @@ def test_a_baseline_without_a_known_parent_is_told(home: Path, tmp_path: Path, r
     for parent in ("", PARENT):
         sft = registered_policy(registry, directory_of(tmp_path), parent_sha256=parent)
         run = pinning(home, sft.name)
-        version = baseline_of(run, resolve(run, registry), SNAPSHOT, base_with(tmp_path))
+        version = baseline_of(run, resolve(run, registry), base_with(tmp_path))
         assert version.parent_sha256 == parent
         notes.append(watch_of(run).notes)
     assert [len(lines) for lines in notes] == [1, 0]
@@ -225,7 +235,7 @@ def test_a_pinned_reward_model_brings_the_calibration_it_was_accepted_on(
 ):
     reward = registered_reward(registry, tmp_path)
     run = pinning(home, "", reward.name)
-    found = reward_model_of(run, resolve(run, registry), base_with(tmp_path), SNAPSHOT)
+    found = reward_model_of(run, resolve(run, registry), base_with(tmp_path))
     assert found == replace(reward, path=str(run.folder.root / "models" / "reward"))
     assert found.calibration == CALIBRATION
     assert trained == []
@@ -277,13 +287,13 @@ def test_a_reward_model_of_another_tokenizer_is_refused(
     if tokenizer is None:
         (Path(reward.path) / "tokenizer.json").unlink()
         reward = replace(reward, sha256=sha256_directory(Path(reward.path)))
-        pins = Pins(reward_model=ModelEntry.of_reward_model(reward))
+        pins = Pins(reward_model=reward)
     else:
         pins = resolve(pinning(home, "", reward.name), registry)
     base = base_with(tmp_path)
     for refused in (
-        lambda: baseline_of(make_run(home), pins, SNAPSHOT, base),
-        lambda: reward_model_of(make_run(home), pins, base, SNAPSHOT),
+        lambda: baseline_of(make_run(home), pins, base),
+        lambda: reward_model_of(make_run(home), pins, base),
     ):
         with pytest.raises(BadInputError, match=r"its tokenizer.json is not the baseline's") as caught:
             refused()

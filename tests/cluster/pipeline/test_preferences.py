@@ -12,25 +12,26 @@ from typing import Any
 
 import pytest
 
-from cluster.pipeline import preferences
-from cluster.pipeline.data import freeze_snapshot, read_tasks
-from cluster.pipeline.preferences import (
-    TABLES,
-    collect_preferences,
-    label_rows,
-    preference_rows,
-    read_pairs,
-    sample_baseline,
-)
-from cluster.pipeline.run import Run
-from cluster.pipeline.snapshot import read_table, write_snapshot
-from rl_actors.contracts import Outcome, Task
+from cluster.pipeline import preferences, sampling
+from cluster.pipeline.preferences import collect_preferences, label_rows, preference_rows, read_pairs, sample_baseline
+from cluster.pipeline.snapshot import read_table, read_tasks, write_snapshot
 from rl_actors.contracts.errors import BadDataError, InfrastructureError, StageRefusedError, TamperedError
 from rl_actors.contracts.rollouts import Rollout, RolloutStatus
+from rl_actors.contracts.tasks import Outcome, Task
 from rl_actors.contracts.versions import DataSnapshot, PolicyVersion
 from rl_actors.durable.metrics_log import read_metrics
 from rl_actors.environment.workflow import RolloutView, RubricCriterion
-from tests.cluster.pipeline.fakes import FaultyDesk, Places, PoolRecorder, desk_rollout, make_policy, make_run, watch_of
+from tests.cluster.pipeline.fakes import (
+    DeskRun,
+    FaultyDesk,
+    Places,
+    PoolRecorder,
+    desk_rollout,
+    freeze_data,
+    make_policy,
+    make_run,
+    watch_of,
+)
 
 GOOD = Outcome(success=True, violations=(), reasons=())
 BASELINE = make_policy("/models/sft", "sft-1", "sft")
@@ -51,7 +52,7 @@ def tasks(snapshot: DataSnapshot) -> list[Task]:
 @pytest.fixture
 def pools(monkeypatch: pytest.MonkeyPatch) -> PoolRecorder:
     recorder = PoolRecorder(lambda _path, _request: GOOD)
-    monkeypatch.setattr(preferences, "RolloutPool", recorder)
+    monkeypatch.setattr(sampling, "RolloutPool", recorder)
     return recorder
 
 
@@ -63,9 +64,9 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Places:
 
 
 def test_every_task_is_attempted_several_times_each_with_a_seed_of_its_own(
-    run: Run, tasks: list[Task], pools: PoolRecorder, places: Places
+    run: DeskRun, tasks: list[Task], pools: PoolRecorder, places: Places
 ):
-    rollouts = sample_baseline(run, BASELINE, tasks[:3])
+    rollouts = sample_baseline(run.spec, BASELINE, tasks[:3])
     (pool,) = pools.pools
     count = run.spec.reward.rollouts_per_task
     assert [request.task for request in pool.requests] == [task for task in tasks[:3] for _ in range(count)]
@@ -73,14 +74,15 @@ def test_every_task_is_attempted_several_times_each_with_a_seed_of_its_own(
     assert len({request.seed for request in pool.requests}) == 3 * count
     assert len({rollout.rollout_id for rollout in rollouts}) == 3 * count
     assert (pool.model_path, pool.temperatures) == (BASELINE.path, [run.spec.ppo.temperature])
-    assert (pool.settings, pool.options["num_workers"]) == (run.worker_settings, run.spec.ppo.num_rollout_workers)
+    assert (pool.settings.workflow, pool.settings.limits) == (run.workflow_ref, run.limits)
+    assert pool.options["num_workers"] == run.spec.ppo.num_rollout_workers
     assert (places.stages, places.open, pool.is_closed) == (["offline_eval"], 0, True)
 
 
-def test_workers_are_stopped_when_sampling_fails(run: Run, tasks: list[Task], pools: PoolRecorder, places: Places):
+def test_workers_are_stopped_when_sampling_fails(run: DeskRun, tasks: list[Task], pools: PoolRecorder, places: Places):
     pools.breaks = True
     with pytest.raises(InfrastructureError, match="workers died"):
-        sample_baseline(run, BASELINE, tasks[:2])
+        sample_baseline(run.spec, BASELINE, tasks[:2])
     assert pools.pools[0].is_closed
     assert places.open == 0
 
@@ -103,7 +105,7 @@ class Sampler:
     ) -> None:
         self.tokens, self.is_steady, self.changed, self.asked = tokens, is_steady, changed, list[Task]()
 
-    def __call__(self, _run: Run, _baseline: PolicyVersion, tasks: Sequence[Task]) -> list[Rollout]:
+    def __call__(self, _spec: object, _baseline: PolicyVersion, tasks: Sequence[Task]) -> list[Rollout]:
         self.asked = list(tasks)
         return [
             self.changed(
@@ -117,18 +119,21 @@ class Sampler:
 
 
 def collect(
-    run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch, sampler: Sampler | None = None
+    run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch, sampler: Sampler | None = None
 ) -> tuple[DataSnapshot, Sampler]:
     sampler = sampler or Sampler()
     monkeypatch.setattr(preferences, "sample_baseline", sampler)
-    return collect_preferences(run, snapshot, BASELINE), sampler
+    note = run.watch.note
+    return collect_preferences(run.spec, run.folder, run.workflow, snapshot, BASELINE, note), sampler
 
 
 def rows(frozen: DataSnapshot, table: str) -> list[dict[str, Any]]:
-    return read_table(frozen.path, table, TABLES)
+    return read_table(frozen.path, table)
 
 
-def test_train_and_calibration_tasks_are_disjoint(run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
+def test_train_and_calibration_tasks_are_disjoint(
+    run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch
+):
     frozen, sampler = collect(run, snapshot, monkeypatch)
     splits = {split: {t.task_id for t in sampler.asked if t.split == split} for split in ("train", "calibration")}
     assert {task.split for task in sampler.asked} == {"train", "calibration"}
@@ -141,7 +146,7 @@ def test_train_and_calibration_tasks_are_disjoint(run: Run, snapshot: DataSnapsh
     assert all(found.values())
 
 
-def test_never_a_pair_of_two_tasks(run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
+def test_never_a_pair_of_two_tasks(run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
     frozen, _ = collect(run, snapshot, monkeypatch)
     task_of = {row["rollout_id"]: row["task_id"] for row in rows(frozen, "rollouts")}
     choices = rows(frozen, "preferences")
@@ -150,7 +155,7 @@ def test_never_a_pair_of_two_tasks(run: Run, snapshot: DataSnapshot, monkeypatch
         assert task_of[row["first_rollout_id"]] == task_of[row["second_rollout_id"]] == row["task_id"]
 
 
-def test_equal_runs_give_no_pair(run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
+def test_equal_runs_give_no_pair(run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
     frozen, _ = collect(run, snapshot, monkeypatch, Sampler(tokens=(10, 10, 11)))
     tokens = {row["rollout_id"]: row["token_ids"] for row in rows(frozen, "rollouts")}
     pairs = {(row["first_rollout_id"], row["second_rollout_id"]) for row in rows(frozen, "preferences")}
@@ -159,14 +164,14 @@ def test_equal_runs_give_no_pair(run: Run, snapshot: DataSnapshot, monkeypatch: 
 
 
 def test_a_task_whose_runs_are_all_equal_gives_nothing(
-    run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch
+    run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch
 ):
     frozen, _ = collect(run, snapshot, monkeypatch, Sampler(tokens=(10, 10, 10, 10)))
     assert frozen.num_rows["preferences"] == 0
     assert read_pairs(frozen, run.workflow.rubric, "train") == ()
 
 
-def test_a_task_gives_at_most_one_pair_per_run(run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
+def test_a_task_gives_at_most_one_pair_per_run(run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
     frozen, sampler = collect(run, snapshot, monkeypatch, Sampler(tokens=(10, 11, 12, 13)))
     pairs = read_pairs(frozen, run.workflow.rubric, "train")
     counts = {task.task_id: sum(pair.task_id == task.task_id for pair in pairs) for task in sampler.asked}
@@ -181,7 +186,9 @@ def test_about_as_many_pairs_as_the_spec_asks_for(home: Path, snapshot: DataSnap
     assert 18 <= numbers["calibration"] <= 21
 
 
-def test_every_run_is_labelled_by_every_annotator(run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
+def test_every_run_is_labelled_by_every_annotator(
+    run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch
+):
     frozen, sampler = collect(run, snapshot, monkeypatch)
     per_run = run.workflow.num_annotators * len(run.workflow.rubric)
     assert frozen.num_rows["rollouts"] == 4 * len(sampler.asked)
@@ -199,7 +206,7 @@ def test_equal_runs_of_the_stage_freeze_equal_data(home: Path, snapshot: DataSna
 
 
 def test_the_better_run_is_preferred_and_rated_higher(
-    run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch
+    run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch
 ):
     """The annotators err, but a reward model must be able to learn from them: on the whole they are right."""
     frozen, _ = collect(run, snapshot, monkeypatch, Sampler(tokens=(10, 11)))
@@ -214,7 +221,7 @@ def test_the_better_run_is_preferred_and_rated_higher(
 
 
 def test_a_label_off_the_scale_is_refused_and_nothing_is_frozen(
-    run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch
+    run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch
 ):
     class Generous(FaultyDesk):
         def annotate(self, run: RolloutView, annotator: int, rng: random.Random) -> dict[str, int]:
@@ -232,10 +239,10 @@ MANY = ("data.num_train=60", "data.num_calibration=40", "reward.num_pairs=300")
 BAD = Outcome(success=False, violations=(), reasons=("wrong",))
 
 
-def many_tasks(home: Path) -> tuple[Run, DataSnapshot]:
+def many_tasks(home: Path) -> tuple[DeskRun, DataSnapshot]:
     """A run with 76 tasks to sample: enough for the bounds to say something."""
     run = make_run(home, *MANY)
-    return run, freeze_snapshot(run)
+    return run, freeze_data(run)
 
 
 ENDINGS: tuple[RolloutStatus, ...] = ("ok", "tool_budget", "truncated", "tool_budget")
@@ -298,9 +305,9 @@ def test_the_figures_of_a_refused_baseline_can_be_read(home: Path, monkeypatch: 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_label_rows_name_run_criterion_and_annotator(run: Run, tasks: list[Task]):
+def test_label_rows_name_run_criterion_and_annotator(run: DeskRun, tasks: list[Task]):
     rollout = desk_rollout(tasks[0], "r1", (5,))
-    found = list(label_rows(run, rollout, tasks[0], random.Random(0)))
+    found = list(label_rows(run.workflow, rollout, tasks[0], random.Random(0)))
     criteria = [criterion.name for criterion in run.workflow.rubric]
     assert [(row["annotator"], row["criterion"]) for row in found] == [
         (annotator, name) for annotator in range(run.workflow.num_annotators) for name in criteria
@@ -310,15 +317,15 @@ def test_label_rows_name_run_criterion_and_annotator(run: Run, tasks: list[Task]
     assert all(row["label"] in scale[row["criterion"]] for row in found)
 
 
-def test_preference_rows_ask_every_annotator_once(run: Run, tasks: list[Task]):
+def test_preference_rows_ask_every_annotator_once(run: DeskRun, tasks: list[Task]):
     pair = desk_rollout(tasks[0], "good", (5,)), desk_rollout(tasks[0], "bad", (6,), is_good=False)
-    found = list(preference_rows(run, pair, {tasks[0].task_id: tasks[0]}, random.Random(0)))
+    found = list(preference_rows(run.workflow, pair, {tasks[0].task_id: tasks[0]}, random.Random(0)))
     assert [row["annotator"] for row in found] == list(range(run.workflow.num_annotators))
     assert {(row["first_rollout_id"], row["second_rollout_id"]) for row in found} == {("good", "bad")}
     assert {row["prefers_first"] for row in found} <= {0, 1}
 
 
-def test_annotators_see_what_happened(run: Run, tasks: list[Task]):
+def test_annotators_see_what_happened(run: DeskRun, tasks: list[Task]):
     seen: list[RolloutView] = []
 
     class Spy(FaultyDesk):
@@ -328,7 +335,7 @@ def test_annotators_see_what_happened(run: Run, tasks: list[Task]):
 
     run.workflow = Spy()
     rollout = desk_rollout(tasks[0], "r1", (5,))
-    list(label_rows(run, rollout, tasks[0], random.Random(0)))
+    list(label_rows(run.workflow, rollout, tasks[0], random.Random(0)))
     assert {(view.reply, view.num_turns) for view in seen} == {(rollout.reply, len(rollout.turns))}
     assert all(len(view.tool_calls) == len(rollout.turns) - 1 for view in seen)
 
@@ -363,7 +370,7 @@ def freeze(directory: Path, votes: Sequence[int], labels: Sequence[tuple[str, st
         for run, criterion, label in given
     ]
     tables = {"rollouts": rollouts, "preferences": choices, "rubric_labels": rated}
-    return write_snapshot(directory, tables, TABLES)
+    return write_snapshot(directory, tables)
 
 
 def test_choices_become_their_mean_and_labels_their_mean_on_0_to_1(tmp_path: Path):

@@ -14,10 +14,8 @@ import pytest
 
 import cluster.reports
 from cluster.pipeline import records
-from cluster.pipeline.data import freeze_snapshot
+from cluster.pipeline.evaluation import read_suites
 from cluster.pipeline.records import (
-    Learned,
-    StageLinks,
     finish,
     make_bundle,
     mirror_stages,
@@ -26,25 +24,25 @@ from cluster.pipeline.records import (
     stage_links,
     summarise,
 )
-from cluster.pipeline.release import register_policies
-from cluster.pipeline.run import Run
-from cluster.pipeline.training import report_trips
+from cluster.pipeline.run import Learned
 from cluster.records.bundle import MEMBERS, Bundle, diff_bundles, load_bundle
-from cluster.records.summary import ChainHead, RunPaths, RunSummary, StageLine
-from cluster.registry.entries import ModelEntry
-from cluster.registry.pins import Pins
+from cluster.records.frozen import freeze_policy
+from cluster.records.summary import ChainHead, RunSummary, StageLine
+from cluster.registry.entries import StageLinks
 from cluster.registry.registry import Registry
+from cluster.registry.versions import Pins
 from cluster.workflows.support_desk import WORKFLOW
 from rl_actors.contracts.errors import BadInputError, InfrastructureError, InstabilityError, TamperedError
 from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyVersion
-from rl_actors.durable.files import ChainedLog
 from rl_actors.durable.metrics_log import MetricsLog
 from serving.store.ledger import RequestLedger
 from serving.store.served import ReleaseFiles
 from serving.store.trace_log import LiveTrace, TraceLog
 from tests.cluster.pipeline.fakes import (
     CALIBRATION,
+    DeskRun,
     FakeRegistry,
+    freeze_data,
     make_policy,
     make_result,
     make_reward_model,
@@ -60,12 +58,15 @@ PPO, RM = make_policy("/models/ppo", "ppo-1"), make_reward_model("/models/rm")
 # --- the bundle -------------------------------------------------------------------------------------------------------
 
 
-def bundle_of(run: Run, snapshot: DataSnapshot, **changes: Any) -> Bundle:
-    members: dict[str, Any] = {"base": BASE, "baseline": SFT, "reward_model": RM, "policy": PPO} | changes
-    return make_bundle(run, snapshot, **members)
+def bundle_of(run: DeskRun, snapshot: DataSnapshot, **changes: Any) -> Bundle:
+    return make_bundle(run.spec, run.workflow, read_suites(snapshot), replace(learned(snapshot), **changes))
 
 
-def test_a_bundle_names_everything_a_release_stands_on(run: Run, snapshot: DataSnapshot):
+def learned(snapshot: DataSnapshot) -> Learned:
+    return Learned(snapshot=snapshot, base=BASE, baseline=SFT, reward_model=RM, candidate=PPO)
+
+
+def test_a_bundle_names_everything_a_release_stands_on(run: DeskRun, snapshot: DataSnapshot):
     bundle = bundle_of(run, snapshot)
     assert set(bundle.members) == set(MEMBERS)
     assert (bundle.base_model.sha256, bundle.sft.sha256) == (BASE.sha256, SFT.sha256)
@@ -74,7 +75,7 @@ def test_a_bundle_names_everything_a_release_stands_on(run: Run, snapshot: DataS
     assert bundle.seed.version == "7"
 
 
-def test_the_base_model_of_a_bundle_is_the_one_that_the_baseline_was_trained_from(run: Run, snapshot: DataSnapshot):
+def test_the_base_model_of_a_bundle_is_the_one_that_the_baseline_was_trained_from(run: DeskRun, snapshot: DataSnapshot):
     own = bundle_of(run, snapshot, baseline=replace(SFT, parent_sha256=BASE.sha256))
     assert own.base_model == bundle_of(run, snapshot).base_model
     pinned = bundle_of(run, snapshot, baseline=replace(SFT, parent_sha256="9" * 64))
@@ -92,10 +93,10 @@ def test_equal_members_give_one_id(home: Path, snapshot: DataSnapshot):
         ("base_model", {"base": replace(BASE, sha256="1" * 64)}),
         ("sft", {"baseline": replace(SFT, sha256="1" * 64)}),
         ("reward_model", {"reward_model": replace(RM, sha256="1" * 64)}),
-        ("policy", {"policy": replace(PPO, sha256="1" * 64)}),
+        ("policy", {"candidate": replace(PPO, sha256="1" * 64)}),
     ],
 )
-def test_another_model_is_another_bundle(run: Run, snapshot: DataSnapshot, member: str, changes: Mapping[str, Any]):
+def test_another_model_is_another_bundle(run: DeskRun, snapshot: DataSnapshot, member: str, changes: Mapping[str, Any]):
     before, after = bundle_of(run, snapshot), bundle_of(run, snapshot, **changes)
     assert before.id != after.id
     assert [change.member for change in diff_bundles(before, after)] == [member]
@@ -107,25 +108,25 @@ def test_another_spec_is_another_bundle(home: Path, snapshot: DataSnapshot, sett
     assert [change.member for change in diff_bundles(before, after)] == members
 
 
-def test_other_data_is_another_bundle(run: Run, home: Path, snapshot: DataSnapshot):
-    other = freeze_snapshot(make_run(home, "data.num_held_out=6", run_id="run-2"))
+def test_other_data_is_another_bundle(run: DeskRun, home: Path, snapshot: DataSnapshot):
+    other = freeze_data(make_run(home, "data.num_held_out=6", run_id="run-2"))
     changes = diff_bundles(bundle_of(run, snapshot), bundle_of(run, other))
     assert [change.member for change in changes] == ["data_snapshot", "eval_suites"]
 
 
-def test_other_train_tasks_leave_the_suites_what_they_are(run: Run, home: Path, snapshot: DataSnapshot):
-    other = freeze_snapshot(make_run(home, "data.num_train=25", run_id="run-2"))
+def test_other_train_tasks_leave_the_suites_what_they_are(run: DeskRun, home: Path, snapshot: DataSnapshot):
+    other = freeze_data(make_run(home, "data.num_train=25", run_id="run-2"))
     changes = diff_bundles(bundle_of(run, snapshot), bundle_of(run, other))
     assert [change.member for change in changes] == ["data_snapshot"]
 
 
-def test_another_code_is_another_bundle(run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
+def test_another_code_is_another_bundle(run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
     before = bundle_of(run, snapshot)
     monkeypatch.setattr(records, "code_component", lambda: replace(before.code_revision, sha256="1" * 64))
     assert [change.member for change in diff_bundles(before, bundle_of(run, snapshot))] == ["code_revision"]
 
 
-def test_other_tools_are_another_bundle(run: Run, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
+def test_other_tools_are_another_bundle(run: DeskRun, snapshot: DataSnapshot, monkeypatch: pytest.MonkeyPatch):
     from cluster.workflows.support_desk.tools import WORLD
 
     before = bundle_of(run, snapshot)
@@ -160,34 +161,34 @@ def test_other_policy_checks_are_another_bundle_wherever_they_lie(
     assert [change.member for change in diff_bundles(before, bundle_of(run, snapshot))] == ["policy_checks"]
 
 
-def test_a_bundle_never_changes_once_written(run: Run, snapshot: DataSnapshot):
+def test_a_bundle_never_changes_once_written(run: DeskRun, snapshot: DataSnapshot):
     bundle = bundle_of(run, snapshot)
     for _ in range(2):
         bundle.write(run.folder.bundle)
     assert load_bundle(run.folder.bundle).id == bundle.id
     with pytest.raises(TamperedError, match="never changes"):
-        bundle_of(run, snapshot, policy=SFT).write(run.folder.bundle)
+        bundle_of(run, snapshot, candidate=SFT).write(run.folder.bundle)
 
 
 # --- registry ---------------------------------------------------------------------------------------------------------
 
 
-def stage_policy(run: Run, name: str) -> PolicyVersion:
+def stage_policy(run: DeskRun, name: str) -> PolicyVersion:
     directory = run.fresh(f"models/{name}")
     (directory / "model.bin").write_text(name)
-    return run.stage(name, {}, lambda: run.policy(name, "sft", directory, ""), PolicyVersion)
+    return run.stage(name, {}, lambda: freeze_policy(name, "sft", directory, ""), PolicyVersion)
 
 
-def test_every_finished_stage_is_mirrored_with_its_curves_and_models(run: Run):
+def test_every_finished_stage_is_mirrored_with_its_curves_and_models(run: DeskRun):
     policy = stage_policy(run, "sft")
     run.stage("reward_model", {}, lambda: CALIBRATION, Calibration)
     MetricsLog(run.folder.metrics, "sft").write(1, {"loss": 0.5})
     registry = FakeRegistry()
-    mirror_stages(run, registry, {"sft": StageLinks(outputs=(ModelEntry.of_policy(policy),))})  # type: ignore[arg-type]
+    mirror_stages(run, run.spec, registry, {"sft": StageLinks(outputs=(policy,))})  # type: ignore[arg-type]
     sft, reward = registry.stages
     assert (sft.stage, reward.stage) == ("sft", "reward_model")
-    assert [entry.name for entry in sft.outputs] == [policy.name]
-    assert reward.outputs == ()
+    assert [version.name for version in sft.links.outputs] == [policy.name]
+    assert reward.links.outputs == ()
     assert [row["loss"] for row in sft.rows] == [0.5]
     assert sft.metrics == {"seconds": run.journal.records[0].seconds}
     assert {name: reward.metrics[name] for name in ("ece", "num_pairs")} == {"ece": 0.05, "num_pairs": 40}
@@ -195,26 +196,21 @@ def test_every_finished_stage_is_mirrored_with_its_curves_and_models(run: Run):
     assert sft.started_at <= sft.finished_at <= reward.finished_at
 
 
-def test_the_parent_run_starts_with_the_first_stage_and_holds_the_spec(run: Run):
+def test_the_parent_run_starts_with_the_first_stage_and_holds_the_spec(run: DeskRun):
     stage_policy(run, "sft")
     registry = FakeRegistry()
-    mirror_stages(run, registry, {})  # type: ignore[arg-type]
+    mirror_stages(run, run.spec, registry, {})  # type: ignore[arg-type]
     ((what, values),) = registry.runs
     assert what == "start"
     assert values["started_at"] == run.journal.records[0].started_at
     assert values["spec"]["data"]["num_train"] == 24
 
 
-def test_a_stage_whose_output_is_a_list_is_mirrored_without_numbers(run: Run):
+def test_a_stage_whose_output_is_a_list_is_mirrored_without_numbers(run: DeskRun):
     run.stage("offline_gates", {}, lambda: ("a", "b"), tuple[str, ...])
     registry = FakeRegistry()
-    mirror_stages(run, registry, {})  # type: ignore[arg-type]
+    mirror_stages(run, run.spec, registry, {})  # type: ignore[arg-type]
     assert set(registry.stages[0].metrics) == {"seconds"}
-
-
-def learned(snapshot: DataSnapshot) -> Learned:
-    base = make_policy("/models/base", "base-1", "base")
-    return Learned(snapshot=snapshot, base=base, baseline=SFT, reward_model=RM, candidate=PPO)
 
 
 def test_what_every_stage_read_and_made_is_drawn(snapshot: DataSnapshot):
@@ -230,7 +226,7 @@ def test_what_every_stage_read_and_made_is_drawn(snapshot: DataSnapshot):
 
 
 def test_a_pinned_version_is_read_by_its_stage_and_not_trained_by_this_run(snapshot: DataSnapshot):
-    pins = Pins(baseline=ModelEntry.of_policy(SFT), reward_model=ModelEntry.of_reward_model(RM))
+    pins = Pins(baseline=SFT, reward_model=RM)
     own = learned(snapshot)
     for both, one in ((replace(own, pins=pins), PPO), (replace(own, pins=replace(pins, baseline=None)), SFT)):
         assert both.trained[0] == one
@@ -241,7 +237,7 @@ def test_a_pinned_version_is_read_by_its_stage_and_not_trained_by_this_run(snaps
     assert own.trained == (SFT, RM, PPO)
 
 
-def test_sampled_runs_are_mirrored_with_their_overrides_and_losses_are_said(run: Run):
+def test_sampled_runs_are_mirrored_with_their_overrides_and_losses_are_said(run: DeskRun):
     files = ReleaseFiles(root=run.folder.root / "serving")
     with closing(RequestLedger(files.ledger, owner="gateway")) as ledger:
         record_run(ledger, 1)
@@ -259,25 +255,10 @@ def test_sampled_runs_are_mirrored_with_their_overrides_and_losses_are_said(run:
     assert notes == ["3 traces could not be copied to MLflow: gone"]
 
 
-def test_every_version_is_linked_to_reward_model_data_and_its_own_bundle(run: Run, snapshot: DataSnapshot):
-    registry = FakeRegistry()
-    bad = make_policy("/models/bad", "degraded-1", "degraded")
-    bundles = [(policy, bundle_of(run, snapshot, policy=policy)) for policy in (SFT, PPO, bad)]
-    register_policies(registry, snapshot, RM, bundles)  # type: ignore[arg-type]
-    (reward, *policies) = registry.versions.registered
-    assert reward[:2] == ("reward", RM.name)
-    assert [name for _, name, _ in policies] == [SFT.name, PPO.name, bad.name]
-    assert [lineage.stage for _, _, lineage in policies] == ["sft", "ppo", "degrade"]
-    assert [lineage.bundle_id for _, _, lineage in policies] == [bundle.id for _, bundle in bundles]
-    assert len({bundle.id for _, bundle in bundles}) == 3
-    assert {lineage.reward_model for _, _, lineage in policies} == {"4"}
-    assert {lineage.snapshot_sha256 for _, _, lineage in (reward, *policies)} == {snapshot.sha256}
-
-
-def test_the_registry_connects_beside_other_work(run: Run, home: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_registry_connects_beside_other_work(run: DeskRun, home: Path, monkeypatch: pytest.MonkeyPatch):
     connected: list[Registry] = []
     monkeypatch.setattr(Registry, "connect_in_background", lambda registry: connected.append(registry))
-    with registry_of(run) as registry:
+    with registry_of(run, run.spec) as registry:
         assert connected == [registry]
         assert (registry.workflow, registry.run_id) == ("support_desk", "run-1")
         assert str(home / "mlflow") in registry.store.uri
@@ -286,14 +267,14 @@ def test_the_registry_connects_beside_other_work(run: Run, home: Path, monkeypat
 # --- a run that is stopped --------------------------------------------------------------------------------------------
 
 
-def finish_sft(run: Run) -> None:
+def finish_sft(run: DeskRun) -> None:
     directory = run.fresh("models/sft")
     (directory / "weights").write_text("w")
-    run.stage("sft", {}, lambda: run.policy("sft", "sft", directory, "0" * 64), PolicyVersion)
+    run.stage("sft", {}, lambda: freeze_policy("sft", "sft", directory, "0" * 64), PolicyVersion)
 
 
-def stop(run: Run, error: BaseException) -> None:
-    with registry_of(run):
+def stop(run: DeskRun, error: BaseException) -> None:
+    with registry_of(run, run.spec):
         raise error
 
 
@@ -304,7 +285,7 @@ def mirrored(monkeypatch: pytest.MonkeyPatch) -> FakeRegistry:
     return fake
 
 
-def test_a_stopped_run_leaves_its_curves_its_tripwires_and_the_reason(run: Run, mirrored: FakeRegistry):
+def test_a_stopped_run_leaves_its_curves_its_tripwires_and_the_reason(run: DeskRun, mirrored: FakeRegistry):
     finish_sft(run)
     MetricsLog(run.folder.metrics, "ppo").write(3, {"reward": 0.5})
     run.folder.tripwires.write_text("{}\n")
@@ -317,24 +298,13 @@ def test_a_stopped_run_leaves_its_curves_its_tripwires_and_the_reason(run: Run, 
     assert mirrored.ended == [(False, {"seatrial.stopped": "entropy_collapse: entropy = 0.0001, limit 0.0005"})]
 
 
-def test_tripwires_are_chained_and_shown(run: Run):
-    tripped = report_trips(run)
-    tripped(3, ["kl_too_high: kl = 0.9, limit 0.5", "entropy_collapse: entropy = 0.1, limit 0.2"])
-    rows = ChainedLog(run.folder.tripwires).rows()
-    assert [(row["stage"], row["step"], row["trip"].partition(":")[0]) for row in rows] == [
-        ("ppo", 3, "kl_too_high"), ("ppo", 3, "entropy_collapse"),
-    ]  # fmt: skip
-    assert all(ChainedLog(run.folder.tripwires).chains())
-    assert watch_of(run).notes[0] == "ppo step 3: tripwire kl_too_high: kl = 0.9, limit 0.5"
-
-
-def test_a_run_that_did_nothing_leaves_nothing(run: Run, mirrored: FakeRegistry):
+def test_a_run_that_did_nothing_leaves_nothing(run: DeskRun, mirrored: FakeRegistry):
     with pytest.raises(BadInputError):
         stop(run, BadInputError("cluster.serve_port", 8000, "already in use"))
     assert (mirrored.stages, mirrored.ended) == ([], [])
 
 
-def test_a_silent_mlflow_does_not_hide_why_a_run_was_stopped(run: Run, mirrored: FakeRegistry):
+def test_a_silent_mlflow_does_not_hide_why_a_run_was_stopped(run: DeskRun, mirrored: FakeRegistry):
     finish_sft(run)
     mirrored.refusal = InfrastructureError("MLflow does not answer")
     with pytest.raises(InstabilityError, match="entropy_collapse"):
@@ -342,21 +312,19 @@ def test_a_silent_mlflow_does_not_hide_why_a_run_was_stopped(run: Run, mirrored:
     assert watch_of(run).notes == ["MLflow does not have this run: MLflow does not answer"]
 
 
-def test_a_run_that_goes_well_is_no_stopped_one(run: Run, mirrored: FakeRegistry):
+def test_a_run_that_goes_well_is_no_stopped_one(run: DeskRun, mirrored: FakeRegistry):
     finish_sft(run)
-    with registry_of(run):
+    with registry_of(run, run.spec):
         pass
     assert (mirrored.stages, mirrored.ended) == ([], [])
 
 
 # --- the ending -------------------------------------------------------------------------------------------------------
 
-PATHS = RunPaths(folder="/runs/1")
 
-
-def test_a_run_that_only_trained_ends_well_and_without_a_stable_policy(run: Run):
+def test_a_run_that_only_trained_ends_well_and_without_a_stable_policy(run: DeskRun):
     run.lines.append(StageLine(name="sft", seconds=2.0, line="sft-1"))
-    summary = summarise(run, trained=(SFT, RM, PPO), paths=PATHS)
+    summary = summarise(run, run.spec, (SFT, RM, PPO))
     assert (summary.exit_code, summary.stable_policy, summary.bundle_id) == (0, "", "")
     assert [(line.name, line.sha256) for line in summary.trained] == [(v.name, v.sha256) for v in (SFT, RM, PPO)]
     assert summary.stages == tuple(run.lines)
@@ -375,27 +343,32 @@ def test_a_run_that_only_trained_ends_well_and_without_a_stable_policy(run: Run)
         ((), 0),
     ],
 )
-def test_the_candidates_release_decides_the_exit_code(run: Run, outcomes: tuple[str, ...], exit_code: int):
+def test_the_candidates_release_decides_the_exit_code(run: DeskRun, outcomes: tuple[str, ...], exit_code: int):
     releases = [make_result(outcome=outcome) for outcome in outcomes]
-    assert summarise(run, trained=(), paths=PATHS, releases=releases).exit_code == exit_code
+    assert summarise(run, run.spec, (), releases=tuple(releases)).exit_code == exit_code
 
 
-def test_the_summary_tells_releases_and_suites(run: Run):
+def test_the_summary_tells_releases_and_suites(run: DeskRun):
     worse = make_suite("capability", failed=("capability-1",), violations={"capability-2": ("leak",)})
     report = make_report(candidate=[worse, make_suite("adversarial")])
     lost = make_result(outcome="rolled_back", reason="drop", time_to_recovery_s=0.7, candidate="ppo-1")
-    summary = summarise(run, trained=(), paths=PATHS, report=report, releases=[lost])
+    summary = summarise(run, run.spec, (), report=report, releases=(lost,))
     (line,) = summary.releases
     assert (line.candidate, line.outcome, line.reason, line.time_to_recovery_s) == ("ppo-1", "rolled_back", "drop", 0.7)
     assert (line.canary_requests, line.observed_share) == (90, pytest.approx(12 / 200))
-    capability = next(suite for suite in summary.offline if suite.suite == "capability")
-    assert (capability.baseline_success, capability.candidate_success) == (1.0, pytest.approx(39 / 40))
-    assert (capability.baseline_violations, capability.candidate_violations) == (0, 1)
+    assert line is lost, "one value from the controller to the file"
+    assert summary.offline[0] == (report.baseline["capability"], report.candidate["capability"])
+    written = summary.to_json()
+    assert written["offline"][0] == {
+        "suite": "capability", "baseline_success": 1.0, "candidate_success": pytest.approx(39 / 40),
+        "baseline_violations": 0, "candidate_violations": 1,
+    }  # fmt: skip
+    assert RunSummary.from_json(written) == summary
 
 
 @pytest.mark.parametrize(("outcome", "stable", "is_success"), [("promoted", PPO, True), ("rolled_back", SFT, False)])
 def test_finishing_writes_briefs_mirrors_and_names_who_is_stable(
-    run: Run,
+    run: DeskRun,
     snapshot: DataSnapshot,
     monkeypatch: pytest.MonkeyPatch,
     outcome: str,
@@ -407,7 +380,7 @@ def test_finishing_writes_briefs_mirrors_and_names_who_is_stable(
     stage_policy(run, "sft")
     bundle, registry = bundle_of(run, snapshot), FakeRegistry()
     releases = (make_result(outcome=outcome), make_result(outcome="rolled_back"))
-    summary = finish(run, registry, bundle, learned(snapshot), make_report(), releases)  # type: ignore[arg-type]
+    summary = finish(run, run.spec, registry, bundle, learned(snapshot), make_report(), releases)  # type: ignore[arg-type]
     assert (summary.stable_policy, summary.bundle_id) == (stable.name, bundle.id)
     assert summary.exit_code == (0 if is_success else 1)
     assert written == [(run.folder.root, run.folder.root / "serving" / "ledger.sqlite")]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from cluster.pipeline.run import Run, left_at_path
-from cluster.plan.placement import NUM_THREADS
+from cluster.pipeline.run import left_at_path
+from cluster.records.frozen import freeze_policy
 from rl_actors.contracts.errors import StageRefusedError, TamperedError
 from rl_actors.contracts.versions import PolicyVersion
-from rl_actors.durable.hashing import sha256_directory
 from rl_actors.durable.metrics_log import MetricsLog
-from tests.cluster.pipeline.fakes import make_policy, make_result, make_run, watch_of
+from tests.cluster.pipeline.fakes import DeskRun, make_policy, make_result, make_run, watch_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Counter:
         return Counted(number=self.calls)
 
 
-def run_twice(home: Path, first: dict[str, object], second: dict[str, object]) -> tuple[Run, Counter]:
+def run_twice(home: Path, first: dict[str, object], second: dict[str, object]) -> tuple[DeskRun, Counter]:
     """Run one stage in one process and again in the next."""
     compute = Counter()
     make_run(home).stage("count", first, compute, Counted)
@@ -64,13 +62,13 @@ def test_other_inputs_are_computed_again(home: Path):
     assert [(line.line, line.resumed) for line in run.lines] == [("number 2", False)]
 
 
-def test_the_same_inputs_of_another_stage_are_not_mistaken_for_it(run: Run):
+def test_the_same_inputs_of_another_stage_are_not_mistaken_for_it(run: DeskRun):
     compute = Counter()
     run.stage("one", {"seed": 1}, compute, Counted)
     assert run.stage("two", {"seed": 1}, compute, Counted) == Counted(number=2)
 
 
-def test_whoever_watches_hears_start_and_end(run: Run):
+def test_whoever_watches_hears_start_and_end(run: DeskRun):
     def compute() -> Counted:
         assert watch_of(run).started == [("count", "to one")]
         assert watch_of(run).finished == []
@@ -104,11 +102,11 @@ def test_the_output_comes_back_as_what_it_was(home: Path):
 # --- artifacts --------------------------------------------------------------------------------------------------------
 
 
-def policy_stage(run: Run, text: str = "weights") -> PolicyVersion:
+def policy_stage(run: DeskRun, text: str = "weights") -> PolicyVersion:
     def compute() -> PolicyVersion:
         directory = run.fresh("models/sft")
         (directory / "model.bin").write_text(text)
-        return run.policy("sft", "sft", directory, "")
+        return freeze_policy("sft", "sft", directory, "")
 
     return run.stage("sft", {}, compute, PolicyVersion)
 
@@ -129,44 +127,6 @@ def test_a_version_stands_on_its_directory_and_a_report_on_nothing():
     assert left_at_path(Counted(number=1)) == ()
 
 
-def test_a_policy_is_hashed_named_by_its_hash_and_read_only(run: Run):
-    directory = run.fresh("models/sft")
-    (directory / "nested").mkdir()
-    for name in ("model.bin", "nested/config.json"):
-        (directory / name).write_text(name)
-    version = run.policy("sft_v1", "sft", directory, "parent")
-    assert version.sha256 == sha256_directory(directory)
-    assert version.name == f"sft_v1-{version.sha256[:8]}"
-    assert (version.kind, version.path, version.parent_sha256) == ("sft", str(directory), "parent")
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in directory.rglob("*") if path.is_file()}
-    assert modes == {0o444}
-
-
-def test_two_contents_never_share_a_name(run: Run):
-    versions = []
-    for text in ("one", "two"):
-        directory = run.fresh("models/ppo")
-        (directory / "model.bin").write_text(text)
-        versions.append(run.policy("ppo_v1", "ppo", directory, ""))
-    assert versions[0].name != versions[1].name
-
-
-def test_fresh_empties_what_a_killed_attempt_left_even_when_it_was_frozen(run: Run):
-    directory = run.fresh("models/ppo")
-    (directory / "half.bin").write_text("half")
-    (directory / "half.bin").chmod(0o444)
-    (directory / "nested").mkdir()
-    assert run.fresh("models/ppo") == directory
-    assert list(directory.iterdir()) == []
-    assert directory == run.folder.root / "models" / "ppo"
-
-
-def test_fresh_leaves_its_neighbours_alone(run: Run):
-    (run.fresh("models/sft") / "model.bin").write_text("keep")
-    run.fresh("models/ppo")
-    assert (run.folder.root / "models" / "sft" / "model.bin").read_text() == "keep"
-
-
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +137,7 @@ def wait_until(condition: object, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def test_new_metric_rows_of_the_running_stage_become_progress(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_new_metric_rows_of_the_running_stage_become_progress(run: DeskRun, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.pipeline.run._POLL_S", 0.02)
     log, other = MetricsLog(run.folder.metrics, "sft"), MetricsLog(run.folder.metrics, "ppo")
     log.write(1, {"num_steps": 9, "loss": 9.0})  # of an earlier, killed attempt
@@ -194,7 +154,7 @@ def test_new_metric_rows_of_the_running_stage_become_progress(run: Run, monkeypa
     assert told == [("sft", 2, 9, 0.5)]
 
 
-def test_nothing_is_told_once_the_stage_is_over(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_told_once_the_stage_is_over(run: DeskRun, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cluster.pipeline.run._POLL_S", 0.02)
     run.stage("sft", {}, Counter(), Counted)
     MetricsLog(run.folder.metrics, "sft").write(1, {"num_steps": 2})
@@ -202,19 +162,7 @@ def test_nothing_is_told_once_the_stage_is_over(run: Run, monkeypatch: pytest.Mo
     assert watch_of(run).progressed == []
 
 
-# --- what the spec says -----------------------------------------------------------------------------------------------
-
-
-def test_limits_and_worker_settings_follow_the_spec(home: Path):
-    run = make_run(home, "agent.tool_calls=3", "agent.max_tokens_per_turn=40", "agent.timeout_s=9.0")
-    assert run.limits.max_tool_calls == 3
-    assert run.limits.max_turns == 3 + 4
-    assert (run.limits.max_tokens_per_turn, run.limits.max_context_tokens, run.limits.timeout_s) == (40, 256, 9.0)
-    settings = run.worker_settings
-    assert (settings.workflow, settings.limits, settings.num_threads) == (run.workflow_ref, run.limits, NUM_THREADS)
-
-
-def test_the_journal_is_one_json_line_per_stage(run: Run):
+def test_the_journal_is_one_json_line_per_stage(run: DeskRun):
     run.stage("one", {}, Counter(), Counted)
     run.stage("two", {}, Counter(), Counted)
     rows = [json.loads(line) for line in run.folder.journal.read_text().splitlines()]

@@ -94,9 +94,9 @@ def test_files_are_read_only(tmp_path: Path):
 
 
 def test_a_later_stage_can_freeze_tables_of_its_own(tmp_path: Path):
-    schema = pa.schema([pa.field("rollout_id", pa.string(), nullable=False)])
-    snapshot = write_snapshot(tmp_path, {"rollouts": [{"rollout_id": "r1"}]}, {"rollouts": schema})
-    assert read_table(snapshot.path, "rollouts", {"rollouts": schema}) == [{"rollout_id": "r1"}]
+    row = {"rollout_id": "r1", "task_id": "t", "split": "train", "success": 1, "token_ids": [1, 2]}
+    snapshot = write_snapshot(tmp_path, {"rollouts": [row]})
+    assert read_table(snapshot.path, "rollouts") == [row]
     assert snapshot.num_tasks == {}
 
 

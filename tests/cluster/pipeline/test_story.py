@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ import pytest
 
 from cluster.pipeline import bench, data, evaluation, preferences, records, release, training
 from cluster.pipeline import story as pipeline
-from cluster.pipeline.bench import ReleaseResult
-from cluster.pipeline.run import Run
+from cluster.pipeline.run import Learned, Run
 from cluster.pipeline.story import run_pipeline
 from cluster.plan.placement import Placement
 from cluster.records.bundle import MEMBERS, Bundle, Component, load_bundle
+from cluster.records.frozen import freeze_policy, fresh
 from cluster.records.journal import Journal
 from cluster.records.run_folder import RunFolder
-from cluster.records.summary import RunPaths, RunSummary
-from cluster.registry.entries import ModelEntry, ModelKind
+from cluster.records.summary import ReleaseOutcome, RunSummary
+from cluster.registry.entries import ModelVersion
 from cluster.spec.spec import WorkflowSpec, load_spec, override
 from rl_actors.contracts.errors import (
     BadInputError,
@@ -36,7 +36,6 @@ from rl_actors.contracts.errors import (
 )
 from rl_actors.contracts.reports import EvalReport
 from rl_actors.contracts.versions import DataSnapshot, PolicyVersion, RewardModelVersion
-from rl_actors.durable.hashing import sha256_directory
 from serving.contracts.gates import GateResult
 from serving.contracts.release import ReleasePlan
 from tests.cluster.pipeline.fakes import CALIBRATION, FakeRegistry, RecordingWatch, make_result
@@ -66,44 +65,49 @@ class Story:
             raise self.failures[name]
         self.log.append(name)
 
-    def directory(self, run: Run, name: str) -> Path:
+    def directory(self, path: Path) -> Path:
         """A finished directory; its content, and so its hash, is the stage's text."""
-        directory = run.fresh(f"models/{name}")
-        (directory / "model.bin").write_text(self.texts.get(name, name))
-        return directory
+        (fresh(path) / "model.bin").write_text(self.texts.get(path.name, path.name))
+        return path
 
     # --- one method per stage function ----------------------------------------------------------------------------
 
-    def freeze_snapshot(self, run: Run) -> DataSnapshot:
-        self.happen("snapshot", run)
-        path = self.directory(run, "snapshot")
+    def freeze_snapshot(self, _workflow: Any, num_tasks: Any, seed: int, directory: Path) -> DataSnapshot:
+        self.happen("snapshot", num_tasks, seed)
+        path = self.directory(directory / "snapshot")
         rows = {"tasks": 3, "demonstrations": 2}
         return DataSnapshot(path=str(path), sha256="d" * 64, num_rows=rows, num_tasks={"train": 2})
 
-    def build_base(self, run: Run, *given: Any) -> PolicyVersion:
-        self.happen("base", *given)
-        return run.policy("base", "base", self.directory(run, "base"), "")
+    def build_base(self, _model: Any, _seed: int, _prompt: str, snapshot: Any, directory: Path) -> PolicyVersion:
+        self.happen("base", snapshot)
+        return freeze_policy("base", "base", self.directory(directory), "")
 
-    def train_baseline(self, run: Run, *given: Any) -> PolicyVersion:
+    def train_baseline(self, _spec: Any, folder: RunFolder, _prompt: str, *given: Any) -> PolicyVersion:
         self.happen("sft", *given)
-        return run.policy("sft", "sft", self.directory(run, "sft"), given[1].sha256)
+        return freeze_policy("sft", "sft", self.directory(folder.models / "sft"), given[1].sha256)
 
-    def collect_preferences(self, run: Run, *given: Any) -> DataSnapshot:
-        self.happen("preferences", *given)
-        path = self.directory(run, "preferences")
+    def collect_preferences(self, _spec: Any, folder: RunFolder, _workflow: Any, *given: Any) -> DataSnapshot:
+        self.happen("preferences", *given[:2])
+        path = self.directory(folder.models / "preferences")
         rows = {"rollouts": 8, "preferences": 6}
         return DataSnapshot(path=str(path), sha256="e" * 64, num_rows=rows, num_tasks={})
 
-    def train_reward_model(self, run: Run, *given: Any) -> RewardModelVersion:
+    def read_pairs(self, ranked: DataSnapshot, _rubric: Any, split: str) -> tuple[str, str]:
+        return (ranked.sha256, split)
+
+    def train_reward_model(self, _spec: Any, folder: RunFolder, _rubric: Any, *given: Any) -> RewardModelVersion:
         self.happen("reward_model", *given)
-        path = self.directory(run, "reward")
+        path = self.directory(folder.models / "reward")
         return RewardModelVersion(name="rm", path=str(path), sha256="f" * 64, calibration=CALIBRATION)
 
-    def train_policy(self, run: Run, *given: Any) -> PolicyVersion:
-        self.happen("ppo", *given)
-        return run.policy("ppo", "ppo", self.directory(run, "ppo"), given[1].sha256)
+    def train_policy(self, _spec: Any, folder: RunFolder, _prompt: str, *given: Any) -> PolicyVersion:
+        self.happen("ppo", *given[:3])
+        return freeze_policy("ppo", "ppo", self.directory(folder.models / "ppo"), given[1].sha256)
 
-    def evaluate(self, run: Run, *given: Any) -> EvalReport:
+    def read_suites(self, snapshot: DataSnapshot) -> str:
+        return f"suites of {snapshot.sha256}"
+
+    def evaluate(self, _spec: Any, *given: Any) -> EvalReport:
         self.happen("offline_eval", *given)
         return make_report()
 
@@ -111,34 +115,38 @@ class Story:
         self.happen("offline_gates", *given)
         return PASSED
 
-    def make_bundle(self, run: Run, *given: Any) -> Bundle:
-        self.given["bundle"] = given
+    def make_bundle(self, _spec: Any, _workflow: Any, suites: str, learned: Learned) -> Bundle:
+        self.given["bundle"] = (suites, learned)
         members = {name: Component(version=name, sha256="1" * 64) for name in MEMBERS}
-        return Bundle(**{**members, "policy": Component(version="ppo", sha256=given[-1].sha256)})
+        return Bundle(**{**members, "policy": Component(version="ppo", sha256=learned.candidate.sha256)})
 
-    def release_all(self, run: Run, *given: Any) -> tuple[ReleaseResult, ReleaseResult]:
+    @contextmanager
+    def bench(self, _spec: Any, _folder: Any, _workflow: Any, *given: Any) -> Iterator[str]:
+        self.given["bench"] = given
+        yield "bench"
+
+    def release_all(self, run: Run, *given: Any) -> tuple[ReleaseOutcome, ReleaseOutcome]:
         self.given["release"] = given
 
-        def step(name: str, outcome: str) -> ReleaseResult:
-            def compute() -> ReleaseResult:
+        def step(name: str, outcome: str) -> ReleaseOutcome:
+            def compute() -> ReleaseOutcome:
                 self.happen(name)
                 return make_result(outcome=outcome)
 
-            return run.stage(name, {}, compute, ReleaseResult)
+            return run.stage(name, {}, compute, ReleaseOutcome)
 
         step("degrade", "promoted")
         return step("canary", self.outcome), step("failback_drill", "rolled_back")
 
-    def finish(self, run: Run, *given: Any) -> RunSummary:
+    def finish(self, run: Run, spec: WorkflowSpec, *given: Any) -> RunSummary:
         self.happen("finish", *given)
-        paths = RunPaths(folder=str(run.folder.root))
-        return records.summarise(run, trained=(), paths=paths, report=given[3], releases=given[4], stable="ppo")
+        return replace(records.summarise(run, spec, (), report=given[3], releases=given[4]), stable_policy="ppo")
 
     @contextmanager
-    def registry_of(self, _run: Run) -> Iterator[FakeRegistry]:
+    def registry_of(self, _run: Run, _spec: WorkflowSpec) -> Iterator[FakeRegistry]:
         yield self.registry
 
-    def require_room(self, _run: Run, until: str) -> None:
+    def require_room(self, _spec: Any, _folder: Any, until: str) -> None:
         self.given["room"] = (until,)
 
     @contextmanager
@@ -158,8 +166,8 @@ def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
     places: dict[Any, tuple[str, ...]] = {
         data: ("freeze_snapshot", "build_base"),
         training: ("train_baseline", "train_reward_model", "train_policy"),
-        preferences: ("collect_preferences",),
-        evaluation: ("evaluate", "require_offline_gates"),
+        preferences: ("collect_preferences", "read_pairs"),
+        evaluation: ("evaluate", "read_suites", "require_offline_gates"),
         release: ("release_all",),
         bench: ("require_room",),
         records: ("make_bundle", "finish", "registry_of"),
@@ -168,6 +176,7 @@ def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
     for module, names in places.items():
         for name in names:
             monkeypatch.setattr(module, name, getattr(told, name))
+    monkeypatch.setattr(bench, "ReleaseBench", told.bench)
     return told
 
 
@@ -206,15 +215,18 @@ def test_each_stage_is_handed_what_the_ones_before_it_made(tmp_path: Path, story
     assert (snapshot.sha256, base.kind) == ("d" * 64, "base")
     _, baseline = story.given["preferences"]
     assert (baseline.kind, baseline.parent_sha256) == ("sft", base.sha256)
-    reward_baseline, ranked = story.given["reward_model"]
-    assert (reward_baseline, ranked.sha256) == (baseline, "e" * 64)
+    ranked = "e" * 64
+    assert story.given["reward_model"] == ((ranked, "train"), (ranked, "calibration"), baseline)
     assert story.given["ppo"][:2] == (snapshot, baseline)
     reward_model = story.given["ppo"][2]
     assert reward_model.name == "rm"
-    _, _, candidate, report_name, _ = story.given["offline_eval"]
-    assert (candidate.kind, candidate.parent_sha256, report_name) == ("ppo", baseline.sha256, "candidate")
-    assert story.given["bundle"] == (snapshot, base, baseline, reward_model, candidate)
-    assert story.given["release"][3:] == (baseline, candidate, reward_model)
+    suites, _, candidate, _, file = story.given["offline_eval"]
+    assert (candidate.kind, candidate.parent_sha256, file.name) == ("ppo", baseline.sha256, "candidate.json")
+    learned = Learned(snapshot=snapshot, base=base, baseline=baseline, reward_model=reward_model, candidate=candidate)
+    assert story.given["bundle"] == (suites, learned)
+    assert story.given["bench"][:3] == (snapshot, story.registry.versions, reward_model.path)
+    assert story.given["release"][2] == learned
+    assert story.given["release"][4:] == (story.registry.versions, "bench")
 
 
 def test_the_gates_are_asked_before_any_traffic_with_the_rules_of_the_spec(tmp_path: Path, story: Story):
@@ -241,7 +253,7 @@ def test_the_bundle_is_written_before_the_release(tmp_path: Path, story: Story):
     story.failures["degrade"] = InfrastructureError("disk full")
     with pytest.raises(InfrastructureError):
         tell(tmp_path)
-    assert load_bundle(folder_of(tmp_path).bundle).policy.sha256 == story.given["bundle"][-1].sha256
+    assert load_bundle(folder_of(tmp_path).bundle).policy.sha256 == story.given["bundle"][-1].candidate.sha256
 
 
 # --- early ends and summaries -----------------------------------------------------------------------------------------
@@ -361,24 +373,27 @@ def test_a_changed_artifact_stops_the_resume(tmp_path: Path, story: Story):
 # --- pinned versions --------------------------------------------------------------------------------------------------
 
 
-def registered(tmp_path: Path, story: Story, name: str, kind: ModelKind, text: str = "old") -> str:
+def registered(tmp_path: Path, story: Story, name: str, text: str = "old", *, is_reward: bool = False) -> str:
     """Put a version into the registry, as an earlier run left it; returns the name to pin."""
     directory = tmp_path / "earlier" / f"{name}-{text}"
     directory.mkdir(parents=True)
     (directory / "model.bin").write_text(text)
     (directory / "tokenizer.json").write_text("{}")
-    if kind == "reward_model":
+    if is_reward:
         (directory / "calibration.json").write_text(json.dumps(asdict(CALIBRATION)))
-    digest = sha256_directory(directory)
-    unique, path, versions = f"{name}-{digest[:8]}", str(directory), story.registry.versions
-    entry = ModelEntry(name=unique, kind=kind, path=path, sha256=digest, parent_sha256="9" * 64)
-    model = versions.reward_model if kind == "reward_model" else versions.policy_model
-    versions.known[model] = (*versions.entries(model), entry)
-    return unique
+    version: ModelVersion = freeze_policy(name, "sft", directory, "9" * 64)
+    versions, model = story.registry.versions, story.registry.versions.policy_model
+    if is_reward:
+        model = versions.reward_model
+        version = RewardModelVersion(
+            name=version.name, path=version.path, sha256=version.sha256, calibration=CALIBRATION
+        )
+    versions.known[model] = (*versions.entries(model), version)
+    return version.name
 
 
 def test_a_pinned_baseline_is_frozen_as_it_was_registered_and_not_trained(tmp_path: Path, story: Story):
-    name = registered(tmp_path, story, "sft_v1", "sft")
+    name = registered(tmp_path, story, "sft_v1")
     summary, watch = tell(tmp_path, override(SPEC, [f"workflow.baseline={name}"]))
     assert story.log == [*(stage for stage in ALL if stage != "sft"), "finish"]
     baseline = story.given["ppo"][1]
@@ -391,8 +406,8 @@ def test_a_pinned_baseline_is_frozen_as_it_was_registered_and_not_trained(tmp_pa
 
 def test_a_resumed_run_takes_its_pinned_versions_from_the_journal(tmp_path: Path, story: Story):
     pins = [
-        f"workflow.baseline={registered(tmp_path, story, 'sft_v1', 'sft')}",
-        f"workflow.reward_model={registered(tmp_path, story, 'rm_v1', 'reward_model')}",
+        f"workflow.baseline={registered(tmp_path, story, 'sft_v1')}",
+        f"workflow.reward_model={registered(tmp_path, story, 'rm_v1', is_reward=True)}",
     ]
     story.failures["ppo"] = InfrastructureError("machine lost")
     with pytest.raises(InfrastructureError):
@@ -404,7 +419,7 @@ def test_a_resumed_run_takes_its_pinned_versions_from_the_journal(tmp_path: Path
 
 
 def test_another_pin_is_another_baseline_and_a_plain_name_trains_again(tmp_path: Path, story: Story):
-    first, second = (registered(tmp_path, story, "sft_v1", "sft", text) for text in ("old", "older"))
+    first, second = (registered(tmp_path, story, "sft_v1", text) for text in ("old", "older"))
     told: list[list[str]] = []
     for name in (first, first, second, "sft"):
         story.log.clear()
@@ -417,8 +432,8 @@ def test_another_pin_is_another_baseline_and_a_plain_name_trains_again(tmp_path:
 
 def test_two_pinned_versions_need_no_rollouts_of_the_baseline(tmp_path: Path, story: Story):
     baseline, reward = (
-        registered(tmp_path, story, "sft_v1", "sft"),
-        registered(tmp_path, story, "rm_v1", "reward_model"),
+        registered(tmp_path, story, "sft_v1"),
+        registered(tmp_path, story, "rm_v1", is_reward=True),
     )
     spec = override(SPEC, [f"workflow.baseline={baseline}", f"workflow.reward_model={reward}"])
     summary, _ = tell(tmp_path, spec, until="ppo")
@@ -429,7 +444,7 @@ def test_two_pinned_versions_need_no_rollouts_of_the_baseline(tmp_path: Path, st
 
 
 def test_an_unknown_pin_begins_nothing(tmp_path: Path, story: Story):
-    name = registered(tmp_path, story, "sft_v1", "sft")
+    name = registered(tmp_path, story, "sft_v1")
     begun: list[str] = []
     unknown = override(SPEC, ["workflow.baseline=sft_v1-00000000"])
     with pytest.raises(BadInputError, match=f"did you mean '{name}'") as caught:

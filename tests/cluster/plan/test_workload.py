@@ -14,7 +14,7 @@ from rich.console import Console
 
 from cluster.cli.plan import render_charter
 from cluster.cli.runs import RunRequest, open_run, requested_spec
-from cluster.pipeline.data import freeze_snapshot, read_demonstrations
+from cluster.pipeline.snapshot import read_demonstrations
 from cluster.plan import workload as workload_module
 from cluster.plan.workload import (
     SAMPLE_TASKS,
@@ -29,9 +29,9 @@ from cluster.plan.workload import (
 from cluster.spec.spec import WorkflowSpec, charter_answers, load_spec, override
 from cluster.workflows import find_workflow
 from cluster.workflows.support_desk import SupportDesk
-from rl_actors.contracts import Demonstration, Task
 from rl_actors.contracts.errors import BadInputError
-from tests.cluster.pipeline.fakes import SMALL, make_run
+from rl_actors.contracts.tasks import Demonstration, Task
+from tests.cluster.pipeline.fakes import SMALL, freeze_data, make_run
 
 GOOD = Workload(mean_tool_calls=1.8, tickets_per_day=20_000, tickets_to_verdict=1300)
 
@@ -103,7 +103,7 @@ def test_a_plan_is_no_step_and_nothing_has_no_mean():
 
 def test_what_is_measured_is_the_head_of_what_is_frozen(home: Path):
     run = make_run(home)
-    frozen = read_demonstrations(freeze_snapshot(run))
+    frozen = read_demonstrations(freeze_data(run))
     assert measure_workload(run.spec, run.workflow).mean_tool_calls == mean_tool_calls(frozen)
 
 

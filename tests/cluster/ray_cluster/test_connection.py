@@ -22,8 +22,15 @@ from ray.exceptions import AuthenticationError
 
 from cluster.plan.placement import Placement, place
 from cluster.ray_cluster import connection as ray_runtime
-from cluster.ray_cluster.connection import WORKER_ENVIRONMENT, connected, placed, quieten_libraries, worker_environment
-from cluster.ray_cluster.token import REMEDY
+from cluster.ray_cluster.connection import (
+    TOKEN_REMEDY,
+    WORKER_ENVIRONMENT,
+    connected,
+    offer_token,
+    placed,
+    quieten_libraries,
+    worker_environment,
+)
 from cluster.spec.spec import load_spec, override
 from rl_actors.contracts.errors import BadInputError, InfrastructureError
 
@@ -145,7 +152,7 @@ def test_an_address_that_is_none_is_bad_input(fake_ray: FakeRay):
 def test_a_cluster_that_wants_a_token_says_where_it_comes_from(fake_ray: FakeRay):
     fake_ray.error = AuthenticationError("no token")
     with (
-        pytest.raises(InfrastructureError, match=f"asks for a token; {re.escape(REMEDY)}"),
+        pytest.raises(InfrastructureError, match=f"asks for a token; {re.escape(TOKEN_REMEDY)}"),
         connected("auto", placement_of()),
     ):
         pytest.fail("nothing may start")
@@ -397,3 +404,37 @@ def test_rays_printing_is_put_aside_once(printed: list[dict[str, Any]]):
 def test_ray_still_asks_for_its_printing_by_that_name():
     """Where this fails after an update of Ray, its messages are back on stdout."""
     assert "print_to_stdstream(" in inspect.getsource(ray_worker.listen_error_messages)
+
+
+# --- the token --------------------------------------------------------------------------------------------------------
+
+
+def offered(home: Path, **environ: str) -> str:
+    offer_token(environ, home)
+    return environ.get("RAY_AUTH_MODE", "")
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> Path:
+    file = tmp_path / ".ray" / "auth_token"
+    file.parent.mkdir()
+    file.write_text("secret")
+    return file
+
+
+def test_without_a_token_nothing_is_chosen(tmp_path: Path):
+    assert offered(tmp_path) == ""
+    assert offered(tmp_path, RAY_AUTH_TOKEN_PATH=str(tmp_path / "none")) == ""
+
+
+def test_a_token_in_rays_own_place_is_offered(tmp_path: Path, token: Path):
+    assert offered(tmp_path) == "token"
+
+
+def test_a_token_in_a_variable_or_a_named_file_is_offered(tmp_path: Path, token: Path):
+    assert offered(tmp_path / "elsewhere", RAY_AUTH_TOKEN="secret") == "token"
+    assert offered(tmp_path / "elsewhere", RAY_AUTH_TOKEN_PATH=str(token)) == "token"
+
+
+def test_a_chosen_mode_is_left_alone(tmp_path: Path, token: Path):
+    assert offered(tmp_path, RAY_AUTH_MODE="disabled") == "disabled"

@@ -489,7 +489,7 @@ class Tags:
 
 @pytest.fixture
 def mlflow(monkeypatch: pytest.MonkeyPatch) -> type[Tags]:
-    monkeypatch.setattr("cluster.registry.registry.Registry", Tags)
+    monkeypatch.setattr("cluster.registry.Registry", Tags)
     monkeypatch.setattr(Tags, "tags", {})
     return Tags
 

@@ -10,19 +10,21 @@ from pathlib import Path
 
 import pytest
 
+from cluster.registry.connection import Store, quieten, store_of
 from cluster.registry.entries import (
     Lineage,
-    Links,
-    ModelEntry,
+    StageLinks,
     StageLog,
     flatten,
+    kind_of,
     metric_points,
     model_name,
     params_of,
     version_description,
+    version_of,
+    version_tags,
 )
 from cluster.registry.registry import Registry
-from cluster.registry.store import Store, quieten, store_of
 from cluster.registry.traces import SampledTrace, TraceSpan, feedback_rows, root_span, turn_spans
 from rl_actors.contracts.errors import InfrastructureError
 from rl_actors.contracts.rollouts import Completion, ToolCall, ToolResult, Turn
@@ -92,13 +94,13 @@ def record(run_id: str = "r1", **changes: object) -> RequestRecord:
 def registry(store: Store, models: Path) -> Registry:
     """A registry in which one pipeline run was logged from start to end."""
     registry = registry_of(store)
-    registry.start_run(spec={"ppo": {"num_steps": 3}, "seed": 0}, started_at=AT, tags={"seatrial.bundle_id": "b" * 64})
-    base = ModelEntry(name="base", kind="base", path=str(models / "base"), sha256="1" * 64)
+    registry.start_run(spec={"ppo": {"num_steps": 3}, "seed": 0}, started_at=AT)
+    base = policy(models, "base", "base", digest="1" * 64)
     sft, ppo = policy(models, "sft-1", "sft"), policy(models, "ppo-1")
     rows = [{"stage": "ppo", "step": step, "at": AT + step, "kl": 0.01 * step, "note": "text"} for step in range(3)]
     for log in (
-        StageLog(stage="snapshot", started_at=AT, finished_at=AT + 1, snapshot=SNAPSHOT),
-        StageLog(stage="sft", started_at=AT, finished_at=AT + 2, inputs=(base,), outputs=(ModelEntry.of_policy(sft),)),
+        StageLog(stage="snapshot", started_at=AT, finished_at=AT + 1, links=StageLinks(snapshot=SNAPSHOT)),
+        StageLog(stage="sft", started_at=AT, finished_at=AT + 2, links=StageLinks(inputs=(base,), outputs=(sft,))),
         StageLog(
             stage="ppo",
             started_at=AT,
@@ -106,16 +108,15 @@ def registry(store: Store, models: Path) -> Registry:
             params={"clip": 0.2},
             metrics={"success": 0.9, "nested": {"kl": 0.03}, "flag": True},
             rows=[*rows, {"stage": "sft", "step": 0, "at": AT, "loss": 9.0}],
-            artifacts=(models / "ppo-1" / "config.json", models / "rm-1"),
-            inputs=(ModelEntry.of_policy(sft), ModelEntry.of_reward_model(reward_model(models))),
-            outputs=(ModelEntry.of_policy(ppo),),
+            artifacts=(models / "ppo-1" / "config.json",),
+            links=StageLinks(inputs=(sft, reward_model(models)), outputs=(ppo,)),
         ),
     ):
         registry.log_stage(log)
         registry.log_stage(log)  # a resumed run repeats what it had written
-    rm = registry.versions.register_reward_model(reward_model(models), lineage(stage=""))
-    registry.versions.register_policy(sft, lineage(stage="sft"))
-    registry.versions.register_policy(ppo, lineage(rm))
+    rm = registry.versions.register(reward_model(models), lineage(stage=""))
+    registry.versions.register(sft, lineage(stage="sft"))
+    registry.versions.register(ppo, lineage(rm))
     return registry
 
 
@@ -158,7 +159,7 @@ def test_curves_and_metrics_are_numbers_of_their_own_stage(registry: Registry):
 def test_artifacts_lie_below_the_embedded_store(registry: Registry, store: Store):
     run = stage_run(registry, "ppo")
     names = {item.path for item in registry.connect().list_artifacts(run.info.run_id)}
-    assert names == {"config.json", "rm-1"}
+    assert names == {"config.json"}
     assert run.info.artifact_uri.startswith(str(store.artifacts))
 
 
@@ -238,8 +239,8 @@ def test_a_reward_model_version_leads_back_to_its_policies(registry: Registry):
 
 
 def test_registering_twice_gives_the_same_version(registry: Registry, models: Path):
-    assert registry.versions.register_policy(policy(models, "ppo-1"), lineage("1")) == "2"
-    assert registry.versions.register_reward_model(reward_model(models), lineage(stage="")) == "1"
+    assert registry.versions.register(policy(models, "ppo-1"), lineage("1")) == "2"
+    assert registry.versions.register(reward_model(models), lineage(stage="")) == "1"
     assert len(registry.connect().search_model_versions(f"name = '{registry.versions.policy_model}'")) == 2
 
 
@@ -247,12 +248,15 @@ def test_what_is_registered_is_read_back_newest_first(store: Store, models: Path
     registry = Registry("read_back", "run-1", store=store)
     assert registry.versions.entries(registry.versions.policy_model) == ()
     sft = replace(policy(models, "sft-1", "sft"), parent_sha256="1" * 64)
-    registry.versions.register_policy(sft, lineage(stage="sft"))
-    registry.versions.register_policy(policy(models, "ppo-1"), lineage())
+    registry.versions.register(sft, lineage(stage="sft"))
+    registry.versions.register(policy(models, "ppo-1"), lineage())
     ppo, first = Registry("read_back", "run-2", store=store).versions.entries("read_back-policy")
-    assert (ppo.name, ppo.kind, ppo.parent_sha256) == ("ppo-1", "policy", "")
-    assert first == ModelEntry.of_policy(sft)
-    assert first.parent_sha256 == "1" * 64
+    assert ppo == policy(models, "ppo-1")
+    assert first == sft
+    registry.versions.register(reward_model(models), lineage(stage=""))
+    (reward,) = registry.versions.entries("read_back-reward-model")
+    known = replace(CALIBRATION, criterion_mae={})
+    assert reward == replace(reward_model(models), calibration=known), "the rest of it lies beside the weights"
 
 
 def test_the_aliases_follow_the_release(registry: Registry):
@@ -283,8 +287,8 @@ def test_clearing_an_alias_before_the_first_version_does_nothing(store: Store):
 
 def test_a_name_used_in_two_runs_means_this_runs_version(store: Store, models: Path):
     one, two = (Registry("twice", run_id, store=store) for run_id in ("run-a", "run-b"))
-    assert one.versions.register_policy(policy(models, "ppo-2", digest="aa"), lineage()) == "1"
-    assert two.versions.register_policy(policy(models, "ppo-2", digest="bb"), lineage()) == "2"
+    assert one.versions.register(policy(models, "ppo-2", digest="aa"), lineage()) == "1"
+    assert two.versions.register(policy(models, "ppo-2", digest="bb"), lineage()) == "2"
     one.versions.move("stable", "ppo-2")
     aliases = one.connect().get_registered_model("twice-policy").aliases
     assert {name: str(number) for name, number in aliases.items()} == {"stable": "1"}
@@ -478,12 +482,12 @@ def test_params_fit_mlflow():
 
 
 def test_a_description_names_what_is_missing():
-    entry = ModelEntry(name="sft-1", kind="sft", path="/m", sha256="s" * 64)
-    links = Links(run="#/r", logged_model="#/m")
-    text = version_description(entry, lineage(), "run-1", links)
-    assert "reward model: none" in text
-    reward = replace(entry, kind="reward_model")
-    assert "policies trained on it: none yet" in version_description(reward, lineage(), "run-1", links)
+    for version, says in (
+        (policy(Path("/m"), "sft-1", "sft"), "reward model: none"),
+        (reward_model(Path("/m")), "policies trained on it: none yet"),
+    ):
+        tags = version_tags(version, lineage(), "run-1") | {"seatrial.logged_model_id": "m-1"}
+        assert says in version_description(tags, "1", "r", "desk")
 
 
 # --- a whole release on the real registry -----------------------------------------------------------------------------
@@ -494,7 +498,7 @@ def release_registry(store: Store, models: Path, request: pytest.FixtureRequest)
     """A registry that knows the two policies of the release fakes."""
     registry = Registry(f"release-{request.node.name}"[:60], "run-1", store=store)
     for name in (RELEASE.stable, RELEASE.candidate):
-        registry.versions.register_policy(policy(models, name), lineage(stage=""))
+        registry.versions.register(policy(models, name), lineage(stage=""))
     registry.versions.move("stable", RELEASE.stable)
     return registry
 
@@ -547,9 +551,8 @@ def test_a_changed_setting_of_a_finished_stage_is_refused(registry: Registry):
 
 
 def test_the_base_model_and_the_baseline_are_told_from_policies(models: Path):
-    kinds = {
-        kind: ModelEntry.of_policy(policy(models, "ppo-1", kind)).kind for kind in ("base", "sft", "ppo", "degraded")
-    }
+    kinds = {kind: kind_of(policy(models, "ppo-1", kind)) for kind in ("base", "sft", "ppo", "degraded")}
+    assert kind_of(reward_model(models)) == "reward_model"
     assert kinds == {"base": "base", "sft": "sft", "ppo": "policy", "degraded": "policy"}
 
 
@@ -564,3 +567,13 @@ def test_one_registry_serves_several_threads(store: Store):
         thread.join(timeout=60)
     assert {stage_run(registry, log.stage).data.metrics["i"] for log in logs} == {0.0, 1.0, 2.0, 3.0}
     stage_run(registry, "pipeline")
+
+
+def test_a_reward_model_that_lost_its_figures_is_read_as_one_nobody_believes():
+    """An earlier seatrial wrote them after the model: killed in between, it left a version without."""
+    tags = version_tags(reward_model(Path("/m")), lineage(), "run-1")
+    figures = ("num_pairs", "pair_accuracy", "ece", "brier", "temperature")
+    bare = version_of({key: value for key, value in tags.items() if key.removeprefix("seatrial.") not in figures})
+    assert isinstance(bare, RewardModelVersion)
+    assert bare.calibration.num_pairs == 0
+    assert not bare.calibration.ece <= 1.0

@@ -20,12 +20,11 @@ import psutil
 import pytest
 
 from cluster.cli.service import show_status
-from cluster.records.gateway_file import record_gateway, recorded_gateway
 from cluster.records.journal import lock_run
-from cluster.records.run_folder import RunFolder, list_runs
+from cluster.records.run_folder import RunFolder, list_runs, record_gateway, recorded_gateway
+from cluster.registry.connection import store_of
 from cluster.registry.entries import Lineage
 from cluster.registry.registry import Registry
-from cluster.registry.store import store_of
 from cluster.registry.versions import RegisteredVersions
 from cluster.service import gateway as service_gateway
 from cluster.service import processes as service_processes
@@ -540,7 +539,7 @@ def register(home: Path, *names: str, stable: str = "") -> None:
         policy = PolicyVersion(
             name=name, kind="ppo", path=str(home / name), sha256=name.encode().hex().ljust(64, "0"), parent_sha256=""
         )
-        registry.versions.register_policy(policy, Lineage(bundle_id="b", snapshot_sha256="s", stage="ppo"))
+        registry.versions.register(policy, Lineage(bundle_id="b", snapshot_sha256="s", stage="ppo"))
     if stable:
         registry.versions.move("stable", stable)
 

@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from cluster.cli import service as cli_service
+from cluster.registry.connection import Store, store_of
 from cluster.registry.entries import Lineage, StageLog
 from cluster.registry.registry import Registry
-from cluster.registry.store import Store, store_of
 from cluster.service import ui
 from cluster.service.processes import http_ok
 from rl_actors.contracts.errors import BadInputError, InfrastructureError
@@ -192,7 +192,7 @@ def check_registry_over_http(url: str, tmp_path: Path) -> None:
     registry.start_run(spec={"seed": 0}, started_at=1.0)
     registry.log_stage(StageLog(stage="ppo", started_at=1.0, finished_at=2.0, metrics={"success": 0.9}))
     policy = PolicyVersion(name="ppo-1", kind="ppo", path=str(weights), sha256="a" * 64, parent_sha256="")
-    version = registry.versions.register_policy(policy, Lineage(bundle_id="b" * 64, snapshot_sha256="c" * 64))
+    version = registry.versions.register(policy, Lineage(bundle_id="b" * 64, snapshot_sha256="c" * 64))
     registry.versions.move("stable", "ppo-1")
     assert registry.versions.alias_version("stable") == "ppo-1"
     source = registry.connect().get_model_version("desk-policy", version).source

@@ -59,7 +59,7 @@ def test_an_unset_answer_moves_with_the_knobs_it_speaks_of():
 
 def test_the_limit_it_names_is_the_one_the_release_is_held_to(home: Path):
     run = make_run(home)
-    limit = release_plan(run, may_promote=True).max_rollback_s
+    limit = release_plan(run.spec, (), may_promote=True).max_rollback_s
     assert run.spec.charter.rollback_path.endswith(f"within {limit:g} s")
 
 

@@ -6,22 +6,27 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from cluster.registry.entries import ModelEntry
-from cluster.registry.pins import NO_PINS, resolve_pins
+from cluster.registry.entries import ModelVersion
+from cluster.registry.versions import NO_PINS, resolve_pins
 from cluster.spec.sections import WorkflowSection, is_pinned
 from cluster.spec.spec import load_spec, override
 from rl_actors.contracts.errors import BadInputError, TamperedError
-from tests.cluster.pipeline.fakes import FakeVersions
+from rl_actors.contracts.versions import PolicyKind, PolicyVersion
+from tests.cluster.pipeline.fakes import FakeVersions, make_reward_model
 
-SFT = ModelEntry(name="sft_v1-1a2b3c4d", kind="sft", path="/sft", sha256="1a2b3c4d".ljust(64, "0"))
-OLDER = replace(SFT, name="sft_v1-5e6f7a8b", sha256="5e6f7a8b".ljust(64, "0"))
-PPO = ModelEntry(name="ppo_v1-bbe40699", kind="policy", path="/ppo", sha256="bbe40699".ljust(64, "0"))
-RM = ModelEntry(name="rm_v1-77ab01cd", kind="reward_model", path="/rm", sha256="77ab01cd".ljust(64, "0"))
+
+def policy(name: str, kind: PolicyKind) -> PolicyVersion:
+    return PolicyVersion(name=name, kind=kind, path="/models", sha256=name[-8:].ljust(64, "0"), parent_sha256="")
+
+
+SFT, OLDER = policy("sft_v1-1a2b3c4d", "sft"), policy("sft_v1-5e6f7a8b", "sft")
+PPO = policy("ppo_v1-bbe40699", "ppo")
+RM = replace(make_reward_model("/rm", "rm_v1-77ab01cd"), sha256="77ab01cd".ljust(64, "0"))
 UNNAMED = replace(RM, name="rm_v1", sha256="3" * 64)
 """Of a time when a reward model's name did not carry its hash."""
 
 
-def versions(*policies: ModelEntry) -> FakeVersions:
+def versions(*policies: ModelVersion) -> FakeVersions:
     return FakeVersions(known={"desk-policy": policies, "desk-reward-model": (UNNAMED, RM)})
 
 
@@ -59,7 +64,7 @@ class Silent:
     policy_model: str = "p"
     reward_model: str = "r"
 
-    def entries(self, model: str) -> tuple[ModelEntry, ...]:
+    def entries(self, model: str) -> tuple[ModelVersion, ...]:
         raise AssertionError(f"{model} was asked for")
 
 

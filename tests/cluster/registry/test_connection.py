@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from cluster.registry.store import Store, reported, without_credentials
+from cluster.registry.connection import Store, reported, without_credentials
 from rl_actors.contracts.errors import BadInputError, InfrastructureError, TamperedError
 
 
