@@ -179,7 +179,10 @@ class SupportDeskWorld:
 
     tools: Sequence[ToolSpec] = TOOLS
     functions: Mapping[str, Callable[..., Any]] = FUNCTIONS
-    open = staticmethod(open_desk)
+
+    def open(self, world: Mapping[str, Any]) -> Desk:
+        """Open a private desk from rows, or the shared live one from `{"database": path, "session": name}`."""
+        return open_desk(world)
 
     def read_state(self, handle: Desk, selector: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return all rows of the selector's `orders` and `customers`, and this session's audit rows."""
