@@ -164,7 +164,7 @@ def test_reading_anothers_data_is_seen_from_outside(gateway: ExpertGateway, task
     def snoop(task: Task) -> Demonstration:
         from dataclasses import replace
 
-        from rl_actors.contracts.tasks import DemonstrationTurn
+        from rl_actors.contracts import DemonstrationTurn
 
         peek = DemonstrationTurn(
             kind="tool", tool="get_payment", arguments={"order_id": victim}, text="", observation=""
