@@ -156,19 +156,19 @@ class Promoted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RolledBack:
-    """The candidate lost; stable carries all traffic. `time_to_recovery_s` runs from detection to acknowledgement."""
+class Recovered:
+    """Stable carries all traffic again; `time_to_recovery_s` runs from detection to acknowledgement."""
 
     reason: str
     time_to_recovery_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FailedBack:
-    """A promoted candidate was taken back; the former stable carries all traffic."""
+class RolledBack(Recovered):
+    """The candidate lost."""
 
-    reason: str
-    time_to_recovery_s: float
+
+class FailedBack(Recovered):
+    """A promoted candidate was taken back."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,33 +183,28 @@ ReleaseState = Preparing | Drilling | Canary | Promoting | Restoring | Promoted 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reasoned:
-    """What every decision carries: why, and the gate results it rests on."""
+    """The part that all decisions share: the reason, and the results it rests on."""
 
     reason: str
     evidence: GateResults
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Hold(Reasoned):
     """Change nothing."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Advance(Reasoned):
     """Go on to the next state on the way to promotion."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Promote(Reasoned):
     """Make the candidate stable."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RollBack(Reasoned):
     """Give all traffic back to stable."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Halt(Reasoned):
     """Give all traffic back to stable and ask a human: not the candidate but the measurement failed."""
 

@@ -3,9 +3,6 @@
 Adding a gate is adding such a file, with `@gate("its_name", offline=...)` above its live form: the door of this room
 imports every module of the folder (pkgutil). A spec may then name it beside the article's four, and
 `seatrial plan --explain release.gates` lists it; the brief shows its name where a locale has no words for it.
-
-What every gate keeps to: no data is `inconclusive`, never `pass`. Fails use alpha / (number of rules), because any one
-of them rolls back; passes use alpha, because all are needed.
 """
 
 from __future__ import annotations
@@ -20,6 +17,9 @@ from rl_actors.contracts import BadInputError, EvalReport, unknown_name
 from serving.contracts import Evidence, GateResult, GateResults, LiveEvidence, ReleasePlan, Verdict
 
 Seen = TypeVar("Seen")
+
+# No data is `inconclusive`, never `pass`. A fail uses alpha / (number of rules), because any one of them rolls back; a
+# pass uses alpha, because all are needed.
 Finding = tuple[Verdict, str, Evidence]
 """A verdict, its reason as a sentence, and the numbers behind it: a gate's result but for the gate's name."""
 

@@ -2,10 +2,6 @@
 
 Nothing lives in memory between ticks: each tick reads the last row of `decisions.jsonl`, makes the split agree with
 that state, and goes on. A kill -9 at any point is therefore followed by an ordinary tick.
-
-Order of acts. Towards promotion the decision is recorded first and the split follows. Towards safety the split comes
-first (one write, which needs nothing else to work), then the record, then the gateways' acknowledgement, then the
-aliases. A tick that finds a safe split one epoch ahead of the record adopts it as the roll back it is.
 """
 
 from __future__ import annotations
@@ -227,23 +223,25 @@ class ReleaseController:
         after = next_state(state, decision, now)
         is_changed, is_restoring = after != state, isinstance(after, Restoring)
         if is_changed and is_restoring:
+            # Towards safety the split comes first: one write, which needs nothing else to work.
             self._put_split(after)
         elif is_changed:
+            # Idempotent and before the record, so that a kill in between repeats it.
             self._move_aliases(after)
         self.log.append(self.release, state, decision, after, now)
         if is_changed and not is_restoring:
+            # Towards promotion no user follows a decision that is not on record.
             self._put_split(after)
         return after
 
     def _put_split(self, state: ReleaseState) -> None:
-        """Make the split agree with the state; a split that already does is left alone."""
         record = desired_split(state, self.release, self.plan, self.clock())
         if record is not None:
             self.splits.compare_and_set(record)
             self.platform.set_split(record)
 
     def _move_aliases(self, after: ReleaseState) -> None:
-        """Let the registry follow the traffic; idempotent, and before the record, so that a kill repeats it."""
+        """Let the registry follow the traffic."""
         if isinstance(after, Drilling):
             self.aliases.move("candidate", self.release.candidate)
         elif isinstance(after, Promoted):

@@ -1,12 +1,8 @@
 """The traffic split: sticky routing as a pure function, and the small durable record that gateways poll.
 
 New sessions are dealt out in permuted blocks (Zelen 1974): of each twenty that arrive, one falls into every twentieth
-of [0, 1), of each hundred one into every hundredth, in an order that a keyed hash shuffles. With a coin per session and
-a share of 5 %, the first 50 canary sessions would be anything from 3.6 to 6.4 % of all (two standard deviations);
-blocks keep to what the record says, also in the first minute.
-
-One record rules all gateways; replacing it atomically is the whole of a roll back. Whoever holds a record that has not
-been refreshed in time gives the candidate nothing: a dead controller fails back by itself.
+of [0, 1), of each hundred one into every hundredth, in an order that a keyed hash shuffles. One record rules all
+gateways; replacing it atomically is the whole of a roll back.
 """
 
 from __future__ import annotations
@@ -23,12 +19,10 @@ from rl_actors.contracts import BadInputError, StageRefusedError, TamperedError
 from rl_actors.durable import ChainedLog, disk_errors, file_lock, write_atomic
 from serving.contracts import ReleaseChannel, SplitRecord
 
-BLOCK: Final = 20
-"""Sessions that are dealt out together. Larger is nearer to a coin, smaller nearer to a pattern."""
-
-
-FINE: Final = 5
-"""Blocks over which the finer places, for shares that are no multiple of 1 / BLOCK, are dealt out together."""
+# A coin per session would make the first 50 canary sessions at a share of 5 % anything from 3.6 to 6.4 % of all (two
+# standard deviations); blocks keep to the record, also in the first minute.
+BLOCK: Final = 20  # sessions dealt out together: larger is nearer to a coin, smaller nearer to a pattern
+FINE: Final = 5  # blocks whose finer places, for shares that are no multiple of 1 / BLOCK, are dealt out together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +38,7 @@ def slot_position(slot: int, salt: str) -> float:
     """Place the session that came `slot`-th (from 0) into a release in [0, 1): fixed for ever, fresh for each salt.
 
     Of the slots of a block each gets another of BLOCK equal parts of [0, 1); of the sessions that get one part in FINE
-    consecutive blocks, each gets another fifth of it. Nobody can tell the order without the salt.
+    consecutive blocks, each gets another fifth of it.
     """
     block, index = divmod(slot, BLOCK)
     part = _order(f"{salt}\x00{block}\x00part", BLOCK)[index]
@@ -66,6 +60,7 @@ def _uniform(text: str) -> float:
 
 def route(record: SplitRecord, position: float, now: float, stale_after_s: float) -> Route:
     """Choose the version for a session. A raised share keeps its sessions; a stale record means share 0."""
+    # Nobody refreshes the record of a dead controller: its candidate loses the traffic without anybody's help.
     if now - record.updated_at > stale_after_s:
         return Route(policy_version=record.stable, release_channel="general", split_epoch=0)
     if position < record.share:
@@ -74,10 +69,12 @@ def route(record: SplitRecord, position: float, now: float, stale_after_s: float
 
 
 class SplitStore:
-    """The durable split of one directory: `split.json` is the record in force, `split_history.jsonl` all before it."""
+    """The durable split of one directory: `split.json` is the record in force, `split_history.jsonl` all before it.
+
+    Nothing is created before the first write.
+    """
 
     def __init__(self, directory: Path) -> None:
-        """Name the directory; nothing is created before the first write."""
         self.path, self._history = directory / "split.json", ChainedLog(directory / "split_history.jsonl")
         self._lock_path = directory / "split.lock"
 
@@ -85,7 +82,7 @@ class SplitStore:
         """Return the record in force, or None before the first. Raises TamperedError when it cannot be parsed."""
         with disk_errors(self.path):
             text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        return _parsed(text, self.path) if text else None
+        return _parse_record(text, self.path) if text else None
 
     def compare_and_set(self, record: SplitRecord) -> None:
         """Put a record with the next epoch in force. Repeating the record in force changes nothing.
@@ -94,13 +91,16 @@ class SplitStore:
         """
         with file_lock(self._lock_path):
             current = self.read()
-            if current is not None and _same_split(current, record):
+            if current is not None and replace(current, updated_at=record.updated_at) == record:
                 return
             expected = current.epoch + 1 if current else 1
             if record.epoch != expected:
                 raise StageRefusedError(f"{self.path}: epoch {record.epoch} offered, {expected} is next; read it again")
             write_atomic(self.path, json.dumps(asdict(record)))
-            self._append_history(current, record)
+            # Logged after the switch, never before it; a record whose own logging was killed is made up for.
+            if current is not None and current.epoch not in {logged.epoch for logged in self._read_log()}:
+                self._history.append(asdict(current))
+            self._history.append(asdict(record))
 
     def refresh(self, now: float) -> SplitRecord | None:
         """Say that the record in force still holds, so that it does not go stale; returns it."""
@@ -114,25 +114,15 @@ class SplitStore:
 
     def history(self) -> Mapping[int, SplitRecord]:
         """Return every record ever in force by epoch, the current one included even if the log missed it."""
-        current = self.read()
-        records = (*self._logged(), *([current] if current else []))
+        current = self.read()  # before the log: read after it, two switches in between would hide an epoch
+        records = (*self._read_log(), *([current] if current else []))
         return {record.epoch: record for record in records}
 
-    def _append_history(self, before: SplitRecord | None, record: SplitRecord) -> None:
-        """Append after the switch, never before it; a record whose own append was killed is made up for."""
-        is_missing = before is not None and before.epoch not in {logged.epoch for logged in self._logged()}
-        for entry in (*([before] if before and is_missing else []), record):
-            self._history.append(asdict(entry))
-
-    def _logged(self) -> list[SplitRecord]:
-        return [_parsed(json.dumps(row), self._history.path) for row in self._history.rows()]
+    def _read_log(self) -> list[SplitRecord]:
+        return [_parse_record(json.dumps(row), self._history.path) for row in self._history.rows()]
 
 
-def _same_split(one: SplitRecord, other: SplitRecord) -> bool:
-    return replace(one, updated_at=0.0) == replace(other, updated_at=0.0)
-
-
-def _parsed(text: str, path: Path) -> SplitRecord:
+def _parse_record(text: str, path: Path) -> SplitRecord:
     try:
         return SplitRecord(**json.loads(text))
     except (ValueError, TypeError, BadInputError) as error:

@@ -1,7 +1,6 @@
-"""A gateway's eye on the split: poll the record, route by it, and acknowledge the epoch in a file of its own.
+"""A gateway's side of the split: poll the record, route by it, and acknowledge the epoch in a file of its own.
 
-`acknowledged_epoch` is the other end: the lowest epoch by which any live gateway routes. A gateway that stopped
-acknowledging counts as live until its record is stale, after which it gives the candidate nothing by itself.
+`acknowledged_epoch` is the other end: the lowest epoch by which any live gateway routes.
 """
 
 from __future__ import annotations
@@ -25,10 +24,7 @@ from serving.contracts import SplitRecord
 from serving.split.record import Route, SplitStore, route, slot_position
 
 _HEARTBEAT_S: Final = 1.0
-
-
 _STABLE: Final = 1.0  # a position that no share reaches
-
 
 SlotOf = Callable[[str, str], int]
 """(salt, session key) -> its slot in that release, the next free one at its first visit. Durable; may block."""
@@ -36,7 +32,7 @@ SlotOf = Callable[[str, str], int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ack:
-    """One gateway's word: it routes by `epoch` since before `at` (Unix seconds). Epoch 0: it has no record yet."""
+    """A gateway's acknowledgement: it routes by `epoch` since before `at` (Unix seconds); 0: it has no record yet."""
 
     gateway: str
     host: str
@@ -58,22 +54,17 @@ class SplitWatcher:
         stale_after_s: float,
         clock: Callable[[], float],
     ) -> None:
-        """Read nothing yet."""
         self._store, self._path, self._gateway = store, acks / f"{gateway}.json", gateway
         self._slot_of, self._stale_after_s, self._clock = slot_of, stale_after_s, clock
         self._record: SplitRecord | None = None
         self._last_ack: Ack | None = None
 
     def poll(self) -> None:
-        """Take over the record in force, then acknowledge it: never the other way round.
-
-        A record that cannot be read changes nothing: the one held goes stale, and with it the candidate's share.
-        """
-        try:
+        """Take over the record in force, then acknowledge it: never the other way round."""
+        # A record that cannot be read changes nothing: the one held goes stale, and with it the candidate's share.
+        with suppress(InfrastructureError, TamperedError):
             self._record = self._store.read() or self._record
             self._acknowledge()
-        except (InfrastructureError, TamperedError):
-            return
 
     async def watch(self, poll_s: float) -> None:
         """Poll until cancelled."""
@@ -82,14 +73,14 @@ class SplitWatcher:
             await asyncio.sleep(poll_s)
 
     async def route(self, session_key: str) -> Route:
-        """Return where a session goes now. Raises InfrastructureError before the first record, and when a canary is on
-        and its slot cannot be read; with no candidate to serve, nothing is looked up.
+        """Return where a session goes now.
+
+        Raises InfrastructureError before the first record, and when a canary is on and its slot cannot be read.
         """
-        asked = self._required()
-        position = _STABLE
-        if asked.share > 0:
+        asked, position = self._require_record(), _STABLE
+        if asked.share > 0:  # with no candidate to serve, a ledger that is down stops nobody
             position = slot_position(await asyncio.to_thread(self._slot_of, asked.salt, session_key), asked.salt)
-        record = self._required()  # the split may have moved while the slot was read
+        record = self._require_record()  # the split may have moved while the slot was read
         if record.salt != asked.salt:
             return replace(route(record, _STABLE, self._clock(), self._stale_after_s), split_epoch=0)
         return route(record, position, self._clock(), self._stale_after_s)
@@ -97,7 +88,7 @@ class SplitWatcher:
     @property
     def stable(self) -> str:
         """The stable version now."""
-        return self._required().stable
+        return self._require_record().stable
 
     def is_in_force(self, version: str) -> bool:
         """Whether the record routes anyone to this version."""
@@ -113,7 +104,7 @@ class SplitWatcher:
         """Withdraw the acknowledgement: this gateway routes no more."""
         self._path.unlink(missing_ok=True)
 
-    def _required(self) -> SplitRecord:
+    def _require_record(self) -> SplitRecord:
         if self._record is None:
             raise InfrastructureError("no split record is in force yet; run `seatrial up` or start a release")
         return self._record
@@ -130,35 +121,29 @@ class SplitWatcher:
 
 
 def read_acks(directory: Path) -> tuple[Ack, ...]:
-    """Return the last word of every gateway that ever acknowledged and did not leave.
-
-    A word that cannot be read, as after a power cut, counts as epoch 0 long ago: nothing acknowledged, and stale.
-    """
+    """Return the last acknowledgement of every gateway that did not leave; one that cannot be read as epoch 0."""
     found = []
     for path in sorted(directory.glob("*.json")):
-        with disk_errors(path), suppress(FileNotFoundError):
-            found.append(_parsed(path.read_bytes(), path.stem))
+        with disk_errors(path), suppress(FileNotFoundError):  # a gateway may leave while its file is looked at
+            found.append(_parse_ack(path.read_bytes(), path.stem))
     return tuple(found)
 
 
-def _parsed(text: bytes, gateway: str) -> Ack:
-    try:
+def _parse_ack(text: bytes, gateway: str) -> Ack:
+    with suppress(ValueError, TypeError):
         ack = Ack(**json.loads(text))
-        if ack.gateway == gateway and _is_sound(ack):
+        # Signalling process 0 or -1 would ask about whole groups of processes.
+        numbers_fit = type(ack.epoch) is int and type(ack.pid) is int and 0 < ack.pid < 2**31
+        time_fits = isinstance(ack.at, int | float) and math.isfinite(ack.at)
+        if ack.gateway == gateway and numbers_fit and time_fits and isinstance(ack.host, str):
             return ack
-    except (ValueError, TypeError):
-        pass
+    # As after a power cut: nothing acknowledged, and too long ago to be live.
     return Ack(gateway=gateway, host="", pid=0, epoch=0, at=0.0)
 
 
-def _is_sound(ack: Ack) -> bool:
-    """Whether the values have their types and ranges: signalling process 0 or -1 would ask about whole groups."""
-    numbers_fit = type(ack.epoch) is int and type(ack.pid) is int and 0 < ack.pid < 2**31
-    return numbers_fit and isinstance(ack.host, str) and isinstance(ack.at, int | float) and math.isfinite(ack.at)
-
-
 def is_live(ack: Ack, now: float, live_within_s: float) -> bool:
-    """Whether this gateway may still be routing: it spoke lately and, on this machine, its process exists."""
+    """Whether this gateway may still be routing: it acknowledged lately and, on this machine, its process exists."""
+    # One that fell silent counts until its record is stale: from then on it gives the candidate nothing by itself.
     if now - ack.at > live_within_s:
         return False
     return ack.host != socket.gethostname() or psutil.pid_exists(ack.pid)

@@ -1,4 +1,4 @@
-"""Sample ratio: where sessions were not split as declared, whatever differs between the arms may be the split."""
+"""Sample ratio: sessions must have been split as declared."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def watch_sample_ratio(evidence: LiveEvidence, plan: ReleasePlan) -> GateResults
     p_value = sample_ratio_check(canary, total, evidence.share)
     if p_value >= plan.sample_ratio_alpha:
         return ()
+    # Whatever differs between the arms may now be the split, not the candidate.
     reason = f"{canary} of {total} sessions were canary at a share of {evidence.share:g} (p = {p_value:.2g})"
     return (
         GateResult(
