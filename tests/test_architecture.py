@@ -401,7 +401,7 @@ BROKEN_CONTRACTS = {
     "serving/store/ledger.py": ("import serving.release", "rooms of serving"),
     "serving/gateway/http.py": ("import serving.release", "rooms of serving"),
     "cluster/records/audit.py": ("import cluster.pipeline", "rooms of cluster"),
-    "cluster/service/ui.py": ("import cluster.pipeline", "rooms of cluster"),
+    "cluster/service/gateway.py": ("import cluster.pipeline", "rooms of cluster"),
     "cluster/attic.py": ("", "rooms of cluster"),
     "rl_actors/algorithms/losses.py": ("import ray", "algorithms are pure"),
     "rl_actors/training/ppo.py": ("from vllm import LLM", "training works over protocols"),

@@ -1,4 +1,4 @@
-"""How every command answers: tables for people or one JSON line for machines, an exit code, and errors as sentences.
+"""Answers of commands: tables for people or one JSON line for machines, an exit code, and errors as sentences.
 
 Exit codes: 0 ok; 1 a stage or gate said no; 2 bad input; 3 infrastructure or a defect; 130 interrupted.
 """
@@ -27,12 +27,9 @@ if TYPE_CHECKING:
 
 
 DEBUG_VARIABLE: Final = "SEATRIAL_DEBUG"
-
-
 INTERRUPTED: Final = 130
 
-
-# What the operating system says, in words that help. All are exit code 3: the machine, not the spec.
+# Errors of the operating system, in words that help. All are exit code 3: the machine, not the spec.
 _SYSTEM_REMEDIES: Final[Mapping[int, str]] = {
     errno.ENOSPC: "no space left on the disk: free some, or set SEATRIAL_HOME to a larger one",
     errno.EDQUOT: "the disk quota is used up: free some, or set SEATRIAL_HOME elsewhere",
@@ -46,7 +43,7 @@ _SYSTEM_REMEDIES: Final[Mapping[int, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What a command found: `data` for machines, `show` for people."""
+    """Findings of a command: `data` for machines, `show` for people."""
 
     data: Mapping[str, Any]
     show: RenderableType | Callable[[Console], None] = ""
@@ -55,7 +52,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """Why a command ended early: the sentence, the exit code and the parts a machine wants apart."""
+    """An early end of a command: the sentence, the exit code and the parts a machine wants apart."""
 
     message: str
     exit_code: int
@@ -64,41 +61,36 @@ class Fault:
 
 @dataclass(slots=True, kw_only=True)
 class Scene:
-    """What error messages need to know of a command under way; a run fills it in once it has a folder."""
+    """Circumstances of a command under way; a run fills in how to resume it once it has a folder."""
 
+    as_json: bool = False
     resume: str = ""
     crash_folder: Path | None = None
 
 
 def answer(work: Callable[[Scene], Reply], as_json: bool) -> None:
     """Do a command's work, print its reply or its fault, and exit with the right code."""
-    scene = Scene()
+    scene = Scene(as_json=as_json)
     with _clean_stdout(as_json) as write_json_line:
         reply = _attempt(work, scene)
-        code = reply.exit_code
         if as_json:
             write_json_line(_as_json(reply))
         elif isinstance(reply, Fault):
             print_fault(reply)
         else:
             _show(reply)
-    raise typer.Exit(code)
+    raise typer.Exit(reply.exit_code)
 
 
 def _attempt(work: Callable[[Scene], Reply], scene: Scene) -> Reply | Fault:
     try:
         return work(scene)
     except typer.Exit:
-        raise
+        raise  # Typer's own way out, of `--help` for example
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  the outermost border: nothing may leave as a traceback
-        if is_debug():
+        if os.environ.get(DEBUG_VARIABLE, "") not in {"", "0"}:
             traceback.print_exc()
         return fault_of(error, scene)
-
-
-def is_debug() -> bool:
-    """Whether a human asked for tracebacks, by `--debug` or by the variable."""
-    return os.environ.get(DEBUG_VARIABLE, "") not in {"", "0"}
 
 
 def fault_of(error: BaseException, scene: Scene) -> Fault:
@@ -121,18 +113,19 @@ def fault_of(error: BaseException, scene: Scene) -> Fault:
 
 
 def _defect(error: BaseException, scene: Scene) -> Fault:
-    """Nothing of ours was meant to raise this: keep the traceback in a file and name it."""
-    said = str(error).strip().partition("\n")[0]
-    message = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    """Keep the traceback of an error that nothing of ours was meant to raise in a file, and name it."""
+    text = str(error).strip().partition("\n")[0]
+    message = f"{type(error).__name__}: {text}" if text else type(error).__name__
     folder = scene.crash_folder or seatrial_home() / "crashes"
     path = folder / f"crash-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}.txt"
-    text = "".join(traceback.format_exception(error))
+    trace = "".join(traceback.format_exception(error))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_text(trace, encoding="utf-8")
     except OSError as unwritable:
-        sys.stderr.write(text)
+        sys.stderr.write(trace)
         return Fault(message=f"unexpected {message} (traceback above; {unwritable})", exit_code=3)
+    # The same command again with --resume, where the run had a folder already.
     hint = f"; to go on: {scene.resume}" if scene.resume else ""
     remedy = f"unexpected {message}; the traceback is in {path}{hint}"
     return Fault(message=remedy, exit_code=3, parts={"traceback": str(path), "resume": scene.resume})
@@ -146,6 +139,7 @@ def print_fault(fault: Fault) -> None:
 
     was_interrupted = fault.exit_code == INTERRUPTED
     line, style = (fault.message, "yellow") if was_interrupted else (f"error: {fault.message}", "red")
+    # Text, not markup: a message may hold brackets.
     Console(stderr=True).print(Text(line, style=style), soft_wrap=True)
 
 
@@ -167,18 +161,17 @@ def _as_json(reply: Reply | Fault) -> str:
         tree = {"ok": False, "exit_code": reply.exit_code, "error": reply.message, **reply.parts}
     else:
         tree = {"ok": reply.exit_code == 0, "exit_code": reply.exit_code, **reply.data}
+    # `default`: a refused value may be of any type.
     return json.dumps(tree, ensure_ascii=False, default=str)
 
 
 @contextlib.contextmanager
 def _clean_stdout(as_json: bool) -> Iterator[Callable[[str], None]]:
-    """With `--json`, send whatever anybody prints, C libraries and Ray workers included, to stderr instead.
-
-    Yields the writer of the one line; it writes to the real stdout.
-    """
+    """With `--json`, send everything printed to stderr; yields the writer of the one line on the real stdout."""
     if not as_json:
-        yield lambda line: typer.echo(line)
+        yield typer.echo
         return
+    # By file descriptor: C libraries and Ray workers write past `sys.stdout`.
     real = sys.stdout
     sys.stdout.flush()
     kept = os.dup(1)

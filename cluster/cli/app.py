@@ -1,13 +1,13 @@
-"""`seatrial`: the command line. Each command turns words into a request, calls one function and answers.
-
-Ray, torch, vLLM and MLflow are imported by the commands that need them: `validate` answers at once.
-"""
+"""`seatrial`: the command line. Each command turns words into a request, calls one function and answers."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
-from typing import Annotated, Final
+from collections.abc import Callable
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperCommand
@@ -28,40 +28,22 @@ app = typer.Typer(
 )
 
 
+# Commands import what they need when they are called: `validate` answers at once, without Ray, torch, vLLM or MLflow.
+
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="a spec file, its folder, or a workflow's name")]
-
-
 OptionalSpec = Annotated[str, typer.Argument(metavar="SPEC", help="as for validate; left out with --resume RUN_ID")]
-
-
 RunArgument = Annotated[str, typer.Argument(metavar="RUN_ID", help="a run; the newest when left out")]
-
-
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a knob; repeatable")]
-
-
 ExplainOption = Annotated[
     list[str] | None, typer.Option("--explain", metavar="KNOB", help="what a knob does, halved and doubled; repeatable")
 ]
-
-
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON line on stdout and nothing else")]
-
-
 ResumeOption = Annotated[
     str, typer.Option("--resume", metavar="[RUN_ID]", help="go on with a run; without an id, the newest unfinished")
 ]
-
-
 RunIdOption = Annotated[str, typer.Option("--run-id", help="name the new run")]
-
-
 AddressOption = Annotated[str, typer.Option("--address", help="Ray address for cluster.address, such as auto")]
-
-
 KeepOption = Annotated[bool, typer.Option("--keep-serving", help="afterwards serve the stable policy: seatrial up")]
-
-
 PORT_HELP: Final = "port on 127.0.0.1"
 
 
@@ -69,7 +51,7 @@ class ResumeCommand(TyperCommand):
     """A command whose `--resume` may stand without a value: it then means the newest unfinished run."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Give a bare `--resume` its value before the parser sees it."""
+        """Give a bare `--resume` its value."""
         filled: list[str] = []
         for position, word in enumerate(args):
             filled.append(word)
@@ -77,6 +59,24 @@ class ResumeCommand(TyperCommand):
             if word == "--resume" and (not following or following[0].startswith("-")):
                 filled.append(LATEST)
         return super().parse_args(ctx, filled)
+
+
+def answers(work: Callable[..., Reply]) -> Callable[..., None]:
+    """Make a command of a function that returns its reply: add `--json`, print the reply and set the exit code.
+
+    A parameter named `scene` is no word of the command line: it is the command's own `Scene`.
+    """
+    words = inspect.signature(work, eval_str=True).parameters
+    as_json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=JsonOption)
+
+    @functools.wraps(work)
+    def command(as_json: bool, **given: Any) -> None:
+        answer(lambda scene: work(**given, **({"scene": scene} if "scene" in words else {})), as_json)
+
+    # Typer reads the words from the signature, and the help from the docstring that `wraps` copies.
+    shown = [word for name, word in words.items() if name != "scene"]
+    command.__signature__ = inspect.Signature([*shown, as_json])  # pyright: ignore[reportAttributeAccessIssue]
+    return command
 
 
 @app.callback()
@@ -88,137 +88,97 @@ def root(debug: Annotated[bool, typer.Option("--debug", help="tracebacks instead
 
 # --- before a run -----------------------------------------------------------------------------------------------------
 @app.command()
-def validate(spec: SpecArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
+@answers
+def validate(spec: SpecArgument, settings: SetOption = None) -> Reply:
     """Check a spec without starting anything."""
-
-    def work(_: Scene) -> Reply:
-        found = requested_spec(RunRequest(spec=spec, settings=settings or ()))
-        release = found.release
-        ramp = " -> ".join(f"{share:g} %" for share in release.ramp)
-        line = f"valid: workflow {found.workflow.name}, {len(release.gates)} gates, ramp {ramp}"
-        return Reply(data={"spec": found.model_dump(mode="json")}, show=line)
-
-    answer(work, as_json)
+    found = requested_spec(RunRequest(spec=spec, settings=settings or ()))
+    release = found.release
+    ramp = " -> ".join(f"{share:g} %" for share in release.ramp)
+    line = f"valid: workflow {found.workflow.name}, {len(release.gates)} gates, ramp {ramp}"
+    return Reply(data={"spec": found.model_dump(mode="json")}, show=line)
 
 
 @app.command()
-def plan(
-    spec: SpecArgument, settings: SetOption = None, explain: ExplainOption = None, as_json: JsonOption = False
-) -> None:
+@answers
+def plan(spec: SpecArgument, settings: SetOption = None, explain: ExplainOption = None) -> Reply:
     """Estimate each stage's tokens, memory and minutes, and what changed knobs do."""
+    from cluster.cli.plan import show_plan
 
-    def work(_: Scene) -> Reply:
-        from cluster.cli.plan import show_plan
-
-        return show_plan(RunRequest(spec=spec, settings=settings or ()), explain or ())
-
-    answer(work, as_json)
+    return show_plan(RunRequest(spec=spec, settings=settings or ()), explain or ())
 
 
 @app.command()
-def preflight(spec: SpecArgument, settings: SetOption = None, as_json: JsonOption = False) -> None:
+@answers
+def preflight(spec: SpecArgument, settings: SetOption = None) -> Reply:
     """Check that this machine can finish the run."""
+    from cluster.cli.preflight import check
 
-    def work(_: Scene) -> Reply:
-        from cluster.cli.preflight import check
-
-        return check(requested_spec(RunRequest(spec=spec, settings=settings or ())))
-
-    answer(work, as_json)
+    return check(requested_spec(RunRequest(spec=spec, settings=settings or ())))
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
 def _add_run_command(name: str, until: str, says: str) -> None:
     """Add a command that runs the pipeline up to a stage; all four read the same words."""
 
+    @app.command(name, cls=ResumeCommand, help=says)
+    @answers
     def command(
+        scene: Scene,
         spec: OptionalSpec = "",
         settings: SetOption = None,
         resume: ResumeOption = "",
         run_id: RunIdOption = "",
         address: AddressOption = "",
         keep_serving: KeepOption = False,
-        as_json: JsonOption = False,
-    ) -> None:
+    ) -> Reply:
+        from cluster.cli.run import finish_run
+
         words = RunRequest(spec=spec, settings=settings or (), address=address, run_id=run_id, resume=resume)
-
-        def work(scene: Scene) -> Reply:
-            from cluster.cli.run import PipelineCommand, finish_run
-
-            asked = PipelineCommand(name=name, until=until, keep_serving=keep_serving, quiet=as_json)
-            return finish_run(words, asked, scene)
-
-        answer(work, as_json)
-
-    app.command(name, cls=ResumeCommand, help=says)(command)
+        return finish_run(words, scene, name=name, until=until, keep_serving=keep_serving)
 
 
 _add_run_command("run", "", "Run every stage, from data to a released policy.")
-
-
 _add_run_command("train", "ppo", "Run the stages up to PPO.")
-
-
 _add_run_command("eval", "eval", "Run the stages up to the offline gates.")
-
-
 _add_run_command("release", "release", "Run the stages up to the end of the canary.")
 
 
 @app.command()
+@answers
 def submit(
+    scene: Scene,
     spec: SpecArgument,
     address: Annotated[str, typer.Option("--address", help="the cluster's job server")] = "http://127.0.0.1:8265",
     settings: SetOption = None,
     timeout: Annotated[float, typer.Option("--timeout", help="hours to follow the job at most")] = 24.0,
-    as_json: JsonOption = False,
-) -> None:
+) -> Reply:
     """Run the pipeline as a Ray job and follow its log."""
+    from cluster.cli.submit import submit_and_follow
 
-    def work(scene: Scene) -> Reply:
-        from cluster.cli.submit import submit_and_follow
-
-        found = requested_spec(RunRequest(spec=spec, settings=settings or ()))
-        write = _to_stderr if as_json else _to_stdout
-        return submit_and_follow(found, address, scene, write=write, timeout_s=timeout * 3600)
-
-    answer(work, as_json)
-
-
-def _to_stdout(text: str) -> None:
-    typer.echo(text, nl=False)
-
-
-def _to_stderr(text: str) -> None:
-    typer.echo(text, nl=False, err=True)
+    found = requested_spec(RunRequest(spec=spec, settings=settings or ()))
+    write = functools.partial(typer.echo, nl=False, err=scene.as_json)
+    return submit_and_follow(found, address, scene, write=write, timeout_s=timeout * 3600)
 
 
 @app.command()
-def report(run_id: RunArgument = "", as_json: JsonOption = False) -> None:
+@answers
+def report(run_id: RunArgument = "") -> Reply:
     """Write the Reliability Brief of a run again."""
+    from cluster.cli.run import rewrite_report
 
-    def work(_: Scene) -> Reply:
-        from cluster.cli.run import rewrite_report
-
-        return rewrite_report(find_run(seatrial_home(), run_id))
-
-    answer(work, as_json)
+    return rewrite_report(find_run(seatrial_home(), run_id))
 
 
 @app.command()
+@answers
 def audit(
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run's id, or latest")] = LATEST,
     mlflow: Annotated[bool, typer.Option("--mlflow", help="hold it to the heads that MLflow keeps, too")] = False,
-    as_json: JsonOption = False,
-) -> None:
+) -> Reply:
     """Verify that a run's records are still what it wrote."""
+    from cluster.cli.audit import audit as check
 
-    def work(_: Scene) -> Reply:
-        from cluster.cli.audit import audit as check
-
-        return check(run, seatrial_home(), with_mlflow=mlflow)
-
-    answer(work, as_json)
+    return check(run, seatrial_home(), with_mlflow=mlflow)
 
 
 @app.command()
@@ -243,87 +203,70 @@ def override(
 
 # --- the service ------------------------------------------------------------------------------------------------------
 @app.command()
+@answers
 def up(
     run_id: Annotated[str, typer.Option("--run-id", help="serve this run's stable policy")] = "",
     port: Annotated[int, typer.Option("--port", help=f"the gateway's {PORT_HELP}")] = 8000,
     ray_port: Annotated[int, typer.Option("--ray-port", help=f"Ray's {PORT_HELP}")] = 6379,
     dashboard_port: Annotated[int, typer.Option("--dashboard-port", help=f"the job server's {PORT_HELP}")] = 8265,
     mlflow_port: Annotated[int, typer.Option("--mlflow-port", help=f"MLflow's {PORT_HELP}")] = 5000,
-    as_json: JsonOption = False,
-) -> None:
+) -> Reply:
     """Start Ray, MLflow and the gateway in the background."""
+    from cluster.cli.service import bring_up
+    from cluster.service import ServicePorts
 
-    def work(_: Scene) -> Reply:
-        from cluster.cli.service import bring_up
-        from cluster.service import ServicePorts
-
-        ports = ServicePorts(ray=ray_port, dashboard=dashboard_port, mlflow=mlflow_port, gateway=port)
-        return bring_up(ports, run_id=run_id)
-
-    answer(work, as_json)
+    ports = ServicePorts(ray=ray_port, dashboard=dashboard_port, mlflow=mlflow_port, gateway=port)
+    return bring_up(ports, run_id=run_id)
 
 
 @app.command()
+@answers
 def serve(
     run_id: RunArgument = "",
     port: Annotated[int, typer.Option("--port", help=f"the gateway's {PORT_HELP}")] = 8000,
-    as_json: JsonOption = False,
-) -> None:
+) -> Reply:
     """Serve a run's stable policy, without MLflow; stop with down."""
+    from cluster.cli.service import bring_up
+    from cluster.service import ServicePorts
 
-    def work(_: Scene) -> Reply:
-        from cluster.cli.service import bring_up
-        from cluster.service import ServicePorts
-
-        return bring_up(ServicePorts(gateway=port), run_id=run_id, with_mlflow=False, must_serve=True)
-
-    answer(work, as_json)
+    return bring_up(ServicePorts(gateway=port), run_id=run_id, with_mlflow=False, must_serve=True)
 
 
 @app.command()
-def status(as_json: JsonOption = False) -> None:
+@answers
+def status() -> Reply:
     """Show what `up` started; exit code 1 unless all is up."""
+    from cluster.cli.service import show_status
 
-    def work(_: Scene) -> Reply:
-        from cluster.cli.service import show_status
-
-        return show_status()
-
-    answer(work, as_json)
+    return show_status()
 
 
 @app.command()
-def down(as_json: JsonOption = False) -> None:
+@answers
+def down() -> Reply:
     """Stop exactly what `up` started."""
+    from cluster.service import down as stop
 
-    def work(_: Scene) -> Reply:
-        from cluster.service import down as stop
-
-        stopped = stop(seatrial_home())
-        line = f"stopped: {', '.join(stopped)}" if stopped else "nothing was running"
-        return Reply(data={"stopped": stopped}, show=line)
-
-    answer(work, as_json)
+    stopped = stop(seatrial_home())
+    line = f"stopped: {', '.join(stopped)}" if stopped else "nothing was running"
+    return Reply(data={"stopped": stopped}, show=line)
 
 
 @app.command()
+@answers
 def ui(
     port: Annotated[int, typer.Option("--port", help=f"the UI's {PORT_HELP}")] = 5000,
-    as_json: JsonOption = False,
-) -> None:
+) -> Reply:
     """Open the MLflow UI and keep it until Ctrl-C."""
+    from cluster.cli.service import keep_ui
 
-    def work(_: Scene) -> Reply:
-        from cluster.cli.service import keep_ui
-
-        return keep_ui(port)
-
-    answer(work, as_json)
+    return keep_ui(port)
 
 
 def main() -> None:
-    """Run the command line; `--debug` may stand anywhere."""
+    """Run the command line."""
     offer_token()
+    # `--debug` belongs to the program, but people add it at the end of the line that failed.
     words = sys.argv[1:]
     rest = [word for word in words if word != "--debug"]
     app(args=["--debug", *rest] if len(rest) < len(words) else rest, prog_name="seatrial")

@@ -1,9 +1,11 @@
-"""`audit`: whether a run's records are still what it wrote, in a table, and what to do about each that is not."""
+"""`audit`: each record of a run in a table, with the verdict whether it is as the run wrote it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
@@ -11,9 +13,11 @@ from rich.text import Text
 
 from cluster.cli.answer import Reply
 from cluster.cli.runs import LATEST, find_run, recorded_workflow
-from cluster.records import SOUND, Finding, RunFolder, Verdict, audit_run, tagged_heads
+from cluster.records import SOUND, Finding, RunFolder, audit_run, tagged_heads
 from rl_actors.contracts import TamperedError
 from rl_actors.durable import encode
+
+_ABOUT_MLFLOW: Final = Finding(file="MLflow", rows=0, head="", verdict="gone", detail="")
 
 
 def audit(run: str, home: Path, *, with_mlflow: bool = False) -> Reply:
@@ -42,27 +46,24 @@ def _audit_with_mlflow(folder: RunFolder, home: Path) -> tuple[Finding, ...]:
     try:
         tagged = tagged_heads(registry.parent_tags())
     except TamperedError as error:
-        return (_about_mlflow("changed", str(error)), *audit_run(folder))
+        return (replace(_ABOUT_MLFLOW, verdict="changed", detail=str(error)), *audit_run(folder))
     if not tagged:
-        said = f"MLflow at {registry.store.public_uri} has no audit tags of {folder.run_id}"
-        detail = f"{said}: the run has not ended, an older seatrial ended it, or MLFLOW_TRACKING_URI is another"
-        return (_about_mlflow("gone", detail), *audit_run(folder))
+        detail = f"MLflow at {registry.store.public_uri} has no audit tags of {folder.run_id}: the run has not ended, "
+        detail += "an older seatrial ended it, or MLFLOW_TRACKING_URI is another"
+        return (replace(_ABOUT_MLFLOW, detail=detail), *audit_run(folder))
     return audit_run(folder, tagged)
 
 
-def _about_mlflow(verdict: Verdict, detail: str) -> Finding:
-    return Finding(file="MLflow", rows=0, head="", verdict=verdict, detail=detail)
-
-
 def _show(console: Console, run_id: str, findings: Sequence[Finding]) -> None:
-    """Print a table, and below it what is wrong: a path must survive being copied from a narrow terminal."""
+    """Print a table, and below it each defect."""
     console.print(_table(run_id, findings))
     unsound = [finding for finding in findings if not finding.is_sound]
+    # Not in the table: a path must survive being copied from a narrow terminal.
     for finding in unsound:
         console.print(Text(f"  {finding.detail}"), soft_wrap=True)
     if any(finding.verdict == "not anchored" for finding in findings):
-        said = "not anchored: no ending of the run kept this, so that a cut-off end could not be seen"
-        console.print(Text(f"  {said}", style="dim"), soft_wrap=True)
+        remark = "not anchored: no ending of the run kept this, so that a cut-off end could not be seen"
+        console.print(Text(f"  {remark}", style="dim"), soft_wrap=True)
     ending = Text(f"all {len(findings)} verify", style="bold green")
     if not findings:
         ending = Text("nothing to verify: no stage of this run has finished", style="bold yellow")
@@ -76,10 +77,8 @@ def _table(run_id: str, findings: Sequence[Finding]) -> Table:
     for column in ("file", "rows", "chain head", "verdict"):
         table.add_column(column, justify="right" if column == "rows" else "left", overflow="fold")
     for finding in findings:
-        style = "green" if finding.verdict in SOUND else "bold red"
-        table.add_row(Text(finding.file), f"{finding.rows:,}", finding.head[:12], Text(_said(finding), style=style))
+        verdict = Text(finding.verdict, style="green" if finding.verdict in SOUND else "bold red")
+        if finding.num_unchained:
+            verdict.append(f" ({finding.num_unchained:,} rows)")
+        table.add_row(Text(finding.file), f"{finding.rows:,}", finding.head[:12], verdict)
     return table
-
-
-def _said(finding: Finding) -> str:
-    return f"{finding.verdict} ({finding.num_unchained:,} rows)" if finding.num_unchained else finding.verdict

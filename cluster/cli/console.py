@@ -1,7 +1,6 @@
-"""What people see of a run: a bar with a live line of metrics while it goes, four tables when it is over.
+"""A run for people: a bar with a live line of metrics while it goes, tables when it is over.
 
-On a terminal the running stage redraws itself; in a log (CI, a Ray job) the same facts come as plain lines, at most one
-every two seconds. No metric, path or reason is ever read as rich markup.
+On a terminal the running stage redraws itself; in a log (CI, a Ray job) the same facts come as plain lines.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from rl_actors.contracts import SuiteResult
 
 LINE_EVERY_S: Final = 2.0
 
-
-# What a learning curve is judged by comes first, then where the seconds went; other metrics only fill what is left.
+# Measures of a learning curve come first, then where the seconds went; other metrics only fill what is left.
 STEP_METRICS: Final[Mapping[str, str]] = {
     "reward": "reward",
     "success": "success",
@@ -35,14 +33,8 @@ STEP_METRICS: Final[Mapping[str, str]] = {
     "train_s": "train",
     "sync_s": "sync",
 }
-
-
 MAX_OTHER_METRICS: Final = 4
-
-
 PERCENTS: Final = ("success", "share")
-
-
 OUTCOME_STYLES: Final = {"promoted": "green", "rolled_back": "yellow", "failed_back": "yellow", "halted": "red"}
 
 
@@ -53,7 +45,7 @@ def metrics_line(metrics: Mapping[str, float], separator: str = "  ") -> str:
     """
     known = [name for name in STEP_METRICS if name in metrics]
     others = [name for name in metrics if name not in STEP_METRICS][: 0 if known else MAX_OTHER_METRICS]
-    shown = {name: f"{STEP_METRICS.get(name, _spoken(name))} {_amount(name, metrics[name])}" for name in known + others}
+    shown = {name: f"{STEP_METRICS.get(name, spoken(name))} {_amount(name, metrics[name])}" for name in known + others}
     curve = "  ".join(text for name, text in shown.items() if not _is_seconds(name))
     seconds = "  ".join(text for name, text in shown.items() if _is_seconds(name))
     return separator.join(part for part in (curve, seconds) if part)
@@ -82,6 +74,7 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     if seconds < 60:
         return f"{seconds:.0f} s"
+    # Whole seconds are rounded before they are split, or 119.6 would become "1 min 60 s".
     return f"{int(seconds + 0.5) // 60} min {int(seconds + 0.5) % 60:02d} s"
 
 
@@ -89,7 +82,6 @@ class RichWatch:
     """Watches on a terminal. A context manager: the terminal is given back however the run ends."""
 
     def __init__(self, console: Console) -> None:
-        """Draw nothing yet."""
         self._console = console
         self._progress = Progress(
             SpinnerColumn(),
@@ -101,15 +93,14 @@ class RichWatch:
             expand=True,
         )
         self._below = Text("", style="cyan", overflow="fold")
+        # Transient: what stays on the screen are the lines of finished stages.
         self._live = Live(Group(self._progress, self._below), console=console, refresh_per_second=8, transient=True)
 
     def __enter__(self) -> RichWatch:
-        """Take the lower lines of the terminal."""
         self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give them back."""
         self._live.stop()
 
     def stage_started(self, name: str, detail: str) -> None:
@@ -144,20 +135,18 @@ class PlainWatch:
     """Watches into a log: one line per event, progress at most every `LINE_EVERY_S` seconds, the last step always."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        """Print nothing yet."""
         self._console, self._clock = console, clock
         self._next_line_at = -float("inf")
 
     def __enter__(self) -> PlainWatch:
-        """Nothing to take."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to give back."""
+        pass  # nothing was taken from the terminal
 
     def stage_started(self, name: str, detail: str) -> None:
         """Print what begins."""
-        self._next_line_at = -float("inf")
+        self._next_line_at = -float("inf")  # a stage's first step comes at once
         self._line(f"... {name}: {detail}" if detail else f"... {name}")
 
     def stage_finished(self, name: str, line: str, seconds: float) -> None:
@@ -166,6 +155,7 @@ class PlainWatch:
 
     def progress(self, name: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         """Print the step unless the last line is too young."""
+        # The last step always: a log must not end before the stage did.
         if self._clock() < self._next_line_at and done < total:
             return
         self._next_line_at = self._clock() + LINE_EVERY_S
@@ -242,7 +232,7 @@ def _decided(releases: Sequence[ReleaseOutcome]) -> Table:
     table = _table("What was decided", columns)
     for line in releases:
         recovery = duration(line.time_to_recovery_s) if line.time_to_recovery_s > 0 else "-"
-        outcome = Text(_spoken(line.outcome), style=OUTCOME_STYLES[line.outcome])
+        outcome = Text(spoken(line.outcome), style=OUTCOME_STYLES[line.outcome])
         runs = f"{line.canary_requests:,}"
         table.add_row(Text(line.candidate), outcome, runs, percent(line.observed_share), recovery)
     return table
@@ -250,10 +240,11 @@ def _decided(releases: Sequence[ReleaseOutcome]) -> Table:
 
 def _reasons(releases: Sequence[ReleaseOutcome]) -> list[Text]:
     """Below the table, not in it: a reason is a sentence, and a narrow column breaks it into words."""
-    return [Text(f"  {line.candidate} {_spoken(line.outcome)}: {line.reason}") for line in releases]
+    return [Text(f"  {line.candidate} {spoken(line.outcome)}: {line.reason}") for line in releases]
 
 
-def _spoken(name: str) -> str:
+def spoken(name: str) -> str:
+    """Return a name as people write it, with spaces."""
     return name.replace("_", " ")
 
 

@@ -1,7 +1,4 @@
-"""`plan`: the run in numbers, what its changes do, or a knob explained.
-
-The plan for people: tables of the run, what each changed knob does, and a knob explained. Fits 80 columns.
-"""
+"""`plan`: tables of the run in numbers and of what its changes do, or a knob explained; they fit 80 columns."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.cli.answer import Reply
+from cluster.cli.console import spoken
 from cluster.cli.runs import RunRequest, requested_spec
 from cluster.plan import (
     PARTS,
@@ -35,12 +33,18 @@ from cluster.plan import (
 from cluster.spec import WorkflowSpec, charter_answers, load_spec
 from cluster.workflows import find_workflow, spec_file
 
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+_MAX_VALUE: Final = 44  # letters of a knob's value; a longer one is cut
+_PART_NAMES: Final = {"attention": "attention activations", "experts": "expert activations", "kv_cache": "KV cache"}
+_TRIFLE: Final = 1e-3  # a change below this share is not worth a line
+_MINUTES, _BYTES = "minutes", "memory_bytes"
+
 
 def show_plan(request: RunRequest, names: Sequence[str] = ()) -> Reply:
     """Plan a spec; with names, explain those knobs instead. Raises BadInputError."""
     spec = requested_spec(request)
     explained = [explain(spec, name) for name in dict.fromkeys(names)]
-    plan, comparison = plan_run(spec), compared(request, spec)
+    plan, comparison = plan_run(spec), compare_request(request, spec)
     answers, workload = charter_answers(spec), measure_workload(spec, find_workflow(spec.workflow.name))
     data = {
         "charter": dict(answers),
@@ -53,28 +57,14 @@ def show_plan(request: RunRequest, names: Sequence[str] = ()) -> Reply:
     return Reply(data=data, show=render_explanations(explained) if explained else shown)
 
 
-def compared(request: RunRequest, spec: WorkflowSpec) -> Comparison:
+def compare_request(request: RunRequest, spec: WorkflowSpec) -> Comparison:
     """Compare with the spec without its settings; without settings, with the workflow's own spec if it brings one."""
     if request.settings:
         return compare(requested_spec(replace(request, settings=())), spec, f"{request.spec} as it is")
     name = spec.workflow.name
+    # A workflow of a user's folder may come without a spec of its own.
     own = load_spec(name) if spec_file(name).is_file() else spec
     return compare(own, spec, f"the packaged {name}")
-
-
-_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
-
-
-_MAX_VALUE: Final = 44  # letters of a knob's value; a longer one is cut
-
-
-_PART_NAMES: Final = {"attention": "attention activations", "experts": "expert activations", "kv_cache": "KV cache"}
-
-
-_TRIFLE: Final = 1e-3  # a change below this share is not worth a line
-
-
-_MINUTES, _BYTES = "minutes", "memory_bytes"
 
 
 def render_plan(plan: RunPlan, comparison: Comparison | None = None) -> Group:
@@ -86,10 +76,10 @@ def render_plan(plan: RunPlan, comparison: Comparison | None = None) -> Group:
 
 
 def render_charter(answers: Mapping[str, str], workload: Workload) -> Table:
-    """Return the charter's three answers, the workload behind them in numbers, and what is doubtful about it."""
+    """Return the charter's three answers, the workload behind them in numbers, and each doubt about it."""
     table = Table(title="Charter", show_header=False, show_lines=True)
     for name, answer in answers.items():
-        table.add_row(_spoken(name), Text(answer))
+        table.add_row(spoken(name), Text(answer))
     steps = f"{workload.mean_tool_calls:.2f} tool calls a ticket (measured), {workload.tickets_per_day:,} tickets a day"
     days = f"at least {workload.tickets_to_verdict:,} tickets to a verdict, {workload.days_to_verdict:.2g} days"
     table.add_row("in numbers", Text(f"{steps} (declared), {days}"))
@@ -103,7 +93,7 @@ def _batch_table(plan: RunPlan) -> Table:
     table.add_column()
     table.add_column(justify="right")
     for name in BatchPlan.__dataclass_fields__:
-        label = "optimizer steps, all" if name == "optimizer_steps" else _spoken(name)
+        label = "optimizer steps, all" if name == "optimizer_steps" else spoken(name)
         table.add_row(label, f"{getattr(plan.batch, name):,}")
     return table
 
@@ -114,7 +104,7 @@ def _stage_table(plan: RunPlan) -> Table:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage in plan.stages:
         table.add_row(
-            _spoken(stage.stage),
+            spoken(stage.stage),
             f"{stage.tokens:,}",
             f"{stage.optimizer_steps:,}" if stage.optimizer_steps else "-",
             amount(_BYTES, stage.total_memory_bytes),
@@ -129,17 +119,17 @@ def _stage_table(plan: RunPlan) -> Table:
 
 
 def _memory_table(plan: RunPlan) -> Table:
-    """Parts by stage; a stage of one process alone has no column."""
+    # A stage of one process alone has one part, which the table of stages shows.
     stages = [stage for stage in plan.stages if len(stage.memory_bytes) > 1]
     caption = "reward model: sampling its pairs or training on them, whichever takes more"
     table = Table(title="Memory of each part, all processes together", caption=caption)
     table.add_column("part")
     for stage in stages:
-        table.add_column(_spoken(stage.stage).replace(" ", "\n"), justify="right", vertical="bottom")
+        table.add_column(spoken(stage.stage).replace(" ", "\n"), justify="right", vertical="bottom")
     for part in PARTS:
         sizes = [stage.memory_bytes.get(part, 0) for stage in stages]
         if any(sizes):
-            label = _PART_NAMES.get(part, _spoken(part))
+            label = _PART_NAMES.get(part, spoken(part))
             table.add_row(label, *(amount(_BYTES, size) if size else "-" for size in sizes))
     table.add_section()
     table.add_row("all", *(amount(_BYTES, stage.total_memory_bytes) for stage in stages))
@@ -179,30 +169,26 @@ def _outcome(change: Change, refused: str) -> RenderableType:
 
 def _effects(shifts: Sequence[Shift]) -> RenderableType:
     """Return a grid of quantities, before, after and by how much; what moves by a trifle is left out."""
-    shown = [_effect_row(shift) for shift in shifts if not math.isclose(shift.before, shift.after, rel_tol=_TRIFLE)]
+    shown = [shift for shift in shifts if not math.isclose(shift.before, shift.after, rel_tol=_TRIFLE)]
     if not shown:
         nothing = "changes nothing in the plan's arithmetic"
-        said = f"moves nothing in the plan by {_TRIFLE:.1%} or more" if shifts else nothing
-        return Padding(Text(said, style="dim"), (0, 0, 0, 2))
+        line = f"moves nothing in the plan by {_TRIFLE:.1%} or more" if shifts else nothing
+        return Padding(Text(line, style="dim"), (0, 0, 0, 2))
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 1))
     for justify in ("left", "right", "left", "right", "right"):
         grid.add_column(justify=justify, no_wrap=True)
-    for label, before, after, factor in shown:
-        grid.add_row(label, before, "->", after, f" {factor}")
+    for shift in shown:
+        before, after = (amount(shift.quantity, value) for value in (shift.before, shift.after))
+        grid.add_row(label_of(shift.quantity), before, "->", after, f" {factor_text(shift.before, shift.after)}")
     return Padding(grid, (0, 0, 0, 2))
-
-
-def _effect_row(shift: Shift) -> tuple[str, str, str, str]:
-    name = shift.quantity
-    return label_of(name), amount(name, shift.before), amount(name, shift.after), factor_text(shift.before, shift.after)
 
 
 def render_explanations(explanations: Iterable[Explanation]) -> Group:
     """Return one table per knob: sentence, default, limits, value, and what half and double of it would do."""
-    return Group(*(_explanation(item) for item in explanations))
+    return Group(*(_explain_knob(item) for item in explanations))
 
 
-def _explanation(item: Explanation) -> Table:
+def _explain_knob(item: Explanation) -> Table:
     table = Table(title=item.knob.path, title_style="bold", show_header=False, show_lines=True, box=box.SQUARE)
     facts = Table.grid(padding=(0, 2))
     facts.add_row("value", Text(value_text(item.value, cut=False), style="cyan"))
@@ -232,8 +218,8 @@ def label_of(quantity: str) -> str:
     """Return a quantity's name for people. Example: `ppo.memory_bytes` -> `ppo memory`."""
     names = {"cpus": "CPUs", "gpus": "GPUs", "params": "parameters", "active_params": "active parameters"}
     stage, dot, last = quantity.rpartition(".")
-    last = names.get(last) or _spoken(last.removesuffix("_bytes"))
-    return f"{_spoken(stage)} {last}" if dot else last
+    last = names.get(last) or spoken(last.removesuffix("_bytes"))
+    return f"{spoken(stage)} {last}" if dot else last
 
 
 def amount(quantity: str, value: float) -> str:
@@ -247,6 +233,7 @@ def amount(quantity: str, value: float) -> str:
 
 def _bytes_text(value: float) -> str:
     power = 0
+    # Three digits at most: 1000 MiB is written as 0.98 GiB.
     while value >= 999.5 and power < len(_UNITS) - 1:
         value, power = value / 1024, power + 1
     digits = 0 if value >= 99.95 or power == 0 else 1 if value >= 9.995 else 2
@@ -254,7 +241,7 @@ def _bytes_text(value: float) -> str:
 
 
 def factor_text(before: float, after: float) -> str:
-    """Return how far a value moved: `x 4`, `/ 2`, or in percent where it is less than by half."""
+    """Return how far a value moved. Example: `x 4`, `/ 2`, or `+12 %` where it is less than by half."""
     if before <= 0 or after <= 0:
         return ""
     ratio = after / before
@@ -263,7 +250,3 @@ def factor_text(before: float, after: float) -> str:
         return f"{sign} {times:,.0f}" if times >= 99.5 else f"{sign} {times:.3g}"
     percent = 100 * (ratio - 1)
     return f"{percent:+.0f} %" if abs(percent) >= 9.95 else f"{percent:+.1f} %"
-
-
-def _spoken(name: str) -> str:
-    return name.replace("_", " ")

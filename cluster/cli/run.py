@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 
 from rich.console import Console
 from rich.text import Text
@@ -11,34 +10,24 @@ from rich.text import Text
 from cluster.cli.answer import Reply, Scene
 from cluster.cli.console import render_summary, watch_for
 from cluster.cli.runs import RunRequest, open_run, record_spec, require_machine
-from cluster.pipeline import Silent, Watch
 from cluster.plan import measure_workload
 from cluster.records import RunFolder, RunSummary, seatrial_home
 from cluster.workflows import find_workflow
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineCommand:
-    """Which command runs the pipeline, and how far. `until` empty means to the end."""
-
-    name: str
-    until: str = ""
-    keep_serving: bool = False
-    quiet: bool = False
-
-
-def finish_run(request: RunRequest, command: PipelineCommand, scene: Scene) -> Reply:
-    """Run the pipeline as far as the command says.
-
-    Everything that can be refused is refused before the run is recorded, a cluster that does not answer included.
-    """
+def finish_run(request: RunRequest, scene: Scene, *, name: str, until: str, keep_serving: bool) -> Reply:
+    """Run the pipeline up to stage `until`, empty for all of it; `name` is the command's."""
     home = seatrial_home()
     spec, folder = open_run(request, home)
-    require_machine(spec, home, command.until, is_resumed=bool(request.resume))
-    words = ["seatrial", command.name, request.spec, *(f"--set {setting}" for setting in request.settings)]
-    with _watching(quiet=command.quiet) as watch:
+    require_machine(spec, home, until, is_resumed=bool(request.resume))
+    # Imported here: this loads Ray, torch and vLLM, which a run that is refused must not wait for.
+    from cluster.pipeline import Silent, run_pipeline
+
+    words = ["seatrial", name, request.spec, *(f"--set {setting}" for setting in request.settings)]
+    with nullcontext(Silent()) if scene.as_json else watch_for(Console()) as watch:
 
         def begin() -> None:
+            # Called once the cluster has answered: a run that was refused leaves no folder.
             record_spec(spec, folder)
             scene.resume = " ".join(word for word in (*words, "--resume", folder.run_id) if word)
             scene.crash_folder = folder.root
@@ -46,16 +35,9 @@ def finish_run(request: RunRequest, command: PipelineCommand, scene: Scene) -> R
             for warning in measure_workload(spec, find_workflow(spec.workflow.name)).warnings:
                 watch.note(f"doubtful workload: {warning}")
 
-        # Imported here: this is what loads Ray, torch and vLLM.
-        from cluster.pipeline import run_pipeline
-
-        summary = run_pipeline(spec, folder, watch, until=command.until, begin=begin)
-    served = _serve(folder, spec.cluster.serve_port) if command.keep_serving and summary.exit_code == 0 else None
+        summary = run_pipeline(spec, folder, watch, until=until, begin=begin)
+    served = _serve(folder, spec.cluster.serve_port) if keep_serving and summary.exit_code == 0 else None
     return _ending(summary, served)
-
-
-def _watching(*, quiet: bool) -> AbstractContextManager[Watch]:
-    return nullcontext(Silent()) if quiet else watch_for(Console())
 
 
 def _serve(folder: RunFolder, port: int) -> Reply:

@@ -16,17 +16,13 @@ from rl_actors.contracts import BadInputError, TamperedError, unknown_name
 from rl_actors.durable import write_json
 
 LATEST: Final = "latest"
-
-
 STAGES_WITH_SERVING: Final = ("", "release")
-
-
 RESUME_PORT_WAIT_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """What a command line asked for. `resume` is empty, a run id, or `latest`."""
+    """Words of a command line. `resume` is empty, a run id, or `latest`."""
 
     spec: str = ""
     settings: Sequence[str] = ()
@@ -41,6 +37,7 @@ def requested_spec(request: RunRequest) -> WorkflowSpec:
         raise BadInputError("SPEC", "", f"name a spec file or a workflow: {', '.join(known_workflows())}")
     settings = list(request.settings)
     if request.address:
+        # As JSON: a setting is read as YAML, where a bare word may mean something else.
         settings.append(f"cluster.address={json.dumps(request.address)}")
     spec = load_spec(request.spec)
     spec = override(spec, settings) if settings else spec
@@ -50,14 +47,15 @@ def requested_spec(request: RunRequest) -> WorkflowSpec:
 
 
 def open_run(request: RunRequest, home: Path) -> tuple[WorkflowSpec, RunFolder]:
-    """Return spec and folder of the run that is asked for; a new run's folder gets its resolved spec.
+    """Return spec and folder of the run that is asked for.
 
     Raises:
         BadInputError: the spec, the run id, or a resume that does not fit.
     """
     if request.resume:
-        return _resumed(request, home)
+        return _resume(request, home)
     spec = requested_spec(request)
+    # The folder is made when the run begins: what is refused before leaves nothing behind.
     folder = RunFolder.of(home, request.run_id or new_run_id(spec.workflow.name))
     if folder.spec.exists():
         remedy = f"this run exists; continue it with --resume {folder.run_id}, or choose another id"
@@ -65,28 +63,24 @@ def open_run(request: RunRequest, home: Path) -> tuple[WorkflowSpec, RunFolder]:
     return spec, folder
 
 
-def _resumed(request: RunRequest, home: Path) -> tuple[WorkflowSpec, RunFolder]:
+def _resume(request: RunRequest, home: Path) -> tuple[WorkflowSpec, RunFolder]:
     if request.run_id and request.resume not in {LATEST, request.run_id}:
         raise BadInputError("--run-id", request.run_id, f"--resume names another run, {request.resume}; give one")
+    wanted = request.run_id or request.resume
     if not request.spec:
-        _refuse_settings_alone(request)
-        folder = _existing(home, request.run_id or request.resume)
+        given = [*request.settings, *([f"--address {request.address}"] if request.address else [])]
+        if given:
+            raise BadInputError("--set", given, "a resumed run keeps its own spec; leave this out, or start a new run")
+        folder = _find_unfinished(home, wanted)
         return recorded_spec(folder), folder
     spec = requested_spec(request)
-    wanted = request.run_id or request.resume
-    folder = latest_unfinished(home, spec.workflow.name) if wanted == LATEST else _existing(home, wanted)
+    folder = latest_unfinished(home, spec.workflow.name) if wanted == LATEST else _find_unfinished(home, wanted)
     _refuse_other_spec(spec, folder)
     return spec, folder
 
 
-def _refuse_settings_alone(request: RunRequest) -> None:
-    given = [*request.settings, *([f"--address {request.address}"] if request.address else [])]
-    if given:
-        raise BadInputError("--set", given, "a resumed run keeps its own spec; leave this out, or start a new run")
-
-
-def _existing(home: Path, run_id: str) -> RunFolder:
-    """Return a run's folder, which must be there."""
+def _find_unfinished(home: Path, run_id: str) -> RunFolder:
+    """Return the folder of a run, or of the newest unfinished one for `latest`. Raises BadInputError."""
     runs = list_runs(home)
     if run_id == LATEST and runs:
         unfinished = [run for run in runs if not is_finished(RunFolder.of(home, run))]
@@ -94,6 +88,7 @@ def _existing(home: Path, run_id: str) -> RunFolder:
     folder = RunFolder.of(home, run_id)
     if folder.spec.is_file():
         return folder
+    # `--resume SPEC` is the usual slip: a bare --resume takes the word that follows it.
     if run_id in known_workflows() or Path(run_id).is_file():
         raise BadInputError("--resume", run_id, f"is a spec, not a run; write: seatrial run {run_id} --resume")
     hint = unknown_name(run_id, runs[::-1][:5]) if runs else f"{home} has no run yet"
@@ -110,7 +105,8 @@ def latest_unfinished(home: Path, workflow: str) -> RunFolder:
 
 
 def recorded_workflow(folder: RunFolder) -> str:
-    """Return whose run it is. Not through the whole spec: a run of a folder that is not named now is skipped."""
+    """Return the name of the workflow that a run was started for."""
+    # Not through the whole spec: a run of a workflow's folder that is not named now is skipped, not refused.
     return str(parse_yaml(folder.spec.read_text(encoding="utf-8"), str(folder.spec)).value("workflow.name"))
 
 
@@ -131,21 +127,18 @@ def _refuse_other_spec(spec: WorkflowSpec, folder: RunFolder) -> None:
 
 
 def require_machine(spec: WorkflowSpec, home: Path, until: str = "", *, is_resumed: bool = False) -> None:
-    """Refuse a machine that cannot finish; a resumed run first waits, with a bound, for what it left on its port.
-
-    Raises:
-        InfrastructureError: names each missing item and its remedy.
-    """
+    """Refuse a machine that cannot finish. Raises InfrastructureError naming each missing item and its remedy."""
     machine = probe_machine(spec, home)
     if until not in STAGES_WITH_SERVING:
         machine = replace(machine, port_is_free=True)
     elif is_resumed and not machine.port_is_free:
+        # The process that was killed may have left its gateway there, which Ray ends when it notices.
         machine = replace(machine, port_is_free=becomes_free(spec.cluster.serve_port, timeout_s=RESUME_PORT_WAIT_S))
     require_ready(spec, machine, home, plan_run(spec).peak_memory_bytes)
 
 
 def record_spec(spec: WorkflowSpec, folder: RunFolder) -> None:
-    """Write the resolved spec, which makes the folder a run."""
+    """Write the resolved spec, by which a folder is a run."""
     if not folder.spec.exists():
         write_json(folder.spec, spec.model_dump(mode="json"))
 
@@ -161,8 +154,9 @@ def load_summary(folder: RunFolder) -> RunSummary | None:
 
 
 def is_finished(folder: RunFolder) -> bool:
-    """Whether a run reached its end; one that `train` or `eval` stopped early has a summary but nothing stable."""
+    """Whether a run reached its end."""
     summary = load_summary(folder)
+    # One that `train` or `eval` stopped early has a summary, too, but nothing stable.
     return summary is not None and bool(summary.stable_policy)
 
 

@@ -1,4 +1,4 @@
-"""`up`, `serve`, `status`, `ui`: the service's answers for people and machines."""
+"""`up`, `serve`, `status`, `ui`: the service in tables and hints."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ STATE_STYLES = {"up": "green", "not answering": "yellow", "gone": "red", "stale"
 
 
 def bring_up(ports: ServicePorts, *, run_id: str = "", with_mlflow: bool = True, must_serve: bool = False) -> Reply:
-    """Start the service and say where its parts are.
+    """Start the service and show where its parts are.
 
     Raises:
         BadInputError: a port is in use, or `must_serve` and there is nothing to serve.
     """
     home = seatrial_home()
     if must_serve and servable_run(home, run_id) is None:
-        find_run(home, run_id)
+        find_run(home, run_id)  # a home without runs, or a wrong id, has a message of its own
         raise BadInputError("RUN_ID", run_id, "no run has finished its release yet; finish one: seatrial run --resume")
     errors = Console(stderr=True)
     request = UpRequest(
@@ -70,15 +70,14 @@ def show_status() -> Reply:
 def keep_ui(port: int) -> Reply:
     """Show MLflow's UI until Ctrl-C; one that `up` already runs, or a remote server, is only named."""
     home = seatrial_home()
-    running = [
-        each.part.url for each in status(load_service(home)) if each.part.name == "mlflow" and each.state == "up"
-    ]
-    if running:
-        return Reply(data={"url": running[0]}, show=Text(f"MLflow is up at {running[0]}"))
+    for each in status(load_service(home)):
+        if each.part.name == "mlflow" and each.state == "up":
+            return Reply(data={"url": each.part.url}, show=Text(f"MLflow is up at {each.part.url}"))
     server = start_ui(store_of(home), home=home, port=port)
     if server.process is not None:
         Console(stderr=True).print(Text(f"MLflow at {server.url} ; Ctrl-C ends it", style="green"))
-    for number in (signal.SIGINT, signal.SIGTERM):  # a service manager's, or one that was started with SIGINT ignored
+    # SIGTERM is a service manager's; a shell's background job is started with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         while server.process is not None and server.is_running:
@@ -97,13 +96,14 @@ def _table(found: list[PartStatus]) -> Table:
     for each in found:
         part = each.part
         pid = str(part.process.pid) if part.process else "outside"
+        # A clock that was set back must not show a negative age.
         age = duration(max(0.0, time.time() - part.started_at)) if each.state == "up" else "-"
         table.add_row(part.name, Text(each.state, style=STATE_STYLES[each.state]), part.url, pid, age, part.serves)
     return table
 
 
 def _hints(service: Service) -> list[Text]:
-    """What to do next: with each part that is not up, and with those that are."""
+    """Return the next steps: for each part that is not up, and with those that are."""
     broken = [f"  {each.part.name}: {each.remedy} ({each.part.log})" for each in status(service) if each.remedy]
     gateway, ray = service.find("gateway"), service.find("ray")
     lines = [f"  ask it        OpenAI(base_url={gateway.url!r}, api_key='-')"] if gateway else []

@@ -1,4 +1,4 @@
-"""`submit`: the same pipeline as a Ray job; its log here, its exit code ours."""
+"""`submit`: the same pipeline as a Ray job, with its log and its exit code."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def shipped_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]
 
 
 def exit_code_of(client: Any, job_id: str, succeeded: bool) -> int:
-    """Return the job's exit code; 1 for a job that failed without one (stopped, or its node died)."""
+    """Return the job's exit code; 1 for a job that failed without one."""
+    # A job that was stopped, or whose node died, has none.
     if succeeded:
         return 0
     try:

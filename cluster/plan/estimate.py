@@ -92,9 +92,7 @@ class RunPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain JSON."""
-        stages = [
-            asdict(s) | {"memory_bytes": dict(s.memory_bytes), "minutes": round(s.minutes, 2)} for s in self.stages
-        ]
+        stages = [asdict(stage) | {"minutes": round(stage.minutes, 2)} for stage in self.stages]
         totals = {"total_minutes": round(self.total_minutes, 2), "peak_memory_bytes": self.peak_memory_bytes}
         return asdict(self) | {"stages": stages} | totals
 

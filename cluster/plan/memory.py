@@ -132,7 +132,7 @@ def adapter_params(shape: ModelShape, rank: int) -> int:
     """Return the parameters of rank-r adapters (arXiv 2106.09685): r (inputs + outputs) of each projection."""
     hidden, query, key = shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     attention = 2 * (hidden + query) + 2 * (hidden + key)
-    # Experts are fused into one tensor, on which PEFT puts no adapters; a dense MLP takes them.
+    # Fused experts take no adapters; a dense MLP does.
     mlp = 3 * (hidden + shape.intermediate_size) if shape.num_experts == 1 else 0
     return rank * shape.num_layers * (attention + mlp)
 

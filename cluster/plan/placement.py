@@ -40,7 +40,7 @@ class ResourceBundle:
 
     def as_ray(self) -> dict[str, float]:
         """Return the bundle as Ray wants it."""
-        # Ray refuses a placement group with a bundle that asks for zero of something.
+        # Ray refuses a bundle that asks for nothing: zeros are left out.
         resources = {"CPU": self.cpus, "GPU": self.gpus}
         return {name: amount for name, amount in resources.items() if amount > 0}
 

@@ -69,7 +69,7 @@ class ReleaseRow:
     """How one release ended (`state`: Promoted, RolledBack, ...) and why; recovery None where none was needed.
 
     `gates` are the verdicts of the last canary tick, on which it was decided; `armed` is every gate and stop rule that
-    ran. The limits are log10 of the e-values at which the event test decides: 1/alpha, fails shared among the rules.
+    ran. The limits are log10 of the e-values at which the event test decides.
     """
 
     release_id: str
@@ -195,6 +195,7 @@ def find_report(directory: Path, policy: str) -> EvalReport | None:
     """Return the evaluation of a policy; without a name, the first one."""
     for path in sorted(directory.glob("*.json")):
         data = _read_json(path)
+        # Other files lie there, too: the stability of the baseline, for one.
         if not {"baseline", "candidate"} <= set(data):
             continue
         report = decode(EvalReport, data)
@@ -268,6 +269,7 @@ def read_release(path: Path, plan: Row) -> ReleaseRow | None:
     shares = [_share(plan, step) for step in steps]
     tests = [(row, found) for row in canary if (found := _event_evidence(row))]
     rules = {result["gate"] for row, _ in tests for result in row["evidence"]} & GATES.keys()
+    # The error budget for fails is shared among the rules that test events; that for the pass is not.
     alpha = _number(plan.get("alpha"))
     return ReleaseRow(
         release_id=rows[0]["release"]["release_id"],
@@ -275,7 +277,7 @@ def read_release(path: Path, plan: Row) -> ReleaseRow | None:
         candidate=rows[0]["release"]["candidate"],
         state=last["kind"],
         decision=decided["decision"],
-        reason=last.get("reason") or decided["reason"],
+        reason=last.get("reason") or decided["reason"],  # a promoted state has none of its own
         deciding_gates=_deciding_gates(decided),
         shares=tuple(share for share in shares if share is not None),
         time_to_recovery_s=_number(last.get("time_to_recovery_s")),

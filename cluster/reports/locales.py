@@ -43,7 +43,6 @@ class Phrasebook:
     """Words, numbers and dates of one locale; remembers every number it wrote. None is always "not measured"."""
 
     def __init__(self, locale: LocaleName) -> None:
-        """Load the locale's strings."""
         self.locale: LocaleName = locale
         self._market = Locale.parse(locale, sep="-")
         self.paper = "Letter" if locale == "en-US" else "A4"

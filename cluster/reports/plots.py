@@ -29,7 +29,7 @@ def draw_figures(brief: BriefInput, book: Phrasebook) -> dict[str, bytes]:
 def _draw_figure(
     title: str, painter: Callable[[Axes, BriefInput, Phrasebook], bool], brief: BriefInput, book: Phrasebook
 ) -> bytes:
-    # Imported here: the pictures are the only thing that needs it, and it loads for a second.
+    # Imported here: only the pictures need Matplotlib.
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

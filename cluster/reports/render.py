@@ -60,7 +60,7 @@ def render(view: View, figures: Mapping[str, bytes], book: Phrasebook, suffix: s
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=suffix == "html",
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a misspelled name is an error, not an empty cell
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -74,7 +74,7 @@ def render(view: View, figures: Mapping[str, bytes], book: Phrasebook, suffix: s
 
 
 def _cell(text: str) -> str:
-    """Keep recorded text from breaking a Markdown table or line."""
+    # Recorded text must not break a Markdown table or line.
     return " ".join(text.replace("|", "\\|").split(None)) if "\n" in text or "|" in text else text
 
 
@@ -101,7 +101,8 @@ def check_length(markdown: str) -> None:
 
 
 def page_lines(markdown: str) -> int:
-    """Count the lines a page needs, long ones wrapped; blank lines and table rules take none."""
+    """Return the lines that a page needs, long ones wrapped."""
+    # Blank lines and the rules of tables take none.
     lines = [line for line in markdown.splitlines() if line.strip() and set(line) - set("|- ")]
     pictures = any(line.startswith("![") for line in lines)
     text = [line for line in lines if not line.startswith("![")]

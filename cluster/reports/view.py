@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from cluster.records import MEMBERS, Component, diff_bundles
@@ -41,26 +42,27 @@ _SHOWN_NAME: Final = 17
 _TONES: Final = {"Promoted": "good", "RolledBack": "bad", "FailedBack": "bad", "Halted": "bad"}
 
 # Which numbers of a gate's evidence a reader needs, and how they are written; others stay in the decision log.
-_EVIDENCE: Final[Mapping[str, str]] = {
-    "p95_delta": "signed_percent",
-    "p95_delta_high": "signed_percent",
-    "ratio": "decimal",
-    "high": "decimal",
-    "slowest_s": "seconds",
-    "drills": "integer",
-    "newly_bad": "integer",
-    "fixed": "integer",
-    "num_tasks": "integer",
-    "p_value": "p_value",
-    "canary_events": "integer",
-    "canary_sessions": "integer",
-    "e_fail": "amount",
-    "e_pass": "amount",
-    "e_rate_below_tolerance": "amount",
+_EVIDENCE: Final[Mapping[str, Callable[[Phrasebook, float], str]]] = {
+    "p95_delta": partial(Phrasebook.percent, signed=True),
+    "p95_delta_high": partial(Phrasebook.percent, signed=True),
+    "ratio": partial(Phrasebook.decimal, digits=3),
+    "high": partial(Phrasebook.decimal, digits=3),
+    "slowest_s": Phrasebook.seconds,
+    "drills": Phrasebook.integer,
+    "newly_bad": Phrasebook.integer,
+    "fixed": Phrasebook.integer,
+    "num_tasks": Phrasebook.integer,
+    "p_value": Phrasebook.p_value,
+    "canary_events": Phrasebook.integer,
+    "canary_sessions": Phrasebook.integer,
+    "e_fail": Phrasebook.amount,
+    "e_pass": Phrasebook.amount,
+    "e_rate_below_tolerance": Phrasebook.amount,
 }
 _FALLBACK_EVIDENCE: Final = ("candidate_runs", "stable_runs")
 
 Cells = tuple[str, ...]
+Headline = tuple[str, str, str]  # label, value and note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,14 +81,14 @@ class Section:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """A whole page of finished text. A headline is label, value and note; an entry of the glossary id, label, text."""
+    """A whole page of finished text; an entry of the glossary is id, label and text."""
 
     title: str
     outcome: str
     tone: str
     facts: tuple[tuple[str, str], ...]
     charter: tuple[tuple[str, str], ...]
-    headlines: tuple[tuple[str, str, str], ...]
+    headlines: tuple[Headline, ...]
     sections: Mapping[str, Section]
     glossary: tuple[tuple[str, str, str], ...]
 
@@ -100,7 +102,7 @@ def view_of(brief: BriefInput, book: Phrasebook) -> View:
         tone=_TONES.get(brief.release.state if brief.release else "", "open"),
         facts=_facts(brief, book),
         charter=_charter(brief, book),
-        headlines=(_headline_success(brief, book), _headline_reliability(brief, book), *_headline_control(brief, book)),
+        headlines=_headlines(brief, book),
         sections={name: make(brief, book) for name, make in zip(SECTIONS, makers, strict=True)},
         glossary=tuple(
             (name, book.say(f"glossary.{name}.label"), book.say(f"glossary.{name}.text")) for name in GLOSSARY
@@ -136,7 +138,8 @@ def _facts(brief: BriefInput, book: Phrasebook) -> tuple[tuple[str, str], ...]:
 
 
 def _charter(brief: BriefInput, book: Phrasebook) -> tuple[tuple[str, str], ...]:
-    """Return the charter's three answers, one line each: recorded text is cut, never translated."""
+    """Return the charter's three answers, one line each."""
+    # Recorded text is cut, never translated: it is a quotation.
     workload = book.quote(brief.workload, _MAX_WORKLOAD) or book.not_measured
     if brief.tickets_per_s is not None:
         workload += book.say("charter.measured", rate=book.decimal(brief.tickets_per_s, 1))
@@ -147,35 +150,30 @@ def _charter(brief: BriefInput, book: Phrasebook) -> tuple[tuple[str, str], ...]
     )
 
 
-def _headline_success(brief: BriefInput, book: Phrasebook) -> tuple[str, str, str]:
-    value, note = book.not_measured, ""
-    if brief.main_suite:
-        before, after = (suite.success.mean for suite in brief.main_suite)
-        note = book.say("headline.success.note", baseline=book.percent(before), gain=book.points(after - before))
-        value = book.percent(after)
-    return book.say("headline.success"), value, note
-
-
-def _headline_reliability(brief: BriefInput, book: Phrasebook) -> tuple[str, str, str]:
+def _headlines(brief: BriefInput, book: Phrasebook) -> tuple[Headline, ...]:
+    """Return success, reliability, violations and recovery: two of performance, two of control."""
+    success, success_note = book.not_measured, ""
+    if pair := brief.main_suite:
+        before, after = (suite.success.mean for suite in pair)
+        gain = book.points(after - before)
+        success_note = book.say("headline.success.note", baseline=book.percent(before), gain=gain)
+        success = book.percent(after)
     candidate = brief.release.candidate if brief.release else ""
     scores = {arm.policy_version: _reliability(arm) for arm in brief.arms}
     stable = next((score for policy, score in scores.items() if policy != candidate), None)
-    note = book.say("headline.reliability.note", baseline=book.decimal(stable, 3))
-    return book.say("headline.reliability"), book.decimal(scores.get(candidate), 3), note
-
-
-def _headline_control(brief: BriefInput, book: Phrasebook) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
-    violations, note = book.not_measured, ""
+    reliability_note = book.say("headline.reliability.note", baseline=book.decimal(stable, 3))
+    violations, violations_note = book.not_measured, ""
     if pair := brief.suites.get("adversarial"):
-        before, after = pair
-        tasks = book.integer(after.num_tasks)
-        note = book.say("headline.violations.note", baseline=book.integer(before.violations), tasks=tasks)
-        violations = book.integer(after.violations)
+        counts = {"baseline": book.integer(pair[0].violations), "tasks": book.integer(pair[1].num_tasks)}
+        violations_note = book.say("headline.violations.note", **counts)
+        violations = book.integer(pair[1].violations)
     times = [row.time_to_recovery_s for row in brief.releases if row.time_to_recovery_s is not None]
-    drill = book.say("headline.rollback.note", drill=book.seconds(_slowest_drill(brief)))
+    drill_note = book.say("headline.rollback.note", drill=book.seconds(_slowest_drill(brief)))
     return (
-        (book.say("headline.violations"), violations, note),
-        (book.say("headline.rollback"), book.seconds(max(times, default=None)), drill),
+        (book.say("headline.success"), success, success_note),
+        (book.say("headline.reliability"), book.decimal(scores.get(candidate), 3), reliability_note),
+        (book.say("headline.violations"), violations, violations_note),
+        (book.say("headline.rollback"), book.seconds(max(times, default=None)), drill_note),
     )
 
 
@@ -194,6 +192,7 @@ def _view_changes(brief: BriefInput, book: Phrasebook) -> Section:
     title = book.say("section.changed")
     if brief.bundle is None:
         return Section(title=title, lines=(book.not_measured,))
+    # Without a release before this one, the baseline in the same bundle is what users had.
     changes = diff_bundles(brief.previous or brief.bundle.baseline, brief.bundle)
     rows = tuple(
         (book.say(f"member.{change.member}"), _component(change.before, book), _component(change.after, book))
@@ -209,7 +208,8 @@ def _view_changes(brief: BriefInput, book: Phrasebook) -> Section:
 
 
 def _component(part: Component, book: Phrasebook) -> str:
-    """Return a version name that tells two contents apart even when it is long: cut, with the start of its hash."""
+    """Return a version's name, cut where it is long, with the start of its hash."""
+    # Two contents must never look alike; a name that holds its hash in the part that is shown says enough.
     name, start = part.version, part.sha256[:_SHOWN_HASH]
     if start not in name or len(name) > _SHOWN_NAME + _SHOWN_HASH:
         name = f"{name if len(name) <= _SHOWN_NAME else name[: _SHOWN_NAME - 1] + '…'} ({start})"
@@ -315,22 +315,14 @@ def _gate_names(gates: Iterable[str], book: Phrasebook) -> str:
 
 
 def _evidence(result: GateResult, book: Phrasebook) -> str:
-    """Write the numbers in the reader's language; a verdict without known numbers keeps its recorded sentence."""
+    """Return a verdict's numbers in the reader's language."""
     found = result.evidence
     names = [name for name in _EVIDENCE if name in found] or [name for name in _FALLBACK_EVIDENCE if name in found]
-    parts = [f"{book.say(f'evidence.{name}')} {_amount(name, found[name], book)}" for name in names]
+    # The codec writes infinity as a string, which `float` reads.
+    numbers = {name: _EVIDENCE.get(name, Phrasebook.integer)(book, float(found[name])) for name in names}
+    parts = [f"{book.say(f'evidence.{name}')} {number}" for name, number in numbers.items()]
+    # A gate of a user's own has numbers that no locale knows: its recorded sentence stands there instead.
     return ", ".join(parts) or book.quote(result.reason, 90)
-
-
-def _amount(name: str, value: float | str, book: Phrasebook) -> str:
-    number = float(value)
-    match _EVIDENCE.get(name, "integer"):
-        case "signed_percent":
-            return book.percent(number, signed=True)
-        case "decimal":
-            return book.decimal(number, 3)
-        case writer:
-            return getattr(book, writer)(number)
 
 
 def _view_decision(brief: BriefInput, book: Phrasebook) -> Section:

@@ -9,7 +9,7 @@ from cluster.service.service import (
     down,
     load_service,
     service_file,
+    start_ui,
     status,
     up,
 )
-from cluster.service.ui import start_ui

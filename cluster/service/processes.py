@@ -1,7 +1,4 @@
-"""Long-living processes of a service: started apart from us, found again by pid and birth, stopped exactly.
-
-A pid alone is not an identity: it is reused. A process is ours only while its birth is the one that was recorded.
-"""
+"""Long-living processes of a service: started apart from us, found again by pid and birth, stopped exactly."""
 
 from __future__ import annotations
 
@@ -22,27 +19,18 @@ from cluster.registry import without_credentials
 from rl_actors.contracts import InfrastructureError
 
 PROBE_TIMEOUT_S: Final = 2.0
-
-
 MAX_WORDS: Final = 300
-
-
 ERROR_LINE: Final = re.compile(r"[\w.]*(Error|Exception): ")
-
-
 STOP_S: Final = 15.0
-
-
 KILLED_S: Final = 5.0
-
-
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessMark:
-    """Which process: its pid and its birth."""
+    """The identity of a process: its pid and its birth."""
 
+    # A pid alone is reused: a process is ours only while its birth is the one that was recorded.
     pid: int
     birth: str
 
@@ -69,9 +57,10 @@ def mark_of(pid: int) -> ProcessMark:
 
 
 def _birth_of(process: psutil.Process) -> str:
-    """Return the boot id and start tick, which a change of the clock leaves as they are; nothing for a zombie."""
+    """Return the boot id and start tick; nothing for a zombie."""
     if not _runs(process):
         return ""
+    # Ticks since the boot: the start by the clock moves when somebody sets the clock.
     since_boot = process.create_time() - psutil.boot_time()
     return f"{_BOOT_ID.read_text().strip()}/{round(since_boot * os.sysconf('SC_CLK_TCK'))}"
 
@@ -85,14 +74,13 @@ def _runs(process: psutil.Process) -> bool:
 def start_process(command: Sequence[str], log: Path, environ: Mapping[str, str] | None = None) -> ProcessMark:
     """Start a command in a session of its own, so that it outlives us and our terminal."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | dict(environ or {})
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=os.environ | dict(environ or {}),
             start_new_session=True,
         )
     # Popen would warn that its process still runs when it is collected; ours is meant to.
@@ -139,10 +127,8 @@ def log_tail(log: Path) -> str:
 
 
 def stop_processes(marks: Iterable[ProcessMark], *, timeout_s: float = STOP_S) -> list[int]:
-    """End these processes and everything below them; returns the pids that were alive. Nothing else is touched.
-
-    SIGTERM to each, so that it can end its own children; SIGKILL for whatever is left after `timeout_s`.
-    """
+    """End these processes and everything below them; returns the pids that were alive. Nothing else is touched."""
+    # SIGTERM to the roots, so that each can end its own children; SIGKILL for whatever is left after `timeout_s`.
     roots = [process for mark in marks if (process := mark.find()) is not None]
     family = [*roots]
     for root in roots:
@@ -159,7 +145,7 @@ def stop_processes(marks: Iterable[ProcessMark], *, timeout_s: float = STOP_S) -
 
 
 def _left_after(timeout_s: float, processes: Sequence[psutil.Process]) -> list[psutil.Process]:
-    """Wait until none runs. Not `wait_procs`: it waits for zombies too, which only their parent can end."""
+    # Not `wait_procs`: it waits for zombies too, which only their parent can end.
     deadline = time.monotonic() + timeout_s
     while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)

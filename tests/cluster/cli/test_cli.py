@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -124,9 +124,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         calls.append((spec, folder.run_id, until))
         return fake.script(folder, watch)
 
-    module = ModuleType("cluster.pipeline.story")
-    module.run_pipeline = run_pipeline  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cluster.pipeline.story", module)
+    monkeypatch.setattr("cluster.pipeline.run_pipeline", run_pipeline)
     return fake
 
 

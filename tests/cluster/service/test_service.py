@@ -294,23 +294,23 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleN
         served.append(("cpus", num_cpus))
         return [sys.executable, "-c", "1/0" if "ray" in broken else SERVER, str(chosen.dashboard)]
 
-    def start_ui(_store, *, home: Path, port: int) -> SimpleNamespace:
+    def start_ui(_store, *, home: Path, port: int) -> ServicePart:
         if "mlflow" in broken:
             raise InfrastructureError("the MLflow UI ended while starting")
         mark = start_process([sys.executable, "-c", SERVER, str(port)], home / "ui.log")
         wait_for(lambda: http_ok(f"http://127.0.0.1:{port}/health"))
-        return SimpleNamespace(url=f"http://127.0.0.1:{port}", process=mark, log=home / "ui.log")
+        return service_module._mlflow_part(f"http://127.0.0.1:{port}", mark, str(home / "ui.log"))
 
-    def serve_stable(request) -> str:
+    def serve_stable(folder: RunFolder, **where: object) -> str:
         if "gateway" in broken:
             raise InfrastructureError("application gateway not running after 180 s")
-        served.append(request)
+        served.append({"run": folder.run_id, **where})
         return "ppo-1"
 
     monkeypatch.setenv("SEATRIAL_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(service_module, "_ray_command", ray_command)
-    monkeypatch.setattr("cluster.service.ui.start_ui", start_ui)
+    monkeypatch.setattr(service_module, "start_ui", start_ui)
     monkeypatch.setattr(service_module, "serve_stable", serve_stable)
     yield SimpleNamespace(home=tmp_path, ports=ports, served=served, broken=broken)
     down(tmp_path)
@@ -359,8 +359,8 @@ def test_up_serves_the_newest_finished_run(machine: SimpleNamespace):
     gateway = service.find("gateway")
     assert gateway is not None
     assert (gateway.serves, gateway.url) == ("ppo-1", f"http://127.0.0.1:{machine.ports.gateway}/v1")
-    call = machine.served[-1]
-    assert (call.folder.run_id, call.ray_address) == ("support_desk-1", service.ray_address)
+    where = {"ray_address": service.ray_address, "port": machine.ports.gateway, "gpus_per_policy": 0.0}
+    assert machine.served[-1] == {"run": "support_desk-1", **where}
     assert machine.served[0] == ("cpus", max(3, len(os.sched_getaffinity(0)))), (
         "actors share the cores of a small machine"
     )
@@ -438,9 +438,7 @@ def test_a_failed_up_keeps_what_ran_before(machine: SimpleNamespace):
 
 def test_a_remote_mlflow_is_only_named(machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow.example")
-    monkeypatch.setattr(
-        "cluster.service.ui.start_ui", lambda store, **_: SimpleNamespace(url=store.uri, process=None, log=None)
-    )
+    monkeypatch.setattr(service_module, "start_ui", lambda store, **_: service_module._mlflow_part(store.uri))
     service = up(request(machine))
     mlflow = service.find("mlflow")
     assert mlflow is not None

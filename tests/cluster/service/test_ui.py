@@ -19,6 +19,7 @@ from cluster.cli import service as cli_service
 from cluster.registry.connection import Store, store_of
 from cluster.registry.entries import Lineage, StageLog
 from cluster.registry.registry import Registry
+from cluster.service import service as ui
 from cluster.service import ui
 from cluster.service.processes import http_ok
 from rl_actors.contracts.errors import BadInputError, InfrastructureError
@@ -63,7 +64,7 @@ def test_the_store_is_told_by_environment_not_on_the_command_line(tmp_path: Path
     substitute(monkeypatch, tmp_path, program)
     store = Store(uri="postgresql://ann:s3cret@db/mlflow", artifacts=tmp_path)
     log = tmp_path / "ui.log"
-    psutil.Process(ui._spawn(store, log, "127.0.0.1", 5000).pid).wait(30)
+    psutil.Process(ui._spawn_ui(store, log, "127.0.0.1", 5000).pid).wait(30)
     arguments, _, told = log.read_text().partition(" by environment: ")
     assert told.strip() == store.uri
     assert "s3cret" not in arguments
@@ -149,8 +150,8 @@ def test_a_ui_that_ends_at_once_shows_what_it_said(tmp_path: Path, monkeypatch: 
 def test_a_ui_that_never_answers_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     substitute(monkeypatch, tmp_path, "import time; time.sleep(600)")
     started = []
-    spawn = ui._spawn
-    monkeypatch.setattr(ui, "_spawn", lambda *args: started.append(spawn(*args)) or started[0])
+    spawn = ui._spawn_ui
+    monkeypatch.setattr(ui, "_spawn_ui", lambda *args: started.append(spawn(*args)) or started[0])
     with pytest.raises(InfrastructureError, match=r"did not answer within 0\.5 s"):
         ui.start_ui(store_of(tmp_path, {}), home=tmp_path, port=free_port(), timeout_s=0.5)
     assert not started[0].is_alive
@@ -159,12 +160,12 @@ def test_a_ui_that_never_answers_is_stopped(tmp_path: Path, monkeypatch: pytest.
 def test_a_ui_that_ignores_the_stop_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     program = 'import signal, time; signal.signal(15, signal.SIG_IGN); print("deaf", flush=True); time.sleep(600)'
     substitute(monkeypatch, tmp_path, program)
-    monkeypatch.setattr(ui, "_STOP_S", 0.3)
+    monkeypatch.setattr(ui, "_UI_STOP_S", 0.3)
     log = tmp_path / "ui.log"
-    process = ui._spawn(store_of(tmp_path, {}), log, "127.0.0.1", free_port())
+    process = ui._spawn_ui(store_of(tmp_path, {}), log, "127.0.0.1", free_port())
     while "deaf" not in log.read_text() and process.is_alive:
         pass
-    server = ui.UiServer(url="http://127.0.0.1:1", process=process, log=log)
+    server = ui._mlflow_part("http://127.0.0.1:1", process, str(log))
     server.stop()
     server.stop()
     assert not server.is_running

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 from cluster.cli.app import app
 from cluster.cli.plan import (
     amount,
-    compared,
+    compare_request,
     factor_text,
     label_of,
     render_changes,
@@ -421,7 +421,7 @@ def test_a_spec_of_ones_own_is_compared_with_the_packaged_one(tmp_path):
     text = seatrial("plan", str(path)).stdout
     assert "against the packaged support_desk" in text
     assert "ppo.num_steps  25 -> 50" in text
-    comparison = compared(RunRequest(spec=str(path), settings=["seed=1"]), override(load_spec(path), ["seed=1"]))
+    comparison = compare_request(RunRequest(spec=str(path), settings=["seed=1"]), override(load_spec(path), ["seed=1"]))
     assert [change.knob for change in comparison.changes] == ["seed"], "settings are compared with the file itself"
 
 
