@@ -20,8 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cluster.pipeline.data import NUM_RELEASES
-from cluster.pipeline.snapshot import read_demonstrations, read_tasks
+from cluster.pipeline.snapshot import NUM_RELEASES, read_demonstrations, read_tasks
 from rl_actors.agent.renderers.harmony import HarmonyRenderer
 from rl_actors.agent.renderers.tokenizer import HARMONY_TOKENS
 from rl_actors.contracts.errors import BadDataError, TamperedError
