@@ -36,6 +36,7 @@ _ENDINGS: Final[Mapping[str, ReleaseEnding]] = {
 
 def live_tasks(snapshot: DataSnapshot, index: int) -> list[Task]:
     """Return the live tickets of release number `index`; each is good for one serving."""
+    # A database row that one release changed would be wrong for the next: no ticket is in two.
     tasks = read_tasks(snapshot, "live")
     size = len(tasks) // NUM_RELEASES
     return tasks[index * size : (index + 1) * size]
@@ -90,6 +91,7 @@ class ReleaseBench:
     ) -> ReleaseOutcome:
         """Serve stable, put the candidate beside it, send traffic, and tick the controller to the end."""
         started = time.monotonic()
+        # Said first: a start that fails half-way leaves something to stop.
         self._is_started = True
         self.platform.start(stable, candidate, critic_path=self._critic_path)
         self.platform.candidate = candidate.version
@@ -113,6 +115,7 @@ class ReleaseBench:
                 state = self._drive(controller, traffic)
             finally:
                 over.set()
+                # Tickets in flight end first: the ledger and the users must count the same.
                 traffic.join(timeout=120.0)
             seconds = time.monotonic() - started
             outcome = self._outcome(release, controller, state, ledger, traffic.progress, seconds)
@@ -143,6 +146,7 @@ class ReleaseBench:
         progress: TrafficProgress,
         seconds: float,
     ) -> ReleaseOutcome:
+        # The salt is the release's id: a run's releases share one history, and only this one's splits count.
         history = SplitStore(self._gateway.files.split).history().values()
         epochs = [record.epoch for record in history if record.salt == release.release_id and record.share > 0]
         first_canary, first_step = ledger.session_counts(epochs[:1])

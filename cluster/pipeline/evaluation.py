@@ -76,11 +76,12 @@ def evaluate_together(
     """Run policies on all suites, suite by suite at the same time; results by policy and suite."""
     results: dict[str, dict[str, SuiteResult]] = {policy.name: {} for policy in policies}
     num_threads = threads_each(len(policies))
+    # Threads only wait here: engines load and sample in other processes, all policies' at once.
     with ExitStack() as stack, ThreadPoolExecutor(len(policies)) as threads:
         places = [stack.enter_context(placed(place(spec), "offline_eval")) for _ in policies]
         pools = list(threads.map(lambda one, at: open_pool(spec, one, at, num_threads=num_threads), policies, places))
         for pool in pools:
-            stack.callback(pool.close)
+            stack.callback(pool.close)  # called before the places are given back, in which its workers live
         for suite in suites:
             requests, temperature = suite.requests(spec.seed), spec.ppo.temperature
             calls = [threads.submit(pool.rollouts, requests, temperature) for pool in pools]
@@ -92,6 +93,7 @@ def evaluate_together(
 def require_offline_gates(report: EvalReport, plan: ReleasePlan) -> tuple[GateResult, ...]:
     """Refuse a candidate that offline evidence already speaks against. Raises StageRefusedError."""
     results = evaluate_offline(report, plan)
+    # Inconclusive is no pass: traffic has not been touched yet, and no user is there to find out.
     if not may_enter_canary(results, plan):
         reasons = [f"{r.gate}: {r.verdict} ({r.reason})" for r in results if r.verdict != "pass"]
         raise StageRefusedError(f"offline gates refuse the candidate: {'; '.join(reasons)}")

@@ -34,7 +34,7 @@ from rl_actors.environment import Workflow
 from rl_actors.evaluation import Suite
 from serving.store import ReleaseFiles, RequestLedger, read_traces
 
-NUM_MIRRORED_TRACES: Final = 40
+NUM_MIRRORED_TRACES: Final = 40  # enough to look at; the ledger keeps them all
 
 
 def make_bundle(spec: WorkflowSpec, workflow: Workflow, suites: Sequence[Suite], learned: Learned) -> Bundle:
@@ -106,6 +106,7 @@ def mirror_stages(run: Run, spec: WorkflowSpec, registry: Registry, links: Mappi
     registry.start_run(spec=spec.model_dump(mode="json"), started_at=run.journal.records[0].started_at)
     for record in run.journal.records:
         output = record.output if isinstance(record.output, Mapping) else {}
+        # A flag is an int to Python and no metric to people.
         numbers = {k: v for k, v in output.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         registry.log_stage(
             StageLog(
@@ -165,6 +166,7 @@ def finish(
     from cluster.reports import write_briefs
 
     folder, files = run.folder, ReleaseFiles(root=run.folder.serving)
+    # Briefs first: they need no MLflow, and are there for whoever has to go without it.
     write_briefs(folder.root, ledger=files.ledger)
     mirror_stages(run, spec, registry, stage_links(learned))
     mirror_traces(run, registry, files)
@@ -174,6 +176,7 @@ def finish(
         finished_at=time.time(),
         is_success=is_promoted,
         metrics={"success_gain": report.success_gain},
+        # A copy outside the run folder, for a summary lies beside what it vouches for.
         tags=head_tags(chain_heads(folder)),
     )
     paths = RunPaths(

@@ -19,9 +19,9 @@ from rl_actors.contracts import PolicyVersion
 from serving.contracts import RampStep, ReleasePlan
 from serving.store import ServedPolicy
 
+# `full_samples` in `min_canary_requests`. With the default 50, latency is decided after 100 candidate requests at 5 and
+# 25 %, and after 200 at 50 %, where stable's sample is no larger.
 FULL_WEIGHT: Final = 1.4
-"""`full_samples` in `min_canary_requests`. With the default 50, latency is decided after 100 candidate runs at 5 and
-25 %, and after 200 at 50 %, where stable's sample is no larger."""
 
 
 def release_plan(spec: WorkflowSpec, critical_checks: Sequence[str], *, may_promote: bool) -> ReleasePlan:
@@ -66,6 +66,7 @@ def release_all(
         detail="a really bad checkpoint for the fail-back drill",
         describe=lambda p: p.name,
     )
+    # Before any traffic: an alias cannot name a version that MLflow does not have.
     served = register_policies(versions, learned, bundle, (baseline, candidate, degraded))
     first = run.stage(
         "canary",
@@ -75,6 +76,7 @@ def release_all(
         detail=f"{100 * plan.ramp[0].share:g} % of live tickets on Ray Serve",
         describe=describe_release,
     )
+    # A candidate that lost must not be what the drill falls back to.
     stable = candidate if first.outcome == "promoted" else baseline
     second = run.stage(
         "failback_drill",

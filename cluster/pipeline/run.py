@@ -62,6 +62,7 @@ class Learned:
 
 def left_at_path(output: object) -> tuple[str, ...]:
     """Return the directory a version or snapshot lies in; a report has none."""
+    # The journal hashes what lies there: a resumed run goes on with a version only if its weights are still the same.
     path = getattr(output, "path", "")
     return (path,) if path else ()
 
@@ -88,10 +89,12 @@ class Run:
     ) -> Value:
         """Run a stage, or take its recorded output when it has finished for equal inputs; tell whoever watches."""
         self.watch.stage_started(name, detail)
+        # Asked before: afterwards the journal has a record either way.
         resumed = self.journal.find(name, inputs) is not None
         started = time.monotonic()
         with self._followed(name):
             value = self.journal.run_stage(name, inputs, compute, output_type, artifacts)
+        # Zero says "kept from before" to whoever watches.
         seconds = 0.0 if resumed else time.monotonic() - started
         line = StageLine(name=name, seconds=seconds, line=describe(value), resumed=resumed)
         self.lines.append(line)
@@ -100,7 +103,8 @@ class Run:
 
     @contextmanager
     def _followed(self, name: str) -> Iterator[None]:
-        """Turn new metric rows of the running stage into progress, from a thread of its own."""
+        """Turn new metric rows of the running stage into progress."""
+        # From a thread of its own: a stage blocks for minutes in Ray, and its rows are written by other processes.
         stop = threading.Event()
         thread = threading.Thread(target=self._follow, args=(name, stop), daemon=True)
         thread.start()
@@ -108,6 +112,7 @@ class Run:
             yield
         finally:
             stop.set()
+            # Joined: a late row must not be shown as progress of the next stage.
             thread.join()
 
     def _follow(self, name: str, stop: threading.Event) -> None:

@@ -10,8 +10,8 @@ from cluster.workflows import locate_workflow
 from rl_actors.actors import Options, RolloutPool, RolloutWorkerSettings
 from rl_actors.contracts import AgentLimits, PolicyVersion
 
+# Longest pass over a suite or over preference tasks, in time-outs of one request: workers run many at a time.
 TIMEOUTS_A_PASS: Final = 30
-"""Longest pass over a suite or over preference tasks, in time-outs of one request."""
 
 
 def agent_limits(spec: WorkflowSpec) -> AgentLimits:

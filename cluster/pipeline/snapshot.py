@@ -1,9 +1,10 @@
-"""Freeze datasets to Parquet under a content hash, schema-checked, or refuse them with field, value and remedy."""
+"""Stage 1: data frozen to Parquet under a content hash, schema-checked, or refused with field, value and remedy."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import secrets
 import shutil
@@ -17,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
+from cluster.spec import NUM_RELEASES
 from rl_actors.contracts import BadDataError, DataSnapshot, Demonstration, DemonstrationTurn, Split, TamperedError, Task
 from rl_actors.durable import sha256_directory, sync_directory
-from rl_actors.environment import RubricCriterion
+from rl_actors.environment import RubricCriterion, Workflow
 
 Row = Mapping[str, Any]
 
@@ -50,6 +52,19 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     ),
     "rubric_labels": _schema(task_id=_STRING, rollout_id=_STRING, criterion=_STRING, annotator=_INT, label=_INT),
 }
+
+
+def freeze_snapshot(workflow: Workflow, num_tasks: Mapping[Split, int], seed: int, directory: Path) -> DataSnapshot:
+    """Build tasks of every split and demonstrations of train tasks, check them, freeze them below `directory`."""
+    # A live ticket is good for one serving, so each release gets its own.
+    counts = dict(num_tasks)
+    counts["live"] *= NUM_RELEASES
+    tasks = [task for split, count in counts.items() for task in workflow.build_tasks(split, count, seed)]
+    check_tasks(tasks)
+    rng = random.Random(seed)
+    demonstrations = [workflow.demonstrate(task, rng) for task in tasks if task.split == "train"]
+    check_demonstrations(demonstrations, tasks)
+    return write_snapshot(directory, {"tasks": task_rows(tasks), "demonstrations": demonstration_rows(demonstrations)})
 
 
 def task_rows(tasks: Iterable[Task]) -> list[dict[str, Any]]:

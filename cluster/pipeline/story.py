@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cluster.pipeline import bench, data, evaluation, pinned, preferences, records, release, training
+from cluster.pipeline import bench, evaluation, pinned, preferences, records, release, training
 from cluster.pipeline.run import Learned, Run, Watch
+from cluster.pipeline.snapshot import freeze_snapshot
 from cluster.plan import place
 from cluster.ray_cluster import connected
 from cluster.records import RunFolder, RunSummary, lock_run
@@ -75,7 +76,7 @@ def _learn(run: Run, spec: WorkflowSpec, workflow: Workflow, pins: Pins) -> Lear
     snapshot = run.stage(
         "snapshot",
         {"workflow": spec.workflow.name, "data": spec.data, "seed": seed},
-        lambda: data.freeze_snapshot(workflow, spec.num_tasks, seed, folder.snapshots),
+        lambda: freeze_snapshot(workflow, spec.num_tasks, seed, folder.snapshots),
         DataSnapshot,
         detail="freeze tasks and demonstrations",
         describe=lambda s: f"{s.num_rows['tasks']} tasks, {s.num_rows['demonstrations']} demonstrations",
@@ -83,7 +84,7 @@ def _learn(run: Run, spec: WorkflowSpec, workflow: Workflow, pins: Pins) -> Lear
     base = run.stage(
         "base",
         {"model": spec.model, "seed": seed, "snapshot": snapshot.sha256},
-        lambda: data.build_base(spec.model, seed, prompt, snapshot, folder.models / "base"),
+        lambda: training.build_base(spec.model, seed, prompt, snapshot, folder.models / "base"),
         PolicyVersion,
         detail=spec.model.path or "tiny GPT-OSS architecture",
         describe=lambda p: p.name,

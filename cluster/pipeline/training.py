@@ -1,4 +1,4 @@
-"""Stages 2 to 4: the SFT baseline, the reward model on its own rollouts, and PPO against both."""
+"""Stages 1 to 4: the base model, the SFT baseline, the reward model on its own rollouts, and PPO against both."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.pipeline.sampling import open_pool
 from cluster.pipeline.snapshot import read_demonstrations, read_tasks
@@ -22,7 +23,7 @@ from cluster.records import (
     require_calibrated,
     require_untouched,
 )
-from cluster.spec import WorkflowSpec
+from cluster.spec import ModelSection, WorkflowSpec
 from rl_actors.actors import (
     AttestedSync,
     LearnerGroup,
@@ -35,7 +36,14 @@ from rl_actors.actors import (
     run_reward_job,
     run_sft_job,
 )
-from rl_actors.agent import HARMONY_TOKENS, Renderer, demonstration_arrays, renderer_of
+from rl_actors.agent import (
+    HARMONY_TOKENS,
+    Renderer,
+    demonstration_arrays,
+    demonstration_texts,
+    renderer_of,
+    train_tokenizer,
+)
 from rl_actors.algorithms import RewardMix, StabilityLimits
 from rl_actors.contracts import (
     BATCH_PAIRS,
@@ -64,6 +72,54 @@ TIMEOUTS_A_STEP = 10  # longest wait for the rollouts of a step, in time-outs of
 DRILL_FRACTION = 0.15  # of the batches of demonstrations
 
 
+def build_base(
+    model: ModelSection, seed: int, system_prompt: str, snapshot: DataSnapshot, directory: Path
+) -> PolicyVersion:
+    """Return the base model with a Harmony tokenizer: the tiny GPT-OSS, or the model the spec names."""
+    fresh(directory)
+    if model.path:
+        _adopt_model(model.path, str(directory), seed)
+    else:
+        texts = [text for item in read_demonstrations(snapshot) for text in demonstration_texts(system_prompt, item)]
+        _build_tiny(model, seed, texts, str(directory))
+    return freeze_policy("base", "base", directory, "")
+
+
+def _build_tiny(shape: ModelSection, seed: int, texts: list[str], directory: str) -> None:
+    # Imported here: transformers and torch take seconds, and a resumed run has its base model already.
+    from rl_actors.models import build_tiny_model, tiny_config
+
+    tokenizer = train_tokenizer(texts, vocab_size=shape.vocab_size)
+    config = tiny_config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        num_experts=shape.num_experts,
+        max_length=shape.max_length,
+        eos_token_id=int(tokenizer.eos_token_id),  # pyright: ignore[reportArgumentType]
+    )
+    build_tiny_model(config, seed=seed).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _adopt_model(path: str, directory: str, seed: int) -> None:
+    """Copy a Hugging Face causal LM, adding the Harmony tokens its tokenizer lacks with embeddings drawn by `seed`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    missing = [token for token in HARMONY_TOKENS if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+        # By the spec's seed, and without moving the generator: whoever samples next must not notice.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def train_baseline(
     spec: WorkflowSpec, folder: RunFolder, system_prompt: str, snapshot: DataSnapshot, base: PolicyVersion
 ) -> PolicyVersion:
@@ -90,6 +146,7 @@ def train_baseline(
         drills=copy_drills(spec, renderer, examples),
     )
     run_sft_job(job, train_resources(spec, folder))
+    # The job writes weights only, and an engine loads weights and tokenizer from one directory.
     copy_tokenizer(base.path, directory)
     return freeze_policy(spec.workflow.baseline, "sft", directory, base.sha256)
 
@@ -98,6 +155,7 @@ def copy_drills(spec: WorkflowSpec, renderer: Renderer, examples: Sequence[Examp
     """Return copy drills for the first batches of a model built from nothing; none for any other."""
     if spec.model.path:
         return ()
+    # A model that exists has learned to copy; one from nothing answers no ticket before it can repeat a number.
     num_tokens = sum(len(example.token_ids) for example in examples) * spec.sft.epochs
     count = int(num_tokens / spec.sft.batch_tokens * DRILL_FRACTION)
     rng = random.Random(spec.seed)
@@ -126,6 +184,7 @@ def train_reward_model(
         ),
     )
     run_reward_job(job, train_resources(spec, folder))
+    # Refused before it is frozen: a stage that raises leaves nothing in the journal.
     calibration = read_calibration(directory)
     require_calibrated(calibration, max_ece=reward.max_ece, min_pair_accuracy=reward.min_pair_accuracy)
     copy_tokenizer(baseline.path, directory)  # a model of token ids means nothing without what made them
@@ -165,11 +224,13 @@ def train_policy(
         ports = PpoPorts(source=pool, scorer=scorers, learner=learners, sync=sync, report=report, report_trips=tripped)
         run_ppo(tasks, ppo_plan(spec), ports, stability_limits(spec), start=start, loop_state=loop_state)
         learners.save_policy(str(directory))
+        # Before their places are given back, last opened first: the pool's engines hold the most memory.
         for group in (pool, scorers, learners):
             group.close()
     # The learner holds the KL reference in its own process: had it moved, the penalty would have meant nothing.
     require_untouched(baseline)
     copy_tokenizer(baseline.path, directory)
+    # Optimizer states are several times the policy, and nobody resumes a stage that has finished.
     shutil.rmtree(checkpoints, ignore_errors=True)
     return freeze_policy("ppo_v1", "ppo", directory, baseline.sha256)
 
@@ -248,6 +309,7 @@ def ppo_settings(spec: WorkflowSpec) -> PpoSettings:
         learning_rate=ppo.learning_rate,
         kl_coef=ppo.kl_coef,
         clip_low=ppo.clip,
+        # DAPO's "clip higher": a recipe may let rare tokens rise further than others fall.
         clip_high=ppo.clip if recipe.clip_high is None else recipe.clip_high,
         gamma=ppo.gamma,
         lam=ppo.lam,

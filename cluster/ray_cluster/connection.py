@@ -66,6 +66,7 @@ def connected(address: str, placement: Placement) -> Iterator[None]:
     import ray
 
     quieten_libraries()
+    # Whoever has connected before us, as tests do, keeps the connection.
     is_ours = not ray.is_initialized()
     if is_ours:
         _initialise(address, placement)
@@ -127,7 +128,7 @@ def _initialise(address: str, placement: Placement) -> None:
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        object_store_memory=512 << 20,
+        object_store_memory=512 << 20,  # rollouts and weights are small; Ray would take a third of the memory
         runtime_env=runtime_env,
     )
 
@@ -171,6 +172,7 @@ def has_room(placement: Placement, stage: Stage, times: int) -> bool:
     """Whether a stage's bundles fit so many times into what the connected cluster has free now."""
     import ray
 
+    # Free now, not in total: other jobs may share the cluster.
     free = ray.available_resources()
     return all(times * needed <= free.get(name, 0.0) for name, needed in placement.demand(stage).items())
 

@@ -73,6 +73,7 @@ def connect(address: str) -> JobSubmissionClient:
 
 def stage_working_dir(spec_text: str, target: Path, root: Path = PROJECT_ROOT) -> Path:
     """Copy the three packages and the spec to `target`: what a job ships, and nothing else (no .venv, no .git)."""
+    # Ray uploads the folder as it is: no .venv and no .git, which are larger than its limit.
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
     for package in PACKAGES:
         shutil.copytree(root / package, target / package, ignore=ignore)
@@ -155,6 +156,7 @@ def follow(
 
 def missing_module(log: str) -> str:
     """Return the module that the job's python lacks, when that is what ended it; otherwise nothing."""
+    # Only as the last line: a run that began reports its own errors, and goes on after some of them.
     last = log.rstrip().rpartition("\n")[2]
     found = _NO_MODULE.match(last)
     return found[1] if found else ""

@@ -21,8 +21,8 @@ from rl_actors.durable import ChainedLog
 
 Verdict = Literal["verified", "not anchored", "not chained", "changed", "cut off", "gone"]
 
+# Verdicts that say nothing against a file. `not anchored`: its chain fits, and no ending has kept its length yet.
 SOUND: Final[tuple[Verdict, ...]] = ("verified", "not anchored")
-"""Verdicts that say nothing against a file. `not anchored`: its chain fits, and no ending has kept its length yet."""
 
 
 _GONE: Final = "was there when the run ended and is gone"
@@ -81,6 +81,7 @@ def tagged_heads(tags: Mapping[str, str]) -> dict[str, ChainHead]:
     heads: dict[str, ChainHead] = {}
     for key, value in tags.items():
         rows, _, chain = value.partition(" ")
+        # MLflow and people put tags of their own on a run.
         if not key.startswith(_TAG):
             continue
         if not rows.isdecimal():
@@ -118,6 +119,7 @@ def audit_run(folder: RunFolder, tagged: Mapping[str, ChainHead] | None = None) 
 
 def audit_chains(folder: RunFolder, anchors: Mapping[str, ChainHead]) -> Iterator[Finding]:
     """Judge each chained file the run has, and each that its ending names."""
+    # Also those that only the ending names: a file that is gone would not be missed by looking at the folder.
     for name in dict.fromkeys((*chained_files(folder), *anchors)):
         yield _audit_chain(folder.root / name, name, anchors.get(name))
 
@@ -150,6 +152,7 @@ def _judge(path: Path, chains: list[str], anchor: ChainHead | None) -> tuple[Ver
         found = _head(chains[: anchor.rows]).chain[:12] or "none"
         said = f"row {anchor.rows} has chain {found}, {anchor.chain[:12] or 'none'} when the run ended"
         return "changed", f"{path}: {said}: the file was written anew; {_RESTORE}"
+    # Asked last: a file of an older seatrial may still have been cut off, or written anew, since its ending.
     if num_unchained := chains.count(""):
         said = f"{num_unchained} rows without a chain, which an older seatrial wrote"
         return "not chained", f"{path}: {said}: whether they were changed cannot be told; a new run chains them"
@@ -176,6 +179,7 @@ def _audit_artifacts(folder: RunFolder) -> Iterator[Finding]:
             verify_artifacts(folder.root, record)
         except TamperedError as error:
             verdict, detail = "changed", str(error)
+        # A directory's row has its hash, and the rows of its files follow.
         num_files = sum(not name.endswith("/") for name in record.artifacts)
         head = next((digest for name, digest in record.artifacts.items() if name.endswith("/")), "")
         yield Finding(file=f"artifacts of {record.stage}", rows=num_files, head=head, verdict=verdict, detail=detail)

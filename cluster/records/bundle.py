@@ -70,6 +70,7 @@ class Bundle:
 
     def write(self, path: Path) -> None:
         """Write the manifest with its id, atomically. Raises TamperedError over a different bundle."""
+        # Compared by id: a resumed run writes the same bundle again, and that is no change.
         written = load_bundle(path) if path.exists() else self
         if written.id != self.id:
             found = diff_bundles(written, self)
@@ -108,6 +109,7 @@ def load_bundle(path: Path) -> Bundle:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         stated = manifest.pop("bundle_id")
         bundle = build_bundle({name: Component(**member) for name, member in manifest.items()})
+    # Whatever a file can hold instead of a manifest: no JSON, a list, other keys, a member that is no mapping.
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadInputError("bundle", str(path), f"is not a bundle manifest ({error!r}); restore it") from error
     if bundle.id != stated:
@@ -130,6 +132,7 @@ def component_of(version_name: str, value: object) -> Component:
 def code_component(root: Path = _ROOT) -> Component:
     """Return the code revision: the hash over every source file of the three packages, as they are on disk now."""
     # Not git's: an installed package has none, and an edited working tree would pass for its last commit.
+    # Prompts, schemas and texts decide as much as code does.
     suffixes = {".py", ".yaml", ".sql", ".json", ".j2"}
     files = [path for name in _PACKAGES for path in sorted((root / name).rglob("*")) if path.suffix in suffixes]
     hashes = {path.relative_to(root).as_posix(): sha256_file(path) for path in files if "__pycache__" not in path.parts}

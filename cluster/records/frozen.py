@@ -31,6 +31,7 @@ def freeze(directory: Path) -> str:
 
 def freeze_policy(name: str, kind: PolicyKind, directory: Path, parent_sha256: str) -> PolicyVersion:
     """Freeze a finished policy and return its version, whose name carries the hash."""
+    # Two contents never share a name: stamps, aliases and pins go by it.
     digest = freeze(directory)
     unique = f"{name}-{digest[:8]}"
     return PolicyVersion(name=unique, kind=kind, path=str(directory), sha256=digest, parent_sha256=parent_sha256)
@@ -45,6 +46,7 @@ def require_untouched(version: PolicyVersion) -> None:
 
 def copy_tokenizer(source: str, target: Path) -> None:
     """Put a model's tokenizer beside other weights: engines load both from one directory."""
+    # By name: a whole directory would bring the other model's configuration along.
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         file = Path(source) / name
         if file.exists():

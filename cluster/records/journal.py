@@ -84,6 +84,7 @@ class Journal:
             TamperedError: an artifact of a finished stage changed, vanished, or a directory got another file.
         """
         record = self.find(name, inputs)
+        # Outputs are small and lie in the journal; what they stand on lies beside it, and is proved before it is used.
         if record is not None:
             verify_artifacts(self.path.parent, record)
             return decode(output_type, record.output)
@@ -133,10 +134,12 @@ def _hash_artifacts(run_folder: Path, paths: Iterable[Path | str]) -> dict[str, 
     root = run_folder.resolve()
     for given in paths:
         path = (root / given).resolve()
+        # Only what lies in the folder is copied and audited with the run.
         if not path.is_relative_to(root) or not path.exists():
             raise InfrastructureError(f"artifact {path}: must exist inside the run folder {root}")
         name = path.relative_to(root).as_posix()
         if path.is_dir():
+            # The directory's own hash sees a file too many, those of its files let an error name the one that changed.
             below = file_hashes(path)
             hashes[f"{name}/"] = sha256_of_hashes(below)
             hashes |= {f"{name}/{file}": digest for file, digest in below.items()}

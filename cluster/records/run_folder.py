@@ -51,6 +51,7 @@ class RunFolder:
     @classmethod
     def of(cls, home: Path, run_id: str) -> RunFolder:
         """Return the folder of a run. Raises BadInputError for an id that could leave `runs/`."""
+        # An id comes from a command line and becomes a path: "../other" must not.
         if not RUN_ID.fullmatch(run_id):
             raise BadInputError(
                 "run_id", run_id, "use letters, digits, '.', '_' and '-', starting with a letter or digit"
@@ -94,6 +95,7 @@ class RunFolder:
 
 def list_runs(home: Path) -> list[str]:
     """Return the ids of all runs that have a resolved spec, oldest first."""
+    # A folder without a resolved spec was refused before it began; by time, for a run may be given any id.
     found = [path.parent for path in (home / "runs").glob("*/spec.resolved.json")]
     return [path.name for path in sorted(found, key=lambda path: (path.stat().st_mtime, path.name))]
 

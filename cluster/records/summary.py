@@ -57,7 +57,8 @@ class ReleaseOutcome:
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        """Work out the share from the counts; an old `summary.json` has only the share, an old journal only these."""
+        """Work out the share from the counts where it is not given."""
+        # Below zero: nobody has said it. An old `summary.json` has only the share, an old journal only the counts.
         if self.observed_share < 0:
             share = self.first_step_canary_requests / max(self.first_step_requests, 1)
             object.__setattr__(self, "observed_share", share)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
+# The "stage" of the MLflow run that stands for a whole pipeline run.
 PARENT: Final = "pipeline"
-"""The stage of the MLflow run that stands for a whole pipeline run."""
 
 # Read by MLflow at import. Trace export must be synchronous: its queue holds 1,000 and drops silently when full.
 _ENVIRONMENT: Final = {
@@ -145,13 +145,14 @@ class Connection:
             return self._client
 
     def _open(self) -> MlflowClient:
-        quieten()
+        quieten()  # before the import, which reads the environment once
         import mlflow
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
         logging.getLogger("mlflow").setLevel(logging.ERROR)
         if self.store.artifacts is not None:
             self.store.artifacts.mkdir(parents=True, exist_ok=True)
+        # The client has its own address; traces and feedback go by these, which are global to the process.
         mlflow.set_tracking_uri(self.store.uri)
         mlflow.set_registry_uri(self.store.uri)
         client = mlflow.MlflowClient(self.store.uri, self.store.uri)
@@ -182,6 +183,7 @@ class Connection:
 
     def log_model(self, version: ModelVersion, mlflow_run: str) -> str:
         """Find or create the LoggedModel of this content; the weights are not copied."""
+        # By content and name: equal weights under two names are two versions to people.
         client = self.connect()
         wanted = f"tags.`seatrial.sha256` = '{version.sha256}' and tags.`seatrial.version` = '{version.name}'"
         found = client.search_logged_models([self.experiment_id], wanted, max_results=1)

@@ -14,8 +14,8 @@ from rl_actors.contracts import Calibration, DataSnapshot, PolicyVersion, Reward
 ModelVersion: TypeAlias = PolicyVersion | RewardModelVersion
 ModelKind = Literal["base", "sft", "reward_model", "policy"]
 
+# On a reward model, before the number of a policy that was trained on it.
 POLICY_TAG: Final = "seatrial.policy."
-"""On a reward model, before the number of a policy that was trained on it."""
 _NOT_METRICS: Final = frozenset({"stage", "step", "at"})
 _CALIBRATION_TAGS: Final = ("num_pairs", "pair_accuracy", "ece", "brier", "temperature")
 _BAD_KEY: Final = re.compile(r"[^\w\-./: ]")

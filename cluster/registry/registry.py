@@ -44,6 +44,7 @@ class Registry(Connection):
     def start_run(self, *, spec: Mapping[str, Any], started_at: float) -> str:
         """Open (or, on resume, reopen) the parent run of this pipeline run; returns MLflow's run id."""
         mlflow_run = self.open_run(PARENT, started_at)
+        # A run that was stopped and goes on is marked as failed until now.
         self.connect().set_terminated(mlflow_run, status="RUNNING", end_time=None)
         self._log_params(mlflow_run, spec)
         return mlflow_run
@@ -106,7 +107,7 @@ class Registry(Connection):
             self.connect().log_batch(mlflow_run, metrics=points[start : start + _BATCH])
 
     def _log_snapshot(self, mlflow_run: str, snapshot: DataSnapshot) -> None:
-        """Log the data as a dataset input; MLflow's digest holds 36 characters, so the whole hash is a tag."""
+        """Log the data as a dataset input."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(
@@ -118,6 +119,7 @@ class Registry(Connection):
         )
         tags = [InputTag("mlflow.data.context", "training"), InputTag("seatrial.sha256", snapshot.sha256)]
         self.connect().log_inputs(mlflow_run, datasets=[DatasetInput(dataset, tags)])
+        # MLflow's digest holds 36 characters: the whole hash is a tag.
         self.connect().set_tag(mlflow_run, "seatrial.snapshot_sha256", snapshot.sha256)
 
     def _log_edges(self, mlflow_run: str, links: StageLinks) -> None:
@@ -142,6 +144,7 @@ class Registry(Connection):
             try:
                 report = self._copy(report, trace)
             except InfrastructureError as error:
+                # A picture less, and no decision: gates read our own ledger.
                 report = replace(report, lost=report.lost + 1, first_error=report.first_error or str(error))
         return report
 
@@ -158,7 +161,7 @@ class Registry(Connection):
 
     @reported
     def _log_trace(self, trace: SampledTrace) -> None:
-        """Write one trace. Export swallows its errors, so the trace is read back before it counts as written."""
+        """Write one trace with its feedback."""
         self.connect()
         import mlflow
         from mlflow.entities import AssessmentSource
@@ -166,6 +169,7 @@ class Registry(Connection):
         mlflow.set_tracking_uri(self.store.uri)  # global to the process: another registry may have moved it
         tags, source = trace_tags(trace.record), {"mlflow.sourceRun": self.open_run(PARENT, time.time())}
         root = self._write_span(root_span(trace), None, tags=tags, metadata=source)
+        # Export swallows its errors: only what is read back counts as written.
         if not self._has_trace(trace.record.run_id):
             raise InfrastructureError(f"MLflow did not keep the trace of {trace.record.run_id}; {self.store.remedy}")
         for row in feedback_rows(trace):

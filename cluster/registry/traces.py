@@ -115,6 +115,7 @@ def sampled_traces(traces: Iterable[LiveTrace], ledger: RequestLedger, count: in
     known = [trace for trace in reversed(list(traces)) if trace.run_id in rows]
     overridden = [trace for trace in known if rows[trace.run_id].human_override]
     others = [trace for trace in known if not rows[trace.run_id].human_override]
+    # Overridden ones are rare and the most worth reading; places that they do not need go to the others.
     chosen = overridden[: count // 2] + others[: count - min(len(overridden), count // 2)]
     return [_join(trace, rows[trace.run_id], ledger) for trace in chosen]
 

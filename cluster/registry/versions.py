@@ -85,7 +85,8 @@ class RegisteredVersions:
         return str(made.version)
 
     def _describe(self, model: str, number: str) -> None:
-        """Write the links a human follows: MLflow draws none between versions, runs and models."""
+        """Write the links a human follows."""
+        # MLflow draws none between versions, runs and models.
         client = self._connection.connect()
         found = client.get_model_version(model, number)
         experiment_id, workflow = self._connection.experiment_id, self._connection.workflow
@@ -102,6 +103,7 @@ class RegisteredVersions:
         """Return the newest version of that name, of this pipeline run if there is one."""
         wanted = f"name = '{model}' and tags.`seatrial.version` = '{name}'" + (f" and {condition}" if condition else "")
         found = self._connection.connect().search_model_versions(wanted)
+        # Two runs may use one name, and each means the version it registered itself.
         own = [version for version in found if version.tags.get("seatrial.run_id") == self._connection.run_id]
         return max(own or found, key=lambda version: int(version.version), default=None)
 
@@ -116,6 +118,7 @@ class RegisteredVersions:
     @reported
     def clear(self, alias: str) -> None:
         """Let an alias name nothing. Idempotent, also before the first version."""
+        # Asked first: MLflow raises for a model that has no version yet.
         if self._number(alias):
             self._connection.connect().delete_registered_model_alias(self.policy_model, alias)
 
@@ -186,6 +189,7 @@ def _resolve(field: str, name: str, kind: ModelKind, model: str, versions: Regis
     if kind_of(found) != kind:
         remedy = f"is a version of kind {kind_of(found)!r}; pin one of kind {kind!r}; {_choices(name, kind, usable)}"
         raise BadInputError(field, name, remedy)
+    # Tags can be edited in MLflow's own pages; the name that the spec pins carries the hash.
     if not found.sha256.startswith(name[-8:]):
         raise TamperedError(f"{model} says that {name} has sha256 {found.sha256[:16]}; its tag was changed, restore it")
     return found

@@ -8,12 +8,13 @@ from typing import Final
 from cluster.records import copy_tokenizer, freeze_policy, fresh
 from rl_actors.contracts import PolicyVersion
 
+# Standard deviation of the noise, in standard deviations of each weight tensor.
 DEGRADE_SCALE: Final = 0.6
-"""Standard deviation of the noise, in standard deviations of each weight tensor."""
 
 
 def degrade_policy(policy: PolicyVersion, directory: Path, seed: int) -> PolicyVersion:
     """Write a really bad checkpoint: every matrix of the policy with noise added."""
+    # Imported here: the users of this room need neither.
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -44,6 +44,7 @@ class TicketBook:
         self._path = path
         self._ended: dict[str, TicketResult] = {}
         self._sent: set[str] = set()
+        # Rows, not a state file: a kill in the middle of a line loses that line and no other.
         for row in read_rows(path):
             self._read(row)
 
@@ -53,12 +54,14 @@ class TicketBook:
         return tuple(self._ended.values())
 
     def waiting(self, tasks: Iterable[Task]) -> list[Task]:
-        """Return the tickets still to be served, those in flight when the last driver died first: they may have run."""
+        """Return the tickets still to be served, those in flight when the last driver died first."""
+        # They may have run: asked again at once, the gateway still knows their keys.
         left = [task for task in tasks if task.task_id not in self._ended]
         return sorted(left, key=lambda task: task.task_id not in self._sent)
 
     def send(self, task_id: str) -> None:
         """Write that a ticket goes out; to be called before it does."""
+        # Before: a kill in between leaves a ticket that may have run, never one that nobody knows of.
         self._sent.add(task_id)
         append_row(self._path, {_SENT: task_id})
 

@@ -21,10 +21,10 @@ from rl_actors.sandbox import ProcessSandbox
 Report = Callable[[str, int, int, Mapping[str, float]], None]
 
 ACTOR: Final = "simulated-user"
+# A ticket that was served before a kill: a resumed driver sends it again, and the gateway runs nothing twice.
 ALREADY_RAN: Final = "already_ran"
-"""A ticket that was served before a kill: a resumed driver sends it again, and the gateway runs nothing twice."""
+# Tickets in a row that no gateway answered at all: a silence of our own making, which says nothing of a candidate.
 MAX_UNREACHED: Final = 20
-"""Tickets in a row that no gateway answered at all: a silence of our own making, which says nothing of a candidate."""
 _MAX_TRIES: Final = 20
 _RETRY_S: Final = 0.25
 _STAGES: Final = ("canary", "failback_drill")
@@ -165,6 +165,7 @@ class TrafficDriver:
         """Open a client and the tool host that reads final states."""
         config = self._config
         limits = httpx.Limits(max_connections=config.concurrency, max_keepalive_connections=config.concurrency)
+        # trust_env: a proxy of this machine must not stand between users and the gateway.
         client = self._client or httpx.AsyncClient(
             base_url=config.url, timeout=config.timeout_s, limits=limits, trust_env=False
         )
@@ -313,6 +314,7 @@ class TrafficThread(threading.Thread):
     def __init__(
         self, driver: TrafficDriver, tasks: Sequence[Task], over: threading.Event, report: Report, index: int
     ) -> None:
+        # A daemon: a controller that dies must not be kept alive by its users.
         super().__init__(name="traffic", daemon=True)
         self._driver, self._tasks, self._over, self._report, self._index = driver, tasks, over, report, index
         self._failure: BaseException | None = None

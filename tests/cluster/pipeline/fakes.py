@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.pipeline.data import build_base, freeze_snapshot
 from cluster.pipeline.run import Run
 from cluster.pipeline.sampling import agent_limits
+from cluster.pipeline.snapshot import freeze_snapshot
+from cluster.pipeline.training import build_base
 from cluster.records.frozen import fresh
 from cluster.records.run_folder import RunFolder
 from cluster.records.summary import ReleaseOutcome
