@@ -1,4 +1,4 @@
-"""Classes that Serve replicas run: the gateway in front of every policy version, a policy with its engine, the critic."""
+"""Classes that Serve replicas run: the gateway before every policy version, a policy with its engine, the critic."""
 
 from __future__ import annotations
 
