@@ -115,7 +115,7 @@ class GatewayConfig:
     num_tool_hosts: int = 2
     cost_model: CostModel = field(default_factory=CostModel)
     fallback_text: str = "Sorry, I cannot complete this here. A person will take over."
-    critic_application: str = ""  # empty for no critic
+    critic_application: str = ""
     critic_queue_size: int = 1000
     trace_fraction: float = 0.1  # share of requests whose prompts and tool actions are kept
     # Beside IP addresses, localhost and the machine's own names: host names under which clients reach the gateway.

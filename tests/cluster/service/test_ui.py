@@ -20,7 +20,6 @@ from cluster.registry.connection import Store, store_of
 from cluster.registry.entries import Lineage, StageLog
 from cluster.registry.registry import Registry
 from cluster.service import service as ui
-from cluster.service import ui
 from cluster.service.processes import http_ok
 from rl_actors.contracts.errors import BadInputError, InfrastructureError
 from rl_actors.contracts.versions import PolicyVersion
