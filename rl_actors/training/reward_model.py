@@ -135,8 +135,8 @@ def pair_loss(
     preference = torch.tensor([pair.preference for pair in batch], device=device)
     labels = [pair.first_rubric for pair in batch] + [pair.second_rubric for pair in batch]
     targets = torch.tensor([[row[name] for name in criteria] for row in labels], device=device)
-    loss = bradley_terry_loss(margin, preference).loss
-    loss = loss + rubric_weight * rubric_loss(rubric, targets, kind="regression").loss
+    loss = bradley_terry_loss(margin, preference)
+    loss = loss + rubric_weight * rubric_loss(rubric, targets)
     decided = preference != 0.5
     accuracy = ((margin > 0) == (preference > 0.5))[decided].float().mean()
     return loss, float(accuracy) if bool(decided.any()) else 0.5

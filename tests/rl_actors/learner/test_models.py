@@ -17,7 +17,7 @@ from rl_actors.contracts.rollouts import Routes, TrainingSample
 from rl_actors.learner import first_step_check
 from rl_actors.learner.models import LearnerModels
 from rl_actors.learner.update import PpoLearner
-from rl_actors.models.router_replay import record_routes
+from rl_actors.models.experts import record_routes
 from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 from tests.rl_actors.learner.test_update import PROBES, learner, logprobs, sample
 
