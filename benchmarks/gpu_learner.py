@@ -29,8 +29,13 @@ from torch import Tensor
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from rl_actors.algorithms import chunked_token_logprobs_and_entropy
-from rl_actors.models import allowed_pairs, eager_sink_attention, sink_attention, sorted_experts
+from rl_actors.models import (
+    allowed_pairs,
+    chunked_token_logprobs_and_entropy,
+    eager_sink_attention,
+    sink_attention,
+    sorted_experts,
+)
 
 # Dense bfloat16 peaks in TFLOP/s from NVIDIA's data sheets, by a word of the device's name.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}

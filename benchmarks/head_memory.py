@@ -19,8 +19,8 @@ import torch
 from resident import resident_mib
 from torch import Tensor
 
-from rl_actors.algorithms import chunked_token_logprobs_and_entropy
 from rl_actors.contracts import LOGIT_CHUNK_VALUES
+from rl_actors.models import chunked_token_logprobs_and_entropy
 
 Scores = tuple[Tensor, Tensor]
 

@@ -147,7 +147,7 @@ def bare_batches(samples: Sequence[TrainingSample]) -> list[TrainingBatch]:
     done = [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
     lengths = [len(sample.token_ids) for sample in done]
     plan = plan_microbatches(lengths, token_budget=BUDGET, max_waste_fraction=MAX_WASTE_FRACTION)
-    return [collate([done[index] for index in group]) for group in plan.groups]
+    return [collate([done[index] for index in group]) for group in plan]
 
 
 def bare_loss(logprobs_BT: Tensor, reference_BT: Tensor, batch: TrainingBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""How every benchmark writes its numbers down: with date, commit and hardware."""
+"""Numbers of a benchmark as JSON, with date, commit and hardware."""
 
 from __future__ import annotations
 

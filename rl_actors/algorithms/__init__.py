@@ -12,13 +12,7 @@ from rl_actors.algorithms.advantages import (
     token_rewards,
     whiten,
 )
-from rl_actors.algorithms.batching import (
-    TrainingBatch,
-    chunked_token_logprobs_and_entropy,
-    collate,
-    filler_batch,
-    plan_microbatches,
-)
+from rl_actors.algorithms.batching import TrainingBatch, collate, filler_batch, plan_microbatches
 from rl_actors.algorithms.calibration import (
     bradley_terry_loss,
     brier_score,

@@ -1,33 +1,41 @@
 """KL divergence to the reference: estimators for the reward, a loss with the true gradient, the adaptive coefficient.
 
-All three estimators are unbiased or low-bias as *values*. As *losses* under autograd they are not: k1 has expected
-gradient 0 and k3 that of the reverse divergence. Only k2's gradient, (log p - log ref) * grad log p, is the
-score-function gradient of KL(p || ref); `kl_loss` uses it whatever estimator it reports (arXiv 2506.09477;
-J. Schulman, "Approximating KL divergence", 2020).
+Sources: J. Schulman, "Approximating KL divergence" (2020); arXiv 2506.09477. Arguments are those of `losses`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from rl_actors.algorithms.losses import MAX_ABS_LOG_RATIO, LossOutput, aggregate, to_floats, token_share, zero_masked
-from rl_actors.contracts import MAX_RELATIVE_KL_ERROR, Aggregation, BadInputError, KLKind, require_choice
+from rl_actors.algorithms.losses import (
+    MAX_ABS_LOG_RATIO,
+    LossOutput,
+    aggregate,
+    require_one_of,
+    to_floats,
+    token_share,
+    zero_masked,
+)
+from rl_actors.contracts import MAX_RELATIVE_KL_ERROR, BadInputError
+
+if TYPE_CHECKING:
+    from rl_actors.contracts import Aggregation, KLKind
 
 
 def kl_estimate(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, *, kind: KLKind) -> Tensor:
-    """Per-token estimate of KL(policy || reference) in nats from tokens the policy sampled.
+    """Return the per-token estimate of KL(policy || reference) in nats from tokens the policy sampled; masks nothing.
 
     With d = log p - log ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d. k1 and k3 are unbiased, k3 is never negative.
-    Do not minimise the result: its gradient is wrong for k1 and k3 (see `kl_loss`). Nothing is masked here.
 
     Raises:
         BadInputError: unknown kind.
     """
-    require_choice("kind", kind, KLKind)
+    require_one_of("kind", kind, "k1", "k2", "k3")
     diff_BT = logprobs_BT - ref_logprobs_BT
     if kind == "k1":
         return diff_BT
@@ -49,22 +57,12 @@ def kl_loss(
     num_loss_tokens: float | None = None,
     num_sequences: float | None = None,
 ) -> LossOutput:
-    """KL(policy || reference) as a loss: value of the chosen estimator, expected gradient that of the KL itself.
+    """Return KL(policy || reference) as a loss: value of the chosen estimator, expected gradient that of the KL itself.
 
     Per token the gradient is w * (log p - log ref) * grad log p, the score-function term of the next-token KL; how an
-    earlier token changes later states is left to the reward form of the penalty. w = p / p_old (detached) makes both
-    value and gradient unbiased once the policy has moved away from the one that sampled.
-
-    Args:
-        logprobs_BT: learner log-probabilities in nats; the only input that receives a gradient.
-        ref_logprobs_BT: log-probabilities of the frozen reference.
-        loss_mask_BT: True on tokens the policy sampled.
-        kind: estimator reported as the value.
-        old_logprobs_BT: log-probabilities of the policy that sampled; None means strictly on-policy, w = 1.
-        correction_BT: engine-learner weights that multiply w, 0 for a rejected token; None means 1.
-        aggregation: see `losses.aggregate`.
-        num_loss_tokens: loss tokens of the whole global batch; None takes this call's own.
-        num_sequences: sequences of the whole global batch with a loss token; None takes this call's own.
+    earlier token changes later states is left to the reward form of the penalty. w = p / p_old (detached, times the
+    correction) makes both unbiased once the policy has moved away from the one that sampled; without old
+    log-probabilities w = 1, which is right strictly on-policy.
 
     Raises:
         BadInputError: unknown kind or aggregation.
@@ -72,6 +70,8 @@ def kl_loss(
     logps_BT = zero_masked(logprobs_BT, loss_mask_BT)
     frozen_BT, ref_BT = logps_BT.detach(), zero_masked(ref_logprobs_BT.detach(), loss_mask_BT)
     value_BT = kl_estimate(frozen_BT, ref_BT, kind=kind)
+    # All three are unbiased or low-bias as values; under autograd k1 has expected gradient 0, k3 that of the reverse
+    # divergence. Only k2's gradient is the score-function gradient of KL(p || ref), so it is taken for all of them.
     slope_BT = frozen_BT - ref_BT
     if old_logprobs_BT is not None:
         log_weight_BT = frozen_BT - zero_masked(old_logprobs_BT.detach(), loss_mask_BT)
@@ -80,21 +80,18 @@ def kl_loss(
     if correction_BT is not None:
         correction_BT = zero_masked(correction_BT.detach(), loss_mask_BT)
         value_BT, slope_BT = correction_BT * value_BT, correction_BT * slope_BT
-    loss = aggregate(
-        value_BT + slope_BT * (logps_BT - frozen_BT),
-        loss_mask_BT,
-        aggregation=aggregation,
-        num_loss_tokens=num_loss_tokens,
-        num_sequences=num_sequences,
-    )
+    # The last factor is 0 in value and grad log p in gradient: value and slope are set apart.
+    terms_BT = value_BT + slope_BT * (logps_BT - frozen_BT)
+    counts = {"num_loss_tokens": num_loss_tokens, "num_sequences": num_sequences}
+    loss = aggregate(terms_BT, loss_mask_BT, aggregation=aggregation, **counts)
     return LossOutput(loss, to_floats({"ref_kl": token_share(value_BT, loss_mask_BT, num_loss_tokens)}))
 
 
 @dataclass(slots=True)
 class AdaptiveKLController:
-    """Proportional controller of the KL coefficient (arXiv 1909.08593 section 2.2).
+    """Proportional controller of the KL coefficient (arXiv 1909.08593 section 2.2); `value` is the whole state.
 
-    beta *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon. `value` is the whole state: to resume, set it.
+    beta *= 1 + clip(kl / target - 1, -0.2, 0.2) * n / horizon.
 
     Args:
         init: first coefficient, > 0.
@@ -121,9 +118,9 @@ class AdaptiveKLController:
         """Return the new coefficient after `num_samples` samples showed a mean KL of `observed_kl`.
 
         Raises:
-            BadInputError: a non-finite KL (it would poison the coefficient for good), or so many samples that the
-                factor would not stay positive.
+            BadInputError: a non-finite KL, or so many samples that the factor would not stay positive.
         """
+        # It would poison the coefficient for good.
         if not math.isfinite(observed_kl):
             raise BadInputError("observed_kl", observed_kl, "stop the update: a non-finite KL is an instability")
         error = observed_kl / self.target - 1.0

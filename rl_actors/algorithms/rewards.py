@@ -11,7 +11,7 @@ from rl_actors.contracts import Rollout, Score
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardMix:
-    """What the terms weigh: the verified outcome, the critic by the rest, and a violation within the outcome."""
+    """Weight of the verified outcome, of which the critic has the rest, and what a violation takes off the outcome."""
 
     outcome_weight: float
     violation_penalty: float = 0.5
@@ -41,13 +41,7 @@ class RewardMix:
 RewardTerm = Callable[[RewardMix, Rollout, float], float]
 """(mix, rollout, critic score) -> the term's part of the reward, weighed."""
 
-
-def _outcome(mix: RewardMix, rollout: Rollout, _critic_score: float) -> float:
-    return mix.outcome_weight * mix.outcome_reward(rollout)
-
-
-def _critic(mix: RewardMix, _rollout: Rollout, critic_score: float) -> float:
-    return (1.0 - mix.outcome_weight) * critic_score
-
-
-REWARD_TERMS: Final[Mapping[str, RewardTerm]] = {"outcome": _outcome, "critic": _critic}
+REWARD_TERMS: Final[Mapping[str, RewardTerm]] = {
+    "outcome": lambda mix, rollout, _critic_score: mix.outcome_weight * mix.outcome_reward(rollout),
+    "critic": lambda mix, _rollout, critic_score: (1.0 - mix.outcome_weight) * critic_score,
+}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -112,58 +112,44 @@ class StopTraining(_Tripped):
 
 
 StabilityDecision = Continue | SkipUpdate | StopUpdate | RestoreLastGood | StopTraining
-Action = Literal["skip", "stop_update", "restore", "stop_training"]
+_Action = type[SkipUpdate] | type[StopUpdate] | type[RestoreLastGood] | type[StopTraining]
+_BY_STRENGTH: Final[tuple[_Action, ...]] = (StopTraining, RestoreLastGood, StopUpdate, SkipUpdate)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Tripwire:
-    """A row of the table below; `sign` is +1 for an upper limit, -1 for a lower one."""
+class _Tripwire(NamedTuple):
+    """`limit` is the field of `StabilityLimits`; `sign` is +1 for an upper limit, -1 for a lower one."""
 
     reason_code: ReasonCode
     metric: str
     limit: str
-    action: Action
+    action: _Action
     sign: int = 1
 
 
-_TRIPWIRES = (
-    _Tripwire(
-        reason_code="reward_outcome_divergence",
-        metric="reward_outcome_divergence",
-        limit="max_reward_outcome_divergence",
-        action="stop_training",
-    ),
-    _Tripwire(reason_code="entropy_collapse", metric="entropy", limit="min_entropy", action="restore", sign=-1),
-    _Tripwire(reason_code="target_kl", metric="approx_kl", limit="max_kl", action="stop_update"),
-    _Tripwire(reason_code="ratio", metric="ratio_max", limit="max_ratio", action="stop_update"),
-    _Tripwire(reason_code="clip_fraction", metric="clip_fraction", limit="max_clip_fraction", action="stop_update"),
-    _Tripwire(reason_code="grad_norm", metric="grad_norm", limit="max_grad_norm", action="skip"),
-    _Tripwire(reason_code="mismatch_mean", metric="mismatch_abs_mean", limit="max_mismatch_mean", action="skip"),
-    _Tripwire(reason_code="mismatch_max", metric="mismatch_abs_max", limit="max_mismatch_max", action="skip"),
-    _Tripwire(
-        reason_code="explained_variance",
-        metric="explained_variance",
-        limit="min_explained_variance",
-        action="skip",
-        sign=-1,
-    ),
+_TRIPWIRES: Final = (
+    _Tripwire("reward_outcome_divergence", "reward_outcome_divergence", "max_reward_outcome_divergence", StopTraining),
+    _Tripwire("entropy_collapse", "entropy", "min_entropy", RestoreLastGood, -1),
+    # The batch has moved the policy far enough: further steps on it are the harm, those before it are not.
+    _Tripwire("target_kl", "approx_kl", "max_kl", StopUpdate),
+    _Tripwire("ratio", "ratio_max", "max_ratio", StopUpdate),
+    _Tripwire("clip_fraction", "clip_fraction", "max_clip_fraction", StopUpdate),
+    _Tripwire("grad_norm", "grad_norm", "max_grad_norm", SkipUpdate),
+    _Tripwire("mismatch_mean", "mismatch_abs_mean", "max_mismatch_mean", SkipUpdate),
+    _Tripwire("mismatch_max", "mismatch_abs_max", "max_mismatch_max", SkipUpdate),
+    _Tripwire("explained_variance", "explained_variance", "min_explained_variance", SkipUpdate, -1),
 )
-_SEVERITY: dict[Action, int] = {"skip": 0, "stop_update": 1, "restore": 2, "stop_training": 3}
 
 
 def check_stability(metrics: Mapping[str, float], limits: StabilityLimits) -> StabilityDecision:
     """Compare the metrics of one minibatch, merged over all parts and ranks, with the limits.
 
-    Every rank must see the same metrics, or one would step where another skips. Any non-finite metric skips the step.
-    A limit whose metric is absent is not checked and named in `Continue.unchecked`. The strongest action wins; its
-    evidence comes first.
-
-    Args:
-        metrics: names as the functions of this package return them, plus `grad_norm`.
-        limits: see `StabilityLimits`.
+    `metrics` have the names that the functions of this package return, plus `grad_norm`. Any non-finite one skips the
+    step. A limit whose metric is absent is not checked and named in `Continue.unchecked`. The strongest action wins;
+    its evidence comes first.
     """
-    crossed: list[tuple[Action, Trip]] = [
-        ("skip", Trip(reason_code="non_finite", metric=name, value=value, limit=math.inf))
+    # Every rank must see the same metrics, or one would step where another skips and wait for it for ever.
+    crossed: list[tuple[_Action, Trip]] = [
+        (SkipUpdate, Trip(reason_code="non_finite", metric=name, value=value, limit=math.inf))
         for name, value in metrics.items()
         if not math.isfinite(value)
     ]
@@ -179,27 +165,23 @@ def check_stability(metrics: Mapping[str, float], limits: StabilityLimits) -> St
             crossed.append((wire.action, trip))
     if not crossed:
         return Continue(unchecked=tuple(unchecked))
-    crossed.sort(key=lambda pair: -_SEVERITY[pair[0]])
+    crossed.sort(key=lambda pair: _BY_STRENGTH.index(pair[0]))
     return _decision(crossed[0][0], tuple(trip for _, trip in crossed), limits)
 
 
 def escalate(
     decision: StabilityDecision, limits: StabilityLimits, *, consecutive_skips: int, restores: int
 ) -> StabilityDecision:
-    """Strengthen a decision that keeps coming back: skips become a restore, restores become the end of the run.
+    """Strengthen a decision of `check_stability` that keeps coming back.
 
-    Args:
-        decision: what `check_stability` said.
-        limits: see `StabilityLimits`.
-        consecutive_skips: steps skipped in a row, this one included.
-        restores: restores so far in this run, this one included.
+    Too many skips in a row become a restore, too many restores in a run its end; both counts include this decision.
     """
     if isinstance(decision, SkipUpdate) and consecutive_skips > limits.max_consecutive_skips:
         reason = _count_trip("repeated_skips", "consecutive_skips", consecutive_skips, limits.max_consecutive_skips)
-        return _decision("restore", (reason, *decision.trips), limits)
+        return _decision(RestoreLastGood, (reason, *decision.trips), limits)
     if isinstance(decision, RestoreLastGood) and restores > limits.max_restores:
         reason = _count_trip("repeated_restores", "restores", restores, limits.max_restores)
-        return _decision("stop_training", (reason, *decision.trips), limits)
+        return StopTraining(trips=(reason, *decision.trips))
     return decision
 
 
@@ -209,14 +191,10 @@ def reward_outcome_divergence(
     now_rewards: Sequence[float],
     now_outcomes: Sequence[float],
 ) -> float:
-    """How much more the learned reward rose than the verified outcome did, each in its own standard deviations.
+    """Return how much more the learned reward rose than the verified outcome did, each in its own standard deviations.
 
-    Two windows of rollouts, an early and a recent one. Each gain is the difference of means over the standard deviation
-    of both windows together, so it stays within +-2 for equal windows and is 0 for a constant. Near 0 the reward model
-    still measures what is verified; towards 1 and beyond the policy collects reward without doing the job.
-
-    Returns:
-        The divergence; 0.0 while either window is empty.
+    Two windows of rollouts, an early and a recent one; 0.0 while either is empty. Near 0 the reward model still
+    measures what is verified; towards 1 and beyond the policy collects reward without doing the job.
     """
     if not (before_rewards and now_rewards and before_outcomes and now_outcomes):
         return 0.0
@@ -224,6 +202,7 @@ def reward_outcome_divergence(
 
 
 def _standardised_gain(before: Sequence[float], now: Sequence[float]) -> float:
+    # Of both windows together: the gain then stays within +-2 for equal windows, and a constant has none.
     deviation = float(np.std([*before, *now]))
     return float(np.mean(now) - np.mean(before)) / deviation if deviation > 0 else 0.0
 
@@ -232,13 +211,7 @@ def _count_trip(reason_code: ReasonCode, metric: str, value: int, limit: int) ->
     return Trip(reason_code=reason_code, metric=metric, value=float(value), limit=float(limit))
 
 
-def _decision(action: Action, trips: tuple[Trip, ...], limits: StabilityLimits) -> StabilityDecision:
-    match action:
-        case "skip":
-            return SkipUpdate(trips=trips)
-        case "stop_update":
-            return StopUpdate(trips=trips)
-        case "restore":
-            return RestoreLastGood(trips=trips, learning_rate_factor=limits.restore_learning_rate_factor)
-        case "stop_training":
-            return StopTraining(trips=trips)
+def _decision(action: _Action, trips: tuple[Trip, ...], limits: StabilityLimits) -> StabilityDecision:
+    if issubclass(action, RestoreLastGood):
+        return action(trips=trips, learning_rate_factor=limits.restore_learning_rate_factor)
+    return action(trips=trips)

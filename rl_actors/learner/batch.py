@@ -67,7 +67,7 @@ def _microbatches(samples: Sequence[TrainingSample], token_budget: int, device: 
     lengths = [len(sample.token_ids) for sample in samples]
     budget = max(token_budget, *lengths)  # a sample longer than the budget stands alone
     plan = plan_microbatches(lengths, token_budget=budget, max_waste_fraction=MAX_WASTE_FRACTION)
-    batches = [collate([samples[index] for index in group]) for group in plan.groups]
+    batches = [collate([samples[index] for index in group]) for group in plan]
     # Every backward pass is a collective: a rank with fewer parts would leave the others waiting.
     batches += [filler_batch()] * (ranks.largest(len(batches)) - len(batches))
     return [Microbatch(batch.to(device)) for batch in batches]

@@ -1,12 +1,19 @@
-"""How a causal LM is loaded and scored: sinks, experts, heads, adapters."""
+"""Causal LMs to train: loading, scoring, attention sinks, experts, adapters, and the reward model."""
 
 from rl_actors.models.adapters import adapters_off, add_adapters, merged
-from rl_actors.models.experts import SORTED_EXPERTS, sorted_experts
+from rl_actors.models.experts import (
+    SORTED_EXPERTS,
+    engine_routes,
+    freeze_router,
+    record_routes,
+    replay_routes,
+    route_agreement,
+    router_parameters,
+    sorted_experts,
+)
 from rl_actors.models.loading import load_backbone, load_causal_lm
 from rl_actors.models.reward_model import RewardModel, pad_sequences
-from rl_actors.models.router_replay import record_routes, replay_routes, route_agreement
-from rl_actors.models.routers import engine_routes, freeze_router, router_parameters
-from rl_actors.models.scoring_head import score_tokens
+from rl_actors.models.scoring_head import chunked_token_logprobs_and_entropy, score_tokens
 from rl_actors.models.sinks import allowed_pairs, eager_sink_attention, sink_attention, use_sink_attention
 from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 from rl_actors.models.value_head import PolicyWithValue, TokenOutputs

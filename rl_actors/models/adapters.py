@@ -19,6 +19,7 @@ from rl_actors.contracts import BadInputError
 TARGETS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Projections of attention and of dense MLPs; fused experts have none of these names and stay frozen."""
 ALPHA_PER_RANK: Final = 2.0
+# peft's names: of an adapter, and of the frozen matrix inside an adapted module.
 _NAME: Final = "default"
 _BASE: Final = ".base_layer"
 
@@ -29,18 +30,16 @@ def add_adapters(model: nn.Module, rank: int) -> list[str]:
     Raises:
         BadInputError: The model has no projection that could take one.
     """
+    # Here, because peft is slow to import, and most recipes train all weights.
     from peft import LoraConfig, inject_adapter_in_model
 
-    names = [name for name, part in model.named_modules() if _takes_adapter(name, part)]
+    parts = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    names = [name for name, _ in parts if name.rpartition(".")[2] in TARGETS]
     if not names:
         raise BadInputError("recipe.lora_rank", rank, f"{type(model).__name__} has none of {', '.join(TARGETS)}; use 0")
     settings = LoraConfig(r=rank, lora_alpha=int(ALPHA_PER_RANK * rank), target_modules=names)
     inject_adapter_in_model(settings, model, _NAME)
     return names
-
-
-def _takes_adapter(name: str, part: nn.Module) -> bool:
-    return isinstance(part, nn.Linear) and name.rpartition(".")[2] in TARGETS
 
 
 @contextmanager
@@ -59,14 +58,16 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state dict of the model with every adapter added into its matrix, under the model's own names.
 
-    `state` holds whole tensors, by the names of `model.state_dict()`; it is not changed. Sums are taken in float32.
+    `state` holds whole tensors, by the names of `model.state_dict()`; it is not changed.
     """
-    scalings = {name: float(part.scaling[_NAME]) for name, part in _adapted(model)}
     found = {name.replace(_BASE, ""): x for name, x in state.items() if ".lora_" not in name}
-    for name, scaling in scalings.items():
+    for name, part in _adapted(model):
+        # In float32: an update is far smaller than the weight it is added to.
         a_RI, b_OR = (state[f"{name}.lora_{letter}.{_NAME}.weight"].float() for letter in "AB")
         weight = found[f"{name}.weight"]
-        found[f"{name}.weight"] = torch.add(weight.float(), b_OR @ a_RI, alpha=scaling).to(weight.dtype)
+        found[f"{name}.weight"] = torch.add(weight.float(), b_OR @ a_RI, alpha=float(part.scaling[_NAME])).to(
+            weight.dtype
+        )
     return found
 
 

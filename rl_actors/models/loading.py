@@ -29,7 +29,6 @@ _TOLERANCES: Final = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 
 _PROBE_WINDOW: Final = 4
 # More than two windows, so that a kernel which goes by blocks of a window has a whole block behind it.
 _PROBE_TOKENS: Final = 3 * _PROBE_WINDOW
-_PROBE_PADDING: Final = _PROBE_WINDOW
 
 
 def load_causal_lm(path: str | Path) -> Any:
@@ -49,12 +48,10 @@ def load_backbone(path: str | Path) -> Any:
 
 
 def _ready_to_train(model: Any) -> Any:
-    """Choose our paths for GPT-OSS on CPU; any other model, and any GPU, keeps Transformers' choice.
-
-    On a GPU the sink kernel has not been measured yet (`benchmarks/gpu_learner.py`); eager attention is right there.
-    """
+    """Choose our paths for GPT-OSS on CPU; any other model, and any GPU, keeps Transformers' choice."""
     if model.config.model_type != "gpt_oss":
         return model
+    # On a GPU the sink kernel has not been measured yet (`benchmarks/gpu_learner.py`); eager attention is right there.
     if not torch.cuda.is_available():
         use_sorted_experts(model)
         use_sink_attention(model)
@@ -65,14 +62,8 @@ def _ready_to_train(model: Any) -> Any:
 def check_sinks_reach_kernel(model: Any) -> float:
     """Run a few tokens and compare each layer's attention, whatever it is, with the definition: output and gradients.
 
-    Each head's sink is set to its mean LSE for the moment, where it holds half of the weight: a kernel that drops it is
-    then wrong by a factor of two. Windows are narrowed for the moment to a third of the probe, so that a kernel that
-    does not end at its window shows it. One sequence of two is padded: on the right, as training pads and as kernels
-    without a mask allow, then on the left, where only a mask keeps the padding out. Run it before parameters are
-    sharded; it costs six small attentions per layer.
-
-    Returns:
-        The largest error, as a fraction of the largest entry expected; 0 for a model without sinks.
+    Returns the largest error, as a fraction of the largest entry expected; 0 for a model without sinks. Run it before
+    parameters are sharded; it costs six small attentions per layer.
 
     Raises:
         AttestationError: a layer's sinks, window or padding do not act on output and gradients as the definition says.
@@ -82,7 +73,9 @@ def check_sinks_reach_kernel(model: Any) -> float:
         return 0.0
     ids_BT = (torch.arange(2 * _PROBE_TOKENS, device=modules[0].sinks.device) + 1) % model.config.vocab_size
     left_BT = torch.ones_like(ids_BT).view(2, -1)
-    left_BT[1, :_PROBE_PADDING] = 0
+    left_BT[1, :_PROBE_WINDOW] = 0
+    # Padding on the right, as training pads and as kernels without a mask allow, then on the left, where only a mask
+    # keeps it out.
     with _narrow_windows([model.config, *modules]):
         rows = [_layer_errors(model, modules, ids_BT.view(2, -1), mask_BT) for mask_BT in (left_BT.flip(1), left_BT)]
     errors = torch.tensor(rows).amax(0).tolist()  # keeps a NaN, which the builtin may lose
@@ -96,7 +89,8 @@ def check_sinks_reach_kernel(model: Any) -> float:
 
 @contextmanager
 def _narrow_windows(owners: Sequence[Any]) -> Iterator[None]:
-    """Narrow every sliding window: masks are built from the configuration's, kernels get the layer's."""
+    """Narrow every sliding window to a third of the probe, so that a kernel that does not end at it shows that."""
+    # Masks are built from the configuration's window, kernels get the layer's.
     before = [(owner, owner.sliding_window) for owner in owners if getattr(owner, "sliding_window", None)]
     try:
         for owner, window in before:
@@ -109,7 +103,7 @@ def _narrow_windows(owners: Sequence[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def _layer_errors(model: Any, modules: Sequence[Any], ids_BT: Tensor, mask_BT: Tensor) -> list[float]:
-    """Errors by layer for one padding; a layer that never called the attention interface has an infinite one."""
+    """Return errors by layer for one padding; a layer that never called the attention interface has an infinite one."""
     errors = dict.fromkeys(modules, torch.inf)
     name = model.config._attn_implementation
     eager: Any = getattr(inspect.getmodule(type(modules[0])), "eager_attention_forward", None)
@@ -128,18 +122,14 @@ def _layer_errors(model: Any, modules: Sequence[Any], ids_BT: Tensor, mask_BT: T
 
 
 def _sink_error(
-    original: Any,
-    module: Any,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    is_real_BT: Tensor,
-    mask: Any,
-    arguments: dict[str, Any],
+    original: Any, module: Any, qkv: Sequence[Tensor], is_real_BT: Tensor, mask: Any, arguments: dict[str, Any]
 ) -> float:
-    """Largest relative error of one layer's output and gradients; what padding itself computes is read by nobody."""
+    """Return the largest relative error of one layer's output at real tokens, and of its gradients."""
     scale, window = arguments["scaling"], getattr(module, "sliding_window", None)
     allowed = allowed_pairs(qkv[0], qkv[1], is_real_BT[:, None, None, :], True, window)
     lse_BHT = attention_scores(qkv[0], qkv[1], scale).masked_fill(~allowed, -torch.inf).logsumexp(-1)
     sinks_H, before_H, trains = module.sinks, module.sinks.detach().clone(), module.sinks.requires_grad
+    # Each sink at its head's mean LSE holds half of the weight: a kernel that drops it is wrong by a factor of two.
     sinks_H.requires_grad_(True).data.copy_(lse_BHT.transpose(1, 2)[is_real_BT].mean(0))
     try:
         inputs = query, key, value, _ = [*(x.detach().requires_grad_() for x in qkv), sinks_H]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from rl_actors.contracts import BadDataError
@@ -19,35 +20,29 @@ _CONFIG, _HEADS = "reward_model.json", "heads.safetensors"
 
 def pad_sequences(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return right-padded token ids and attention mask, [B, T]."""
-    length = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    attention = torch.zeros(len(rows), length, dtype=torch.long)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        attention[index, : len(row)] = 1
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    attention = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     return ids.to(device), attention.to(device)
 
 
 class RewardModel(torch.nn.Module):
-    """Scores finished runs. `temperature` divides the score margin, so that sigmoid(margin) is a calibrated chance."""
+    """Scores finished rollouts; with `temperature` dividing it, sigmoid(score margin) is a calibrated chance."""
 
     def __init__(self, backbone: PreTrainedModel, criteria: Sequence[str]) -> None:
-        """Put zero-initialised heads on a backbone; before training every run scores 0."""
+        """Put heads on a backbone."""
         super().__init__()
         self.backbone = backbone
         self.criteria = tuple(criteria)
         hidden = int(backbone.config.hidden_size)
         self.score_head = torch.nn.Linear(hidden, 1, bias=False)
         self.rubric_head = torch.nn.Linear(hidden, len(self.criteria))
+        # Before training every rollout scores 0: neither side of a pair starts ahead.
         for parameter in (self.score_head.weight, self.rubric_head.weight, self.rubric_head.bias):
             torch.nn.init.zeros_(parameter)
         self.temperature = 1.0
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return scores [B] in logits and rubric values [B, criteria] on the scale 0..1.
-
-        Padding must be on the right: the last attended position is read.
-        """
+        """Return scores [B] in logits and rubric values [B, criteria] on the scale 0..1, of sequences padded right."""
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         last = attention_mask.sum(dim=1) - 1
         pooled = hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
@@ -63,24 +58,23 @@ class RewardModel(torch.nn.Module):
         """Write backbone, heads and temperature."""
         path = Path(directory)
         self.backbone.save_pretrained(path)
-        heads = {f"score_head.{k}": v.contiguous() for k, v in self.score_head.state_dict().items()}
-        heads |= {f"rubric_head.{k}": v.contiguous() for k, v in self.rubric_head.state_dict().items()}
+        heads = {name: x.contiguous() for name, x in self.state_dict().items() if not name.startswith("backbone.")}
         save_file(heads, path / _HEADS)
-        (path / _CONFIG).write_text(
-            json.dumps({"criteria": list(self.criteria), "temperature": self.temperature}, indent=1), encoding="utf8"
-        )
+        config = json.dumps({"criteria": list(self.criteria), "temperature": self.temperature}, indent=1)
+        (path / _CONFIG).write_text(config, encoding="utf8")
 
     @classmethod
     def load(cls, directory: str | Path) -> RewardModel:
         """Read what `save` wrote, in float32, in evaluation mode.
 
         Raises:
-            BadDataError: A head is missing: it would score 0 and nobody would see why.
+            BadDataError: A head is missing.
         """
         path = Path(directory)
         config: dict[str, Any] = json.loads((path / _CONFIG).read_text(encoding="utf8"))
         model = cls(load_backbone(path), config["criteria"])
         missing = model.load_state_dict(load_file(path / _HEADS), strict=False).missing_keys
+        # A head that is not there would score 0, and nobody would see why.
         if lost := [name for name in missing if not name.startswith("backbone.")]:
             raise BadDataError("reward model", str(path), f"{_HEADS} lacks {', '.join(lost)}; train it again")
         model.temperature = float(config["temperature"])

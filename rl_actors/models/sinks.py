@@ -9,9 +9,7 @@ Backward, with P_ij = exp(S_ij - L_i), D_i = dO_i . O_i and p_i = exp(s - L_i) =
 
     dV_j = sum_i P_ij dO_i        dS_ij = P_ij (dO_i . V_j - D_i)        ds = -sum_i p_i D_i
 
-The first two are what a flash backward computes (Dao et al., FlashAttention, appendix B.4) from the `out` and `lse` it
-is handed: one call with the gated O and with L gives the exact dQ, dK, dV; the gate needs no backward of its own. Keys
-split over devices are merged first and gated once: a gate per part would count the sink once per part.
+The first two are what a flash backward computes (Dao et al., FlashAttention, appendix B.4).
 """
 
 from __future__ import annotations
@@ -50,7 +48,6 @@ def sink_attention(
     Args:
         query_BHTD: H query heads; the T queries are the last of the S positions.
         key_BKSD: K key heads, H a multiple of K.
-        value_BKSD: values.
         sinks_H: sink logits in nats; -inf is no sink.
         mask: bool, broadcast to [B, H, T, S], True where a query may attend; a row without any gives 0.
         is_causal: a query sees no later key.
@@ -84,7 +81,7 @@ def sink_attention(
 def eager_sink_attention(
     query_BHTD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, sinks_H: Tensor, allowed: Tensor, scale: float
 ) -> Tensor:
-    """The definition, with scores [B, H, T, S] in float32 or better: append the sink, softmax, drop the sink."""
+    """Return attention by its definition, in float32 or better: append the sink, softmax, drop the sink."""
     scores_BHTS = attention_scores(query_BHTD, key_BKSD, scale)
     scores_BHTS = scores_BHTS.masked_fill(~allowed, torch.finfo(scores_BHTS.dtype).min)
     sinks = sinks_H.to(scores_BHTS.dtype).view(1, -1, 1, 1).expand(*scores_BHTS.shape[:3], 1)
@@ -94,6 +91,7 @@ def eager_sink_attention(
 
 def gate_with_sink(out_BHTD: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> Tensor:
     """Return out * sigmoid(LSE - s): the sink's share taken out of a plain attention over *all* keys."""
+    # Keys split over devices are merged first and gated once: a gate per part would count the sink once per part.
     gate_BHT = torch.sigmoid(lse_BHT - sinks_H.to(lse_BHT.dtype)[:, None])
     return (out_BHTD * gate_BHT.unsqueeze(-1)).to(out_BHTD.dtype)
 
@@ -116,6 +114,8 @@ class _SinkAttention(torch.autograd.Function):
         grad_BHTD = _cut_blind(grad_outputs[0], mask)
         grad_BHTD = grad_BHTD if grad_BHTD.stride(-1) == 1 else grad_BHTD.contiguous()
         sinks_H1 = sinks_H.to(lse_BHT.dtype)[:, None]
+        # A flash backward goes by the output and LSE it is handed: given the gated O and L, its dQ, dK, dV are exact,
+        # and the gate needs no backward of its own.
         done = (out_BHTD, torch.logaddexp(lse_BHT, sinks_H1), rng)
         grads = _flash_backward(grad_BHTD, (query, key, value), _bias(mask, query), done, ctx.plan)
         dots_BHT = (grad_BHTD.to(lse_BHT.dtype) * out_BHTD).sum(-1)
@@ -138,12 +138,13 @@ class _Plan:
 
 
 def _kernel_for(query: Tensor, value: Tensor, *, needs_mask: bool) -> _KernelName | None:
-    """Return the kernel that fits. CUDA's FlashAttention-2 has windows, but neither masks nor float32."""
+    """Return the kernel that fits, or None."""
     head_dim, device = query.shape[-1], query.device.type
     if device == "cpu" and head_dim == value.shape[-1]:
         return "cpu_flash"
     if device != "cuda" or head_dim != value.shape[-1] or head_dim % 8 or query.dtype == torch.float64:
         return None
+    # CUDA's FlashAttention-2 has windows, but neither masks nor float32.
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     return "cuda_flash" if is_half and not needs_mask and head_dim <= 256 else "cuda_efficient"
 
@@ -197,10 +198,8 @@ def allowed_pairs(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bo
 
 
 def _banded(inputs: tuple[Tensor, ...], window: int, plan: _Plan) -> Tensor:
-    """Causal attention in a window of W as blocks of W queries that see the keys of their block and the one before.
-
-    A kernel without windows would compute all T^2 scores of a dense mask; here it computes 2 * T * W.
-    """
+    """Return causal attention in a window of W: blocks of W queries see the keys of their block and the one before."""
+    # A kernel without windows would compute all T^2 scores of a dense mask; here it computes 2 * T * W.
     query, key, value, sinks_H = inputs
     num_rows, _, length, _ = query.shape
     tail = -length % window
@@ -224,12 +223,10 @@ def _cut_blind(x_BHTD: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _bias(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """Return the additive mask [B, H, T, S], its rows at multiples of 16 elements as CUDA kernels want them.
-
-    A blind row sees all, lest a kernel divide 0 by 0; its output and gradient are cut.
-    """
+    """Return the additive mask [B, H, T, S], its rows at multiples of 16 elements as CUDA kernels want them."""
     if mask is None:
         return None
+    # A blind row sees all, lest a kernel divide 0 by 0; its output and gradient are cut.
     num_keys = mask.shape[-1]
     bias = query.new_zeros(*mask.shape[:-1], num_keys + -num_keys % 16)[..., :num_keys]
     return bias.masked_fill_(~mask & mask.any(-1, keepdim=True), -torch.inf).expand(*query.shape[:3], -1)
@@ -273,10 +270,8 @@ def _transformers_attention(
 
 
 def _transformers_mask(*, q_length: int, kv_length: int, **rest: Any) -> Tensor | None:
-    """Return Transformers' bool mask, or None where causality and the layer's window are all that limits a real token.
-
-    With padding on the right no real token sees a pad, and what pads compute is read by nobody.
-    """
+    """Return Transformers' bool mask, or None where causality and window are all that limits a real token."""
+    # With padding on the right no real token sees a pad, and what pads compute is read by nobody.
     mask_BT = rest.get("attention_mask")
     may_skip = rest.pop("allow_is_causal_skip", True) and q_length == kv_length
     is_plain = mask_BT is None or (mask_BT.shape[-1] == kv_length and (mask_BT[:, 1:] <= mask_BT[:, :-1]).all())

@@ -47,17 +47,15 @@ def tiny_config(
 
 
 def build_tiny_model(config: GptOssConfig, *, seed: int) -> GptOssForCausalLM:
-    """Build the model with weights that depend on `seed` alone, in float32.
-
-    The output matrix starts as a copy of the embeddings (they are not tied): a token that attention fetched is then
-    already half said, and copying is learned several times sooner.
-    """
+    """Build the model with weights that depend on `seed` alone, in float32."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
         model = GptOssForCausalLM(config).float()
         with torch.no_grad():
             model.model.embed_tokens.weight.normal_(0.0, EMBEDDING_STD)
+            # Not tied, but a copy to start from: a token that attention fetched is then already half said, and copying
+            # is learned several times sooner.
             model.lm_head.weight.copy_(model.model.embed_tokens.weight)
         return model
     finally:

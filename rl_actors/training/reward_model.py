@@ -123,8 +123,8 @@ def pair_loss(
     """Return the joint loss (scalar) and the share of pairs ranked as the annotators' majority does."""
     margin, rubric, targets = _score_pairs(model, batch, criteria, device)
     preference = torch.tensor([pair.preference for pair in batch], device=device)
-    loss = bradley_terry_loss(margin, preference).loss
-    loss = loss + rubric_weight * rubric_loss(rubric, targets, kind="regression").loss
+    loss = bradley_terry_loss(margin, preference)
+    loss = loss + rubric_weight * rubric_loss(rubric, targets)
     # A tie has no right order; where all are ties the mean would be NaN, and a half is what chance gives.
     decided = preference != 0.5
     accuracy = ((margin > 0) == (preference > 0.5))[decided].float().mean()

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cluster.pipeline.snapshot import NUM_RELEASES, read_demonstrations, read_tasks
+from cluster.pipeline.snapshot import read_demonstrations, read_tasks
+from cluster.spec import NUM_RELEASES
 from rl_actors.agent.renderers.harmony import HARMONY_TOKENS, HarmonyRenderer
 from rl_actors.contracts import Demonstration, Split, Task
 from rl_actors.contracts.errors import BadDataError, TamperedError

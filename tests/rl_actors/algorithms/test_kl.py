@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rl_actors.algorithms.kl import AdaptiveKLController, KLKind, kl_estimate, kl_loss
+from rl_actors.algorithms.kl import AdaptiveKLController, kl_estimate, kl_loss
 from rl_actors.contracts.errors import BadInputError
+from rl_actors.contracts.recipe import KLKind
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=40)

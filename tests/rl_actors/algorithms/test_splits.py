@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,18 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rl_actors.algorithms.advantages import spread_over_tokens
-from rl_actors.algorithms.batching import (
-    TrainingBatch,
-    chunked_token_logprobs_and_entropy,
-    collate,
-    filler_batch,
-    plan_microbatches,
-)
+from rl_actors.algorithms.batching import TrainingBatch, collate, filler_batch, plan_microbatches
 from rl_actors.algorithms.kl import kl_loss
 from rl_actors.algorithms.losses import policy_loss
 from rl_actors.contracts.rollouts import TrainingSample
+from rl_actors.models.scoring_head import chunked_token_logprobs_and_entropy
 
 torch.set_num_threads(1)
 quick = settings(deadline=None, max_examples=15)
@@ -75,10 +72,14 @@ def share(model: tuple[Tensor, Tensor], batch: TrainingBatch, counts: dict[str, 
     return policy + 0.1 * kl_loss(logprobs_BT, torch.full_like(logprobs_BT, -2.0), mask_BT, **leash).loss
 
 
+def num_sequences(batch: TrainingBatch) -> int:
+    return int(batch.loss_mask_BT.any(-1).sum())
+
+
 def counts_of(batches: Sequence[TrainingBatch]) -> dict[str, int]:
     return {
-        "num_loss_tokens": sum(batch.num_loss_tokens for batch in batches),
-        "num_sequences": sum(batch.num_sequences for batch in batches),
+        "num_loss_tokens": sum(int(batch.loss_mask_BT.sum()) for batch in batches),
+        "num_sequences": sum(num_sequences(batch) for batch in batches),
     }
 
 
@@ -106,15 +107,26 @@ def planned(
 ) -> list[list[TrainingBatch]]:
     """The microbatches of every rank, each padded to its own width, fillers where a rank has no work."""
     lengths = [len(sample.token_ids) for sample in samples]
-    plan = plan_microbatches(lengths, token_budget=budget, max_waste_fraction=0.3, pad_to_multiple=multiple)
-    padding: Any = {"pad_token_id": pad_token_id, "pad_to_multiple": multiple}
-    return [
-        [
-            collate([samples[i] for i in group], **padding) if group else filler_batch(pad_token_id=pad_token_id)
-            for group in groups
-        ]
-        for groups in dealt(plan.groups, lengths, num_ranks)
-    ]
+    plan = [tuple(group) for group in plan_microbatches(lengths, token_budget=budget, max_waste_fraction=0.3)]
+
+    def batch_of(group: tuple[int, ...]) -> TrainingBatch:
+        batch = collate([samples[i] for i in group]) if group else filler_batch()
+        return padded(batch, multiple=multiple, pad_token_id=pad_token_id)
+
+    return [[batch_of(group) for group in groups] for groups in dealt(plan, lengths, num_ranks)]
+
+
+def padded(batch: TrainingBatch, *, multiple: int, pad_token_id: int) -> TrainingBatch:
+    """The same samples, wider, with another token where none is."""
+    tail = -batch.token_ids_BT.shape[1] % multiple
+    attention_BT = pad(batch.attention_mask_BT, (0, tail))
+    return replace(
+        batch,
+        token_ids_BT=pad(batch.token_ids_BT, (0, tail)).masked_fill(~attention_BT, pad_token_id),
+        attention_mask_BT=attention_BT,
+        loss_mask_BT=pad(batch.loss_mask_BT, (0, tail)),
+        rollout_logprobs_BT=pad(batch.rollout_logprobs_BT, (0, tail)),
+    )
 
 
 def as_the_learner_does(seed: int, ranks: Ranks, **options: str) -> Result:
@@ -217,6 +229,6 @@ def test_control_other_denominators_fail_for_loss_and_gradient(
     samples = samples_of([16, 15, 5, 4, 3], seed, density=1.0)
     ranks = planned(samples, budget=16, num_ranks=2, multiple=1, pad_token_id=0)
     # Every count of a part is uneven, and one rank has a filler.
-    assert [[batch.num_sequences for batch in batches] for batches in ranks] == [[1, 0], [1, 3]]
+    assert [[num_sequences(batch) for batch in batches] for batches in ranks] == [[1, 0], [1, 3]]
     found = split_errors(wrong, samples, seed, ranks, kind=kind, aggregation=aggregation)
     assert min(found.values()) > 1e-9

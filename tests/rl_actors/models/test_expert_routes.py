@@ -32,10 +32,21 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from rl_actors.contracts.errors import BadInputError
-from rl_actors.models.experts import SORTED_EXPERTS, sorted_experts
+from rl_actors.models.experts import (
+    _GATES,
+    NO_ROUTE,
+    ROUTES_DTYPE,
+    SORTED_EXPERTS,
+    RecordedRoutes,
+    engine_routes,
+    freeze_router,
+    record_routes,
+    replay_routes,
+    route_agreement,
+    router_parameters,
+    sorted_experts,
+)
 from rl_actors.models.loading import load_causal_lm
-from rl_actors.models.router_replay import ROUTES_DTYPE, RecordedRoutes, record_routes, replay_routes, route_agreement
-from rl_actors.models.routers import _GATES, NO_ROUTE, engine_routes, freeze_router, router_parameters
 from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 
 torch.set_num_threads(1)
