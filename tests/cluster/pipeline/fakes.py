@@ -22,9 +22,9 @@ from cluster.registry.traces import MirrorReport, SampledTrace
 from cluster.spec.spec import WorkflowSpec, load_spec, override
 from cluster.workflows import find_workflow, locate_workflow
 from cluster.workflows.support_desk import SupportDesk
+from rl_actors.contracts import AgentLimits, Demonstration, Outcome, RolloutRequest, Split, Task
 from rl_actors.contracts.errors import InfrastructureError
 from rl_actors.contracts.rollouts import Completion, Rollout, ToolCall, ToolResult, Turn
-from rl_actors.contracts.tasks import AgentLimits, Demonstration, Outcome, RolloutRequest, Split, Task
 from rl_actors.contracts.versions import Calibration, DataSnapshot, PolicyKind, PolicyVersion, RewardModelVersion
 from rl_actors.environment.workflow import WorkflowRef
 from tests.cluster.workflows.desk_runs import calls_of, reply_of, right, score, wrong

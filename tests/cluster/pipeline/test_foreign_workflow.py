@@ -28,9 +28,9 @@ from cluster.workflows import PATH_VARIABLE
 from rl_actors.agent.executor import Toolset
 from rl_actors.agent.renderers.harmony import HarmonyRenderer
 from rl_actors.agent.rollout import RolloutPorts, run_rollout
+from rl_actors.contracts import Demonstration, RolloutRequest, Task
 from rl_actors.contracts.errors import BadDataError, BadInputError
 from rl_actors.contracts.rollouts import Rollout
-from rl_actors.contracts.tasks import Demonstration, RolloutRequest, Task
 from rl_actors.sandbox.process import ProcessSandbox
 from tests.cluster.pipeline.fakes import SMALL, DeskRun, build_model, freeze_data
 from tests.rl_actors.fakes import ScriptedEngine

@@ -15,9 +15,9 @@ import pytest
 from cluster.pipeline import preferences, sampling
 from cluster.pipeline.preferences import collect_preferences, label_rows, preference_rows, read_pairs, sample_baseline
 from cluster.pipeline.snapshot import read_table, read_tasks, write_snapshot
+from rl_actors.contracts import Outcome, Task
 from rl_actors.contracts.errors import BadDataError, InfrastructureError, StageRefusedError, TamperedError
 from rl_actors.contracts.rollouts import Rollout, RolloutStatus
-from rl_actors.contracts.tasks import Outcome, Task
 from rl_actors.contracts.versions import DataSnapshot, PolicyVersion
 from rl_actors.durable.metrics_log import read_metrics
 from rl_actors.environment.workflow import RolloutView, RubricCriterion

@@ -9,7 +9,7 @@ import pytest
 from cluster.pipeline import sampling
 from cluster.pipeline.sampling import agent_limits, open_pool
 from cluster.plan.placement import NUM_THREADS
-from rl_actors.contracts.tasks import Outcome
+from rl_actors.contracts import Outcome
 from tests.cluster.pipeline.fakes import PoolRecorder, make_policy, make_run
 
 SFT = make_policy("/models/sft", "sft-1", "sft")

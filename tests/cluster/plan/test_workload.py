@@ -29,8 +29,8 @@ from cluster.plan.workload import (
 from cluster.spec.spec import WorkflowSpec, charter_answers, load_spec, override
 from cluster.workflows import find_workflow
 from cluster.workflows.support_desk import SupportDesk
+from rl_actors.contracts import Demonstration, Task
 from rl_actors.contracts.errors import BadInputError
-from rl_actors.contracts.tasks import Demonstration, Task
 from tests.cluster.pipeline.fakes import SMALL, freeze_data, make_run
 
 GOOD = Workload(mean_tool_calls=1.8, tickets_per_day=20_000, tickets_to_verdict=1300)

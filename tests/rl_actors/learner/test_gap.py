@@ -6,12 +6,15 @@ import math
 
 import pytest
 import torch
-from rl_actors.learner.loss import GlobalCounts, correct, finish_look, look_shares
 from torch import Tensor
 
 from rl_actors.algorithms.batching import TrainingBatch
 from rl_actors.contracts.recipe import CorrectionMode, Recipe
 from rl_actors.learner.batch import Microbatch
+from rl_actors.learner.objective import GlobalCounts
+from rl_actors.learner.objective import correct_mismatch as correct
+from rl_actors.learner.objective import mismatch_metrics as finish_look
+from rl_actors.learner.objective import mismatch_shares as look_shares
 
 MODES: list[CorrectionMode] = ["none", "token_tis", "sequence_tis", "sequence_mask", "token_icepop"]
 MASK = torch.tensor([[True, True, False], [True, True, True]])
