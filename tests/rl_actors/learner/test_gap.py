@@ -11,10 +11,7 @@ from torch import Tensor
 from rl_actors.algorithms.batching import TrainingBatch
 from rl_actors.contracts.recipe import CorrectionMode, Recipe
 from rl_actors.learner.batch import Microbatch
-from rl_actors.learner.objective import GlobalCounts
-from rl_actors.learner.objective import correct_mismatch as correct
-from rl_actors.learner.objective import mismatch_metrics as finish_look
-from rl_actors.learner.objective import mismatch_shares as look_shares
+from rl_actors.learner.objective import correct_mismatch, mismatch_metrics
 
 MODES: list[CorrectionMode] = ["none", "token_tis", "sequence_tis", "sequence_mask", "token_icepop"]
 MASK = torch.tensor([[True, True, False], [True, True, True]])
@@ -33,9 +30,8 @@ def gap(
         routes_LBTK=torch.empty(0, *mask.shape, 0, dtype=torch.int16),
     )  # fmt: skip
     batch = Microbatch(inputs, old_logprobs=rollout + rho.log(), ref_logprobs=rollout)
-    correct(batch, Recipe(correction=mode, **options))  # pyright: ignore[reportArgumentType]
-    counts = GlobalCounts(num_loss_tokens=float(mask.sum()), num_sequences=float(mask.any(-1).sum()))
-    found = finish_look(look_shares(batch, torch.zeros_like(rho), counts))
+    correct_mismatch(batch, Recipe(correction=mode, **options))  # pyright: ignore[reportArgumentType]
+    found = mismatch_metrics([batch], [torch.zeros_like(rho)])
     return {name: value for name, value in found.items() if name.startswith("mismatch_")}
 
 
