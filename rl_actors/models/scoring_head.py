@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rl_actors.algorithms import zero_masked
 from rl_actors.contracts import LOGIT_CHUNK_VALUES, BadInputError
 
 _CHECK_IDS: Final = ((1, 2, 3, 4, 5, 6, 7, 8),)
@@ -90,7 +89,7 @@ def score_tokens(
     outputs = model(**inputs, output_hidden_states=True)
     logprobs_BT, entropy_BT = token_logprobs_and_entropy(outputs.logits, token_ids_BT, temperature)
     if mask_BT is not None:
-        logprobs_BT, entropy_BT = zero_masked(logprobs_BT, mask_BT), zero_masked(entropy_BT, mask_BT)
+        logprobs_BT, entropy_BT = (x_BT.masked_fill(~mask_BT, 0.0) for x_BT in (logprobs_BT, entropy_BT))
     return TokenScores(logprobs_BT, entropy_BT, outputs.hidden_states[-1])
 
 

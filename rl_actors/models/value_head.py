@@ -10,12 +10,15 @@ from rl_actors.models.scoring_head import score_tokens, shift_right
 
 
 class TokenOutputs(NamedTuple):
-    """Per-token learner outputs, aligned with the token they belong to; column 0 is never sampled and holds 0."""
+    """Per-token learner outputs, aligned with the token they belong to; column 0 is never sampled and holds 0.
+
+    `final_values_B` is V(state after the last token), which a truncated rollout would go on from.
+    """
 
     logprobs_BT: torch.Tensor
     entropy_BT: torch.Tensor
     values_BT: torch.Tensor
-    final_values_B: torch.Tensor  # V(state after the last token): what a truncated rollout would go on from
+    final_values_B: torch.Tensor
 
 
 class PolicyWithValue(torch.nn.Module):
