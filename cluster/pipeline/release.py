@@ -322,6 +322,7 @@ def gateway_config(spec: WorkflowSpec, folder: RunFolder) -> GatewayConfig:
 def platform_config(spec: WorkflowSpec) -> PlatformConfig:
     """Return how Serve runs for a run's releases."""
     gpus = spec.cluster.gpus_per_rollout_worker
+    # Two engines at a time share the cores: stable and candidate.
     return PlatformConfig(http_port=spec.cluster.serve_port, engine_threads=threads_each(2), gpus_per_policy=gpus)
 
 
