@@ -67,6 +67,7 @@ def baseline_of(
         if reward is not None:  # a trained baseline will have the base model's tokenizer
             require_same_tokenizer(reward, registered_directory(REWARD_MODEL, reward), Path(base.path))
         return train()
+    # Registered by an older seatrial, which did not write it down; the bundle must name some base model.
     if not pin.parent_sha256:
         note(f"{pin.name} was registered without its base model; the bundle names this run's")
     return replace(pin, path=str(adopt(BASELINE, pin, directory)))
@@ -87,6 +88,7 @@ def reward_model_of(
     """
     if pin is None:
         return train()
+    # Of the copy, not of the source: what is read is then what is used.
     adopt(REWARD_MODEL, pin, directory)
     calibration = accepted_calibration(spec, pin, directory)
     require_same_tokenizer(pin, directory, Path(baseline.path))
@@ -154,6 +156,7 @@ def require_long_enough(pin: PolicyVersion, max_length: int) -> None:
     """Refuse a baseline that cannot read a whole rollout; a model that names no limit has none."""
     file = Path(pin.path) / "config.json"
     config = json.loads(file.read_text(encoding="utf8")) if file.is_file() else {}
+    # Not every architecture has a table of positions.
     limit = config.get("max_position_embeddings", max_length)
     if limit < max_length:
         remedy = f"reads at most {limit} tokens, model.max_length is {max_length}; lower that, or pin another version"

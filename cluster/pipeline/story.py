@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cluster.pipeline import bench, evaluation, pinned, preferences, records, release, training
+from cluster.pipeline import evaluation, pinned, preferences, records, release, training
 from cluster.pipeline.run import Learned, Run, Watch
 from cluster.pipeline.snapshot import freeze_snapshot
 from cluster.plan import place
@@ -48,7 +48,7 @@ def _learn_and_release(run: Run, spec: WorkflowSpec, registry: Registry, pins: P
     workflow = find_workflow(spec.workflow.name)
     # First: what cannot be is refused before any training.
     plan = release.release_plan(spec, workflow.critical_checks, may_promote=True)
-    bench.require_room(spec, run.folder, until)
+    release.require_room(spec, run.folder, until)
     learned = _learn(run, spec, workflow, pins)
     if until == "ppo":
         return records.summarise(run, spec, learned.trained)
@@ -65,7 +65,7 @@ def _learn_and_release(run: Run, spec: WorkflowSpec, registry: Registry, pins: P
     snapshot, versions, critic = learned.snapshot, registry.versions, learned.reward_model.path
     bundle = records.make_bundle(spec, workflow, evaluation.read_suites(snapshot), learned)
     bundle.write(run.folder.bundle)
-    with bench.ReleaseBench(spec, run.folder, workflow, snapshot, versions, critic, run.watch.progress) as site:
+    with release.ReleaseBench(spec, run.folder, workflow, snapshot, versions, critic, run.watch.progress) as site:
         releases = release.release_all(run, spec.seed, plan, learned, bundle, versions, site)
     return records.finish(run, spec, registry, bundle, learned, report, releases)
 

@@ -1,4 +1,13 @@
 """Reaching a Ray cluster: connection, placement groups, jobs."""
 
-from cluster.ray_cluster.connection import connected, has_room, join, offer_token, placed
-from cluster.ray_cluster.jobs import connect, entrypoint, follow, submit
+from cluster.ray_cluster.connection import (
+    connect,
+    connected,
+    entrypoint,
+    follow,
+    has_room,
+    join,
+    offer_token,
+    placed,
+    submit,
+)

@@ -111,6 +111,7 @@ def feedback_rows(trace: SampledTrace) -> tuple[FeedbackRow, ...]:
 
 def sampled_traces(traces: Iterable[LiveTrace], ledger: RequestLedger, count: int) -> list[SampledTrace]:
     """Join kept traces with their ledger rows; at most `count`, newest first, up to half of them overridden ones."""
+    # One pass over the ledger: it is a file of this run, and traces are kept for a tenth of its requests.
     rows = {record.run_id: record for record in ledger.rows()}
     known = [trace for trace in reversed(list(traces)) if trace.run_id in rows]
     overridden = [trace for trace in known if rows[trace.run_id].human_override]

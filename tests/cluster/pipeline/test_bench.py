@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from cluster.pipeline import bench as bench_module
-from cluster.pipeline.bench import NUM_RELEASES, ReleaseBench, live_tasks, require_room
-from cluster.pipeline.release import release_plan
+from cluster.pipeline import release as bench_module
+from cluster.pipeline.release import NUM_RELEASES, ReleaseBench, live_tasks, release_plan, require_room
 from cluster.pipeline.snapshot import read_tasks
 from cluster.plan.placement import NUM_THREADS
 from cluster.records.run_folder import recorded_gateway

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,9 +155,7 @@ def test_run_reaches_the_pipeline_with_it(folder: Path, monkeypatch: pytest.Monk
             bundle_id="b" * 64, exit_code=0, paths=RunPaths(folder=str(run_folder.root)),
         )  # fmt: skip
 
-    module = ModuleType("cluster.pipeline.story")
-    module.run_pipeline = run_pipeline  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "cluster.pipeline.story", module)
+    monkeypatch.setattr("cluster.pipeline.run_pipeline", run_pipeline)
     assert seatrial("run", NAME, "--json").exit_code == 0
     assert seen == [NAME]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cluster.pipeline import bench, evaluation, preferences, records, release, training
+from cluster.pipeline import evaluation, preferences, records, release, training
 from cluster.pipeline import story as pipeline
 from cluster.pipeline.run import Learned, Run
 from cluster.pipeline.story import run_pipeline
@@ -167,15 +167,14 @@ def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Story:
         training: ("build_base", "train_baseline", "train_reward_model", "train_policy"),
         preferences: ("collect_preferences", "read_pairs"),
         evaluation: ("evaluate", "read_suites", "require_offline_gates"),
-        release: ("release_all",),
-        bench: ("require_room",),
+        release: ("release_all", "require_room"),
         records: ("make_bundle", "finish", "registry_of"),
         pipeline: ("connected", "freeze_snapshot"),
     }
     for module, names in places.items():
         for name in names:
             monkeypatch.setattr(module, name, getattr(told, name))
-    monkeypatch.setattr(bench, "ReleaseBench", told.bench)
+    monkeypatch.setattr(release, "ReleaseBench", told.bench)
     return told
 
 

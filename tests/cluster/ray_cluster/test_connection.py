@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import re
@@ -96,7 +97,8 @@ class FakeRay:
 @pytest.fixture
 def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay({"CPU": 8.0})
-    monkeypatch.setattr(ray_runtime, "ray", fake)
+    for name in ("is_initialized", "init", "cluster_resources", "shutdown"):
+        monkeypatch.setattr(ray, name, getattr(fake, name))
     monkeypatch.setattr(ray_runtime, "listens", lambda _host, _port, _timeout_s: True)
     return fake
 
@@ -258,7 +260,9 @@ class Groups:
 def groups(monkeypatch: pytest.MonkeyPatch) -> Groups:
     fake = Groups()
     monkeypatch.setattr(ray_runtime, "reserve", fake.reserve)
-    monkeypatch.setattr(ray_runtime, "remove_placement_group", fake.removed.append)
+    # By the module's name: `ray.util.placement_group` is a function too.
+    module = importlib.import_module("ray.util.placement_group")
+    monkeypatch.setattr(module, "remove_placement_group", fake.removed.append)
     return fake
 
 

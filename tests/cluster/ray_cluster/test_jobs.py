@@ -14,7 +14,7 @@ import yaml
 
 from cluster.cli import submit as cli_submit
 from cluster.cli.answer import Scene
-from cluster.ray_cluster.jobs import (
+from cluster.ray_cluster.connection import (
     MAX_MISSED_POLLS,
     PACKAGES,
     PROJECT_ROOT,
@@ -222,7 +222,7 @@ def test_a_real_job_server_runs_what_was_shipped():
     import ray
 
     program = (
-        "import cluster.ray_cluster.jobs as j, cluster.spec.spec as s; "
+        "import cluster.ray_cluster.connection as j, cluster.spec.spec as s; "
         f"print('ran', s.load_spec({SPEC_FILE!r}).seed, str(j.PROJECT_ROOT) != {str(PROJECT_ROOT)!r})"
     )
     context = ray.init(
