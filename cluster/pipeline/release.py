@@ -36,7 +36,7 @@ from rl_actors.durable import write_json
 from rl_actors.environment import Workflow
 from serving.contracts import Canary, RampStep, Release, ReleasePlan, ReleaseState
 from serving.platform import CRITIC, PlatformConfig, ServePlatform
-from serving.release import TERMINAL, Aliases, LedgerEvidence, ReleaseController
+from serving.release import TERMINAL, Aliases, ReleaseController, open_release
 from serving.split import SplitStore
 from serving.store import GatewayConfig, RequestLedger, ServedPolicy
 
@@ -221,20 +221,18 @@ class ReleaseBench:
         self.platform.candidate = candidate.version
         name = f"{self._folder.run_id}-{index}"
         release = Release(release_id=name, stable=stable.version, candidate=candidate.version)
-        over, splits = threading.Event(), SplitStore(self._gateway.files.split)
+        over = threading.Event()
         tasks, book = live_tasks(self._snapshot, index), TicketBook(directory / "tickets.jsonl")
         with closing(RequestLedger(self.ledger_path, owner="controller")) as ledger:
             traffic = TrafficThread(self._driver(name, book), tasks, over, self._report, index)
-            controller = ReleaseController(
+            controller = open_release(
                 release,
                 plan,
                 directory=directory,
-                splits=splits,
+                split_directory=self._gateway.files.split,
+                ledger=ledger,
                 platform=self.platform,
-                evidence=LedgerEvidence(ledger, splits),
                 aliases=self._aliases,
-                clock=time.time,
-                sleep=time.sleep,
             )
             traffic.start()
             try:
