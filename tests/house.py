@@ -163,7 +163,7 @@ def house_numbers() -> list[Number]:
     sources = read_sources(*PACKAGES)
     graph, with_types = import_graph(sources, with_types=False), import_graph(sources, with_types=True)
     (folder, size), *_ = folder_sizes(sources).most_common(1)
-    share = 100 * len(one_importer(graph)) / len(sources)
+    share = 100 * len(one_importer(with_types)) / len(sources)
     loops = cycles(with_types)
     chain = () if loops else longest_chain(graph)
     height, longest = max((text.count("\n"), path) for path, text in sources.items())

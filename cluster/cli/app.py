@@ -111,12 +111,20 @@ def plan(spec: SpecArgument, settings: SetOption = None, explain: ExplainOption 
 @answers
 def preflight(spec: SpecArgument, settings: SetOption = None) -> Reply:
     """Check that this machine can finish the run."""
-    from cluster.cli.preflight import check
+    from cluster.cli.plan import check_here
 
-    return check(requested_spec(RunRequest(spec=spec, settings=settings or ())))
+    return check_here(requested_spec(RunRequest(spec=spec, settings=settings or ())))
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
+def _serve_run(port: int, run_id: str) -> Reply:
+    # Imported here: most runs end without a service.
+    from cluster.cli.service import bring_up
+    from cluster.service import ServicePorts
+
+    return bring_up(ServicePorts(gateway=port), run_id=run_id)
+
+
 def _add_run_command(name: str, until: str, says: str) -> None:
     """Add a command that runs the pipeline up to a stage; all four read the same words."""
 
@@ -134,7 +142,7 @@ def _add_run_command(name: str, until: str, says: str) -> None:
         from cluster.cli.run import finish_run
 
         words = RunRequest(spec=spec, settings=settings or (), address=address, run_id=run_id, resume=resume)
-        return finish_run(words, scene, name=name, until=until, keep_serving=keep_serving)
+        return finish_run(words, scene, name=name, until=until, serve=_serve_run if keep_serving else None)
 
 
 _add_run_command("run", "", "Run every stage, from data to a released policy.")

@@ -1,4 +1,7 @@
-"""`plan`: tables of the run in numbers and of what its changes do, or a knob explained; they fit 80 columns."""
+"""`plan` and `preflight`: the run in numbers, what its changes do, a knob explained; and whether this machine can.
+
+Tables fit 80 columns.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,21 @@ from cluster.plan import (
     Change,
     Comparison,
     Explanation,
+    PreflightItem,
     RunPlan,
     Shift,
     Workload,
+    check_machine,
     compare,
     explain,
     measure_workload,
     plan_run,
+    probe_machine,
 )
+from cluster.records import seatrial_home
 from cluster.spec import WorkflowSpec, charter_answers, load_spec
 from cluster.workflows import find_workflow, spec_file
+from rl_actors.durable import encode
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 _MAX_VALUE: Final = 44  # letters of a knob's value; a longer one is cut
@@ -250,3 +258,22 @@ def factor_text(before: float, after: float) -> str:
         return f"{sign} {times:,.0f}" if times >= 99.5 else f"{sign} {times:.3g}"
     percent = 100 * (ratio - 1)
     return f"{percent:+.0f} %" if abs(percent) >= 9.95 else f"{percent:+.1f} %"
+
+
+def check_here(spec: WorkflowSpec) -> Reply:
+    """Look at this machine; exit code 3 when it cannot finish the run."""
+    home = seatrial_home()
+    items = check_machine(spec, probe_machine(spec, home), home, plan_run(spec).peak_memory_bytes)
+    return Reply(
+        data={"checks": encode(items)}, show=_check_table(items), exit_code=0 if all(i.ok for i in items) else 3
+    )
+
+
+def _check_table(items: list[PreflightItem]) -> Table:
+    table = Table(box=None)
+    for column in ("", "check", "found", "remedy"):
+        table.add_column(column, overflow="fold")
+    for item in items:
+        mark = Text("ok", style="green") if item.ok else Text("NO", style="bold red")
+        table.add_row(mark, item.name, Text(item.found), Text(item.remedy))
+    return table

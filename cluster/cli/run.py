@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 from rich.console import Console
@@ -14,9 +15,14 @@ from cluster.plan import measure_workload
 from cluster.records import RunFolder, RunSummary, seatrial_home
 from cluster.workflows import find_workflow
 
+Serve = Callable[[int, str], Reply]
 
-def finish_run(request: RunRequest, scene: Scene, *, name: str, until: str, keep_serving: bool) -> Reply:
-    """Run the pipeline up to stage `until`, empty for all of it; `name` is the command's."""
+
+def finish_run(request: RunRequest, scene: Scene, *, name: str, until: str, serve: Serve | None) -> Reply:
+    """Run the pipeline up to stage `until`, empty for all of it, then `serve` what it promoted.
+
+    `name` is the command's; `serve` takes the gateway's port and the run's id.
+    """
     home = seatrial_home()
     spec, folder = open_run(request, home)
     require_machine(spec, home, until, is_resumed=bool(request.resume))
@@ -36,16 +42,8 @@ def finish_run(request: RunRequest, scene: Scene, *, name: str, until: str, keep
                 watch.note(f"doubtful workload: {warning}")
 
         summary = run_pipeline(spec, folder, watch, until=until, begin=begin)
-    served = _serve(folder, spec.cluster.serve_port) if keep_serving and summary.exit_code == 0 else None
+    served = serve(spec.cluster.serve_port, folder.run_id) if serve and summary.exit_code == 0 else None
     return _ending(summary, served)
-
-
-def _serve(folder: RunFolder, port: int) -> Reply:
-    # Imported here: most runs end without a service.
-    from cluster.cli.service import bring_up
-    from cluster.service import ServicePorts
-
-    return bring_up(ServicePorts(gateway=port), run_id=folder.run_id)
 
 
 def _ending(summary: RunSummary, served: Reply | None) -> Reply:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-from serving.contracts.requests import TrafficWindow
+if TYPE_CHECKING:
+    from serving.contracts.requests import TrafficWindow
 
 Verdict = Literal["pass", "fail", "inconclusive", "invalid"]
 Evidence = Mapping[str, float | str]

@@ -19,7 +19,7 @@ from cluster.workflows import locate_workflow
 from rl_actors.agent.renderers.harmony import demonstration_texts, train_tokenizer
 from rl_actors.contracts.errors import BadInputError, EngineError
 from rl_actors.contracts.tasks import AgentLimits, Task
-from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
+from rl_actors.models.loading import build_tiny_model, tiny_config
 from serving.contracts.release import SplitRecord
 from serving.platform.serve import PlatformConfig, ServePlatform
 from serving.split.record import SplitStore

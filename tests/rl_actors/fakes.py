@@ -36,7 +36,7 @@ def renderer() -> HarmonyRenderer:
 
 def save_tiny_model(directory: Path, *, seed: int) -> Path:
     """Write an untrained model with a real tokenizer."""
-    from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
+    from rl_actors.models.loading import build_tiny_model, tiny_config
 
     tokenizer = train_tokenizer(TEXTS, vocab_size=330)
     config = tiny_config(

@@ -247,7 +247,7 @@ def test_preflight_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, free: 
     from dataclasses import replace
 
     machine = replace(GOOD_MACHINE, port_is_free=free)
-    monkeypatch.setattr("cluster.cli.preflight.probe_machine", lambda _spec, _home: machine)
+    monkeypatch.setattr("cluster.cli.plan.probe_machine", lambda _spec, _home: machine)
     result = seatrial("preflight", "support_desk")
     assert result.exit_code == code
     assert ("cluster.serve_port" in " ".join(result.stdout.split())) == (not free)

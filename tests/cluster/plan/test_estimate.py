@@ -77,7 +77,7 @@ def test_the_tiny_shape_counts_what_transformers_builds(hidden: int, layers: int
     import torch
     from transformers import GptOssForCausalLM
 
-    from rl_actors.models.tiny_gpt_oss import tiny_config
+    from rl_actors.models.loading import tiny_config
 
     model = ModelSection(hidden_size=hidden, num_layers=layers, num_experts=experts, vocab_size=vocab)
     config = tiny_config(
@@ -286,7 +286,7 @@ def test_a_recipe_without_a_critic_has_no_memory_for_one():
 def test_the_value_head_is_counted_as_it_is_built():
     import torch
 
-    from rl_actors.models.value_head import PolicyWithValue
+    from rl_actors.models.attachments import PolicyWithValue
 
     head = PolicyWithValue(torch.nn.Identity(), 64).value_head
     assert value_head_params(64) == sum(parameter.numel() for parameter in head.parameters())

@@ -22,8 +22,8 @@ from rl_actors.algorithms.batching import collate
 from rl_actors.contracts.errors import AttestationError, EngineError
 from rl_actors.contracts.rollouts import Completion, Routes, SamplingParams, TrainingSample
 from rl_actors.models.experts import engine_routes, record_routes, route_agreement
+from rl_actors.models.loading import build_tiny_model, tiny_config
 from rl_actors.models.scoring_head import token_logprobs_and_entropy
-from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 from tests.rl_actors.fakes import PROMPT, save_tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(300)]

@@ -23,7 +23,7 @@ from rl_actors.learner import update as ppo_learner
 from rl_actors.learner.batch import Microbatch, Minibatch
 from rl_actors.learner.objective import GlobalCounts, global_counts, microbatch_loss
 from rl_actors.learner.update import PpoLearner
-from rl_actors.models.value_head import TokenOutputs
+from rl_actors.models.attachments import TokenOutputs
 from tests.rl_actors.fakes import save_tiny_model
 from tests.rl_actors.learner.test_update import SETTINGS, logprobs, sample
 

@@ -17,7 +17,7 @@ from rl_actors.contracts.rollouts import Routes, TrainingSample
 from rl_actors.learner import tripwires
 from rl_actors.learner.update import LearnerModels, PpoLearner
 from rl_actors.models.experts import record_routes
-from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
+from rl_actors.models.loading import build_tiny_model, tiny_config
 from tests.rl_actors.learner.test_update import PROBES, learner, logprobs, sample
 
 pytestmark = pytest.mark.slow

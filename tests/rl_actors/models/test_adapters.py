@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rl_actors.contracts.errors import BadInputError
-from rl_actors.models.adapters import ALPHA_PER_RANK, adapters_off, add_adapters, merged
+from rl_actors.models.attachments import ALPHA_PER_RANK, adapters_off, add_adapters, merged
 
 torch.set_num_threads(1)
 IDS = torch.tensor([[1, 20, 30, 40, 50]])

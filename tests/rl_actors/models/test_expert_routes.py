@@ -46,8 +46,7 @@ from rl_actors.models.experts import (
     router_parameters,
     sorted_experts,
 )
-from rl_actors.models.loading import load_causal_lm
-from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
+from rl_actors.models.loading import build_tiny_model, load_causal_lm, tiny_config
 
 torch.set_num_threads(1)
 VOCAB, LAYERS, EXPERTS, TOP_K = 64, 2, 8, 2

@@ -14,9 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rl_actors.contracts.errors import AttestationError, BadInputError
 from rl_actors.models import sinks as kit
-from rl_actors.models.loading import check_sinks_reach_kernel
+from rl_actors.models.loading import build_tiny_model, check_sinks_reach_kernel, tiny_config
 from rl_actors.models.sinks import SINK_ATTENTION, use_sink_attention
-from rl_actors.models.tiny_gpt_oss import build_tiny_model, tiny_config
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rl_actors.models.tiny_gpt_oss import EMBEDDING_STD, build_tiny_model, tiny_config
+from rl_actors.models.loading import EMBEDDING_STD, build_tiny_model, tiny_config
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rl_actors.models.attachments import PolicyWithValue
 from rl_actors.models.scoring_head import shift_right, token_logprobs_and_entropy
-from rl_actors.models.value_head import PolicyWithValue
 
 torch.set_num_threads(1)
 IDS = torch.tensor([[1, 20, 30, 40, 50], [1, 21, 31, 0, 0]])
