@@ -8,12 +8,12 @@ import pytest
 
 from tests.house import PACKAGES, ROOT
 
-XX
+_PATH = re.compile(rf"`((?:{'|'.join(PACKAGES)}|benchmarks|tests|docs)/(?:[\w.-]+/)*(?:[\w.-]+\.(?:py|md|yaml))?)`")
 PAGES = ("README.md", "docs/architecture.md", "docs/glossary.md", "docs/learning.md")
 
 
 def missing_paths(text: str) -> list[str]:
-    """Paths of this repository, in backticks, that are not there."""
+    """Modules, pages and folders of this repository, in backticks, that are not there."""
     return sorted({path for path in _PATH.findall(text) if not (ROOT / path).exists()})
 
 
