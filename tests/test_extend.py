@@ -22,7 +22,7 @@ SPEC = "cluster/workflows/support_desk/spec.yaml"
 
 def recipes(readme: str) -> dict[str, str]:
     """What to add -> what to do, as the table says it."""
-    section = readme.partition("\n### Extend\n")[2].partition("\n## ")[0]
+    section = readme.partition("\n## Extend\n")[2].partition("\n## ")[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
     return {row[0]: row[1] for row in rows[2:]}
 
@@ -42,8 +42,10 @@ def absent(recipe: str, *names: str) -> list[str]:
     return [name for name in names if f"`{name}`" not in recipe or name not in text]
 
 
-def test_the_table_has_the_five_kinds():
-    assert list(RECIPES) == ["a workflow", "a tool", "a reward term", "a gate", "an update"]
+def test_the_table_has_the_six_kinds():
+    assert list(RECIPES) == [
+        "a workflow", "a tool", "a reward term", "a gate", "a monitor", "an update",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("what", RECIPES)
@@ -58,7 +60,6 @@ def test_every_file_that_a_recipe_names_is_there(what: str):
         ("a workflow", ["Workflow", "World", "WORKFLOW"]),
         ("a tool", ["ToolSpec", "WORLD", "functions", "tools", "_TOOLS"]),
         ("a reward term", ["REWARD_TERMS"]),
-        ("a gate", ["GATES"]),
         ("an update", ["Recipe", "RECIPES", "dapo"]),
     ],
 )
@@ -68,7 +69,7 @@ def test_what_a_recipe_names_is_in_its_files(what: str, names: list[str]):
 
 def test_a_file_or_name_that_is_not_there_is_seen():
     recipe = "a function and an entry in `GATES` of `serving/gates.py`, by `Nothing` of `tests/house.py`"
-    assert recipes(f"\n### Extend\n\n| to add | do |\n|---|---|\n| x | {recipe} |\n\n## Next\n| y | z |") == {
+    assert recipes(f"\n## Extend\n\n| to add | do |\n|---|---|\n| x | {recipe} |\n\n## Next\n| y | z |") == {
         "x": recipe
     }
     assert [name for name in files_of(recipe) if not (ROOT / name).exists()] == ["serving/gates.py"]
@@ -120,19 +121,26 @@ def seatrial(tree: Path, *words: str, workflows: str = "") -> tuple[int, dict[st
 
 # --- a gate -----------------------------------------------------------------------------------------------------------
 
-GATE_FUNCTION = '''
-def _no_empty_reply(evidence: LiveEvidence, plan: ReleasePlan) -> GateResult:
-    """Replies that hold no word."""
+GATE_FILE = '''
+"""Replies that hold no word."""
+
+from __future__ import annotations
+
+from serving.contracts import LiveEvidence, ReleasePlan
+from serving.gates.registry import Finding, gate
+
+
+@gate("no_empty_reply")
+def find_empty_replies(evidence: LiveEvidence, plan: ReleasePlan) -> Finding:
+    """Judge by the check of the same kind."""
     count = evidence.failed_checks.get("non_empty", 0)
-    return _result("no_empty_reply", "fail" if count else "pass", f"{count} empty replies", {"num_runs": count})
-
-
+    return "fail" if count else "pass", f"{count} empty replies", {"num_runs": count}
 '''
 GATE_USED = """
 from dataclasses import replace
 from cluster.reports.locales import strings_of
 from serving.contracts import ARTICLE_GATES
-from serving.gates import evaluate_live
+from serving.release.monitors import evaluate_live
 from tests.serving.fakes import good_evidence, make_plan
 plan = make_plan(gates=(*ARTICLE_GATES, "no_empty_reply"))
 worlds = good_evidence(), replace(good_evidence(), failed_checks={"non_empty": 2})
@@ -143,9 +151,7 @@ print(json.dumps(found + words))
 
 
 def add_gate(tree: Path) -> None:
-    gates = tree / "serving/gates/gates.py"
-    add(gates, '    "no_empty_reply": Gate(live=_no_empty_reply, offline=None),\n', after="GATES: Final")
-    add(gates, GATE_FUNCTION, after="OfflineGate = ")
+    (tree / "serving/gates/empty_reply.py").write_text(GATE_FILE, encoding="utf-8")
     for strings in (tree / "cluster/reports/strings").iterdir():
         add(strings, '  "gate.no_empty_reply": "no empty reply",\n', after='  "gate.candidate_healthy"')
 
