@@ -192,8 +192,7 @@ print(json.dumps([score.reward, score.outcome_reward, len(rollout.turns)]))
 @pytest.mark.slow
 def test_a_reward_term(tree: Path):
     rewards = tree / "rl_actors/algorithms/rewards.py"
-    text = rewards.read_text(encoding="utf-8")
-    rewards.write_text(text.replace('"critic": _critic}', '"critic": _critic, "brevity": _brevity}'), encoding="utf-8")
+    add(rewards, '    "brevity": _brevity,\n', after="REWARD_TERMS: ")
     add(rewards, TERM, after="RewardTerm = ")
     found, outcome, num_turns = answer(tree, TERM_USED)  # type: ignore[misc]
     assert num_turns > 0
@@ -224,13 +223,13 @@ async def attempt():
     task = next(task for task in workflow.build_tasks("train", 60, 0) if task.intent == "order_status")
     customer = task.world["customers"][0]["customer_id"]
     script = [plan(1), call("count_orders", customer_id=customer), call("count_orders", customer_id="x"), final("ok")]
-    hosts = ProcessSandbox(workflow.tools_module, num_hosts=1)
-    ports = RolloutPorts(workflow=workflow, renderer=renderer(), toolset=Toolset(WORLD.tools), hosts=hosts,
+    sandbox = ProcessSandbox(workflow.tools_module, num_hosts=1)
+    ports = RolloutPorts(workflow=workflow, renderer=renderer(), toolset=Toolset(WORLD.tools), sandbox=sandbox,
                          generate=ScriptedEngine(script), limits=LIMITS)
     try:
         return task, await run_rollout(RolloutRequest(task=task, group_id=0, seed=1), ports, temperature=1.0)
     finally:
-        await hosts.close()
+        await sandbox.close()
 
 task, rollout = asyncio.run(attempt())
 answers = [turn.tool_result.content for turn in rollout.turns if turn.tool_result is not None]

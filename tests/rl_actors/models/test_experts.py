@@ -33,7 +33,8 @@ def test_outputs_and_gradients_are_those_of_the_eager_path(tiny: Path):
     ours = load_causal_lm(tiny)
     assert ours.config._experts_implementation == SORTED_EXPERTS
     (loss, gradients), (expected, wanted) = loss_and_gradients(ours), loss_and_gradients(eager)
-    assert loss == pytest.approx(expected, abs=1e-6)
+    # Relative: at a loss of 17 one step of float32 is 1.9e-6, and which way it falls depends on the processor.
+    assert loss == pytest.approx(expected, rel=1e-6)
     assert gradients.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert torch.allclose(gradients[name], gradient, atol=1e-6), name
