@@ -302,11 +302,11 @@ def test_infinite_evidence_is_a_sign(brief: BriefInput):
 def test_a_gate_without_words_is_shown_by_its_name(brief: BriefInput, locale: LocaleName):
     """Whoever adds a gate owes no translation: its name stands in its row, and where it decided."""
     assert brief.release is not None
-    name, result = "replies_not_longer", brief.gates[0].result
-    row = replace(brief.gates[0], result=replace(result, gate=name))
+    name = "replies_not_longer"
+    result = replace(brief.offline_gates[0], gate=name)
     release = replace(brief.release, state="RolledBack", decision="RollBack", deciding_gates=(name,))
-    view = view_of(replace(brief, gates=(row,), release=release), Phrasebook(locale))
-    assert view.sections["gates"].tables[0].rows[0][0] == name
+    view = view_of(replace(brief, offline_gates=(result,), release=release), Phrasebook(locale))
+    assert gates_section(brief, result, locale)[0] == name
     assert any(name in line for line in view.sections["decision"].lines)
     assert not any(name in text for text in strings_of(locale).values())
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from cluster.cli.runs import RunRequest, open_run
 from cluster.records import RunFolder
-from cluster.spec.errors import leaf_fields, parse_yaml
+from cluster.spec.errors import leaf_paths, parse_yaml
 from cluster.spec.sections import MONITORS
 from cluster.spec.spec import WorkflowSpec, load_spec, override, parse_spec, spec_to_yaml
 from cluster.workflows import PATH_VARIABLE, known_workflows
@@ -73,7 +73,7 @@ def test_the_articles_block_is_valid_verbatim_and_gets_every_default():
 
 
 def test_every_value_of_a_spec_is_a_knob_once():
-    knobs = leaf_fields(WorkflowSpec)
+    knobs = leaf_paths(WorkflowSpec)
     assert len(knobs) == len(set(knobs)) > 17
     named = {"workflow.baseline", "release.ramp", "ppo.kl_coef", "seed", "monitoring"}
     assert named | {"reward.epochs", "reward.learning_rate"} <= set(knobs)
@@ -383,7 +383,7 @@ def test_any_text_is_a_spec_or_a_refusal(text: str):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(leaf_fields(WorkflowSpec)), st.one_of(st.booleans(), st.text("ab{}[]: ", max_size=6), st.integers())
+    st.sampled_from(leaf_paths(WorkflowSpec)), st.one_of(st.booleans(), st.text("ab{}[]: ", max_size=6), st.integers())
 )
 def test_any_value_of_any_knob_is_taken_or_refused_by_name(path: str, value: object):
     refused: list[BadInputError] = []
