@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,8 +69,8 @@ class Site:
     def send(self, count: int, name: str) -> TrafficProgress:
         config = TrafficConfig(url=self.platform.url, live_world=self.config.live_world, run_name=name, concurrency=6)
         self.num_sent += count
-        with closing(TicketBook(self.ledger.path.with_name(f"tickets-{name}.jsonl"))) as book:
-            return run_traffic(TrafficDriver(WORKFLOW, config, book), [next(self.tickets) for _ in range(count)])
+        book = TicketBook(self.ledger.path.with_name(f"tickets-{name}.jsonl"))
+        return run_traffic(TrafficDriver(WORKFLOW, config, book), [next(self.tickets) for _ in range(count)])
 
 
 def save_model(directory: Path, seed: int) -> str:
