@@ -2,7 +2,7 @@
 
 A name that is imported through a door (a package's `__init__.py`) counts as an import of the module that defines it:
 a door is a way in, not a floor. Imports inside functions count like those at the top; those for type checkers only
-count where cycles are looked for.
+count where importers and cycles are counted.
 """
 
 from __future__ import annotations

@@ -53,6 +53,11 @@ class TicketBook:
         """Results of all tickets that ended, in order."""
         return tuple(self._ended.values())
 
+    @property
+    def num_in_flight(self) -> int:
+        """Tickets that went out and did not end."""
+        return len(self._sent - self._ended.keys())
+
     def waiting(self, tasks: Iterable[Task]) -> list[Task]:
         """Return the tickets still to be served, those in flight when the last driver died first."""
         # They may have run: asked again at once, the gateway still knows their keys.

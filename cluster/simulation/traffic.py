@@ -123,7 +123,8 @@ class TrafficDriver:
         started, waiting = self._clock(), iter(self._book.waiting(tasks))
         unreached: list[TicketResult] = []
         async with self._open() as desk:
-            pending = self._send(desk, waiting, self._config.concurrency)
+            # All that was in flight at a kill, even where no new ticket would be sent: it may have left a row.
+            pending = self._send(desk, waiting, max(self._config.concurrency, self._book.num_in_flight))
             while pending:
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 ended, over = list(settle(unreached, [finished.result() for finished in done])), is_over()

@@ -414,7 +414,8 @@ def test_a_resumed_driver_first_asks_for_what_was_in_flight(gateway: ExpertGatew
     progress = drive(gateway, tasks, is_over=lambda: True)
     again = gateway.keys[len(first) :]
     assert set(again) <= set(first)
-    assert 0 < progress.num_repeated == len(again) <= 3
+    # Three at a time; answers that came in one turn of the loop had been followed by others before the kill.
+    assert 0 < progress.num_repeated == len(again) <= 6
     assert progress.num_requests == len(set(gateway.keys)) < NUM_TASKS
 
 
